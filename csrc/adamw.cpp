@@ -1,0 +1,140 @@
+// adamw_compact_ and adamw_gathered_: checks, the work list over all tensors, CPU registrations.
+#include "cpu/adamw.h"
+
+#include <algorithm>
+
+#include "common.h"
+
+namespace sk {
+namespace {
+
+constexpr int64_t kGrain = 8192;  // elements that are worth a thread
+
+double read_step(const Tensor& step) {
+  STD_TORCH_CHECK(
+      step.numel() == 1 && step.is_cpu() && step.scalar_type() == ScalarType::Float, "steps must be 0-d fp32 CPU tensors");
+  return *static_cast<const float*>(step.const_data_ptr());
+}
+
+// One parallel region over the elements of all tensors.
+void run(const std::vector<cpu::AdamwTask>& tasks) {
+  std::vector<int64_t> ends;
+  int64_t total = 0;
+  for (const auto& task : tasks) ends.push_back(total += task.numel);
+  parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (; begin < end; begin = ends[i], ++i) {
+      const int64_t start = ends[i] - tasks[i].numel;
+      tasks[i].run(tasks[i], begin - start, std::min(end, ends[i]) - start);
+    }
+  });
+}
+
+void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxima) {
+  for (size_t size : sizes) STD_TORCH_CHECK(size == count, "all lists must have one entry for each parameter");
+  STD_TORCH_CHECK(maxima == 0 || maxima == count, "max_exp_avg_sqs must be empty or have one entry for each parameter");
+}
+
+// Fills what both forms share: moments, positions, and the scalars of the step.
+template <typename T>
+cpu::AdamwTask make_task(
+    const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& dense,
+    const Tensor& positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize) {
+  check_same(exp_avg, exp_avg_sq, "exp_avg_sq");
+  if (maximum) check_same(exp_avg, *maximum, "max_exp_avg_sq");
+  STD_TORCH_CHECK(dense.is_contiguous(), "dense parameters must be contiguous");
+  const int64_t count = positions.numel();
+  const int64_t numel = exp_avg.numel();
+  cpu::AdamwTask task{};
+  task.numel = numel;
+  task.width = count == 0 ? 1 : numel / count;
+  STD_TORCH_CHECK(task.width * count == numel, "the state does not fit its positions");
+  task.exp_avg = exp_avg.mutable_data_ptr();
+  task.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+  task.maximum = maximum ? maximum->mutable_data_ptr() : nullptr;
+  task.dense = dense.mutable_data_ptr();
+  task.positions = positions.const_data_ptr();
+  with_positions(positions, [&](const auto* index) {
+    check_bounds(index, count, task.width == 0 ? dense.size(0) : dense.numel() / task.width);
+  });
+  const auto scalars = adamw_step<T>(read_step(step), lr, beta1, beta2, weight_decay, eps, maximize);
+  if constexpr (std::is_same_v<T, double>) task.step64 = scalars; else task.step32 = scalars;
+  return task;
+}
+
+template <typename F>
+void with_index_and_amsgrad(const Tensor& positions, bool amsgrad, const F& f) {
+  with_positions(positions, [&](const auto* index) {
+    using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
+    if (amsgrad) f(I{}, std::true_type{}); else f(I{}, std::false_type{});
+  });
+}
+
+void adamw_compact_(
+    Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
+    Tensors weights, Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps,
+    bool maximize) {
+  check_lists(
+      values.size(),
+      {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), weights.size(), positions.size()},
+      max_exp_avg_sqs.size());
+  std::vector<cpu::AdamwTask> tasks;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
+    STD_TORCH_CHECK(values[i].is_contiguous(), "values must be contiguous");
+    check_same(values[i], grads[i], "grads");
+    check_same(values[i], exp_avgs[i], "exp_avgs");
+    with_floating(weights[i].scalar_type(), "adamw_compact_", [&](auto zero) {
+      using scalar_t = decltype(zero);
+      using T = opmath_t<scalar_t>;
+      STD_TORCH_CHECK(values[i].scalar_type() == scalar_type<T>(), "values must be fp32 (fp64 for fp64 weights)");
+      auto task = make_task<T>(
+          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], lr, beta1, beta2, weight_decay, eps,
+          maximize);
+      task.values = values[i].mutable_data_ptr();
+      task.grad = grads[i].const_data_ptr();
+      with_index_and_amsgrad(positions[i], maximum != nullptr, [&](auto index, auto amsgrad) {
+        task.run = cpu::adamw_compact<T, scalar_t, decltype(index), decltype(amsgrad)::value>;
+      });
+      tasks.push_back(task);
+    });
+  }
+  run(tasks);
+}
+
+void adamw_gathered_(
+    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
+    Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize) {
+  check_lists(
+      params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
+      max_exp_avg_sqs.size());
+  std::vector<cpu::AdamwTask> tasks;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
+    check_same(params[i], grads[i], "grads");
+    with_floating(params[i].scalar_type(), "adamw_gathered_", [&](auto zero) {
+      using scalar_t = decltype(zero);
+      using T = opmath_t<scalar_t>;
+      STD_TORCH_CHECK(
+          exp_avgs[i].is_contiguous() && exp_avgs[i].scalar_type() == scalar_type<T>(),
+          "exp_avgs must be fp32 (fp64 for fp64 parameters)");
+      auto task = make_task<T>(
+          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], lr, beta1, beta2, weight_decay, eps,
+          maximize);
+      task.grad = grads[i].const_data_ptr();
+      with_index_and_amsgrad(positions[i], maximum != nullptr, [&](auto index, auto amsgrad) {
+        task.run = cpu::adamw_gathered<T, scalar_t, decltype(index), decltype(amsgrad)::value>;
+      });
+      tasks.push_back(task);
+    });
+  }
+  run(tasks);
+}
+
+}  // namespace
+}  // namespace sk
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) {
+  m.impl("adamw_compact_", TORCH_BOX(&sk::adamw_compact_));
+  m.impl("adamw_gathered_", TORCH_BOX(&sk::adamw_gathered_));
+}

@@ -1,0 +1,119 @@
+// AdamW over elements [begin, end) of one tensor's compact state.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "../common.h"
+#include "../rules/adamw.h"
+#include "prefetch.h"
+
+namespace sk::cpu {
+
+struct AdamwTask {
+  void* values;      // [K * width], compact form only
+  const void* grad;  // compact [K * width], or dense
+  void *exp_avg, *exp_avg_sq, *maximum;  // [K * width]; maximum may be null
+  void* dense;                           // the weight
+  const void* positions;                 // [K]
+  int64_t numel, width;
+  AdamwStep<float> step32;
+  AdamwStep<double> step64;
+  void (*run)(const AdamwTask&, int64_t begin, int64_t end);
+};
+
+template <typename T>
+const AdamwStep<T>& step_of(const AdamwTask& task) {
+  if constexpr (std::is_same_v<T, double>) return task.step64; else return task.step32;
+}
+
+constexpr int64_t kBlock = 64;  // elements computed together
+
+// The rule over n neighbours; `out` may be x itself.
+template <bool amsgrad, typename T>
+inline __attribute__((always_inline)) void adamw_run(
+    const T* x, const T* __restrict__ g, T* __restrict__ m, T* __restrict__ v, T* __restrict__ maximum, T* out,
+    int64_t n, const AdamwStep<T>& step) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = adamw<amsgrad>(x[i], g[i], m[i], v[i], amsgrad ? maximum + i : nullptr, step);
+}
+
+// Calls f(first, position, column, n) for every run of elements that lies in one row.
+template <typename I, typename F>
+inline __attribute__((always_inline)) void for_rows(
+    const I* positions, int64_t width, int64_t begin, int64_t end, const F& f) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t slot = i / width;
+    const int64_t column = i - slot * width;
+    const int64_t n = std::min(end - i, width - column);
+    f(i, int64_t(positions[slot]), column, n);
+    i += n;
+  }
+}
+
+// Fetches the scattered lines of one block, kAhead positions before they are needed.
+template <typename I, typename P>
+inline __attribute__((always_inline)) void prefetch_block(const P* dense, const I* positions, int64_t i, int64_t end) {
+  for (int64_t j = i + kAhead; j < std::min(i + kAhead + kBlock, end); ++j) prefetch(dense + positions[j]);
+}
+
+// values step in place; the dense weight W receives them, rounded.
+template <typename T, typename W, typename I, bool amsgrad>
+SK_CLONES void adamw_compact(const AdamwTask& task, int64_t begin, int64_t end) {
+  T* __restrict__ x = static_cast<T*>(task.values);
+  const T* __restrict__ g = static_cast<const T*>(task.grad);
+  T* __restrict__ m = static_cast<T*>(task.exp_avg);
+  T* __restrict__ v = static_cast<T*>(task.exp_avg_sq);
+  T* __restrict__ maximum = static_cast<T*>(task.maximum);
+  W* __restrict__ dense = static_cast<W*>(task.dense);
+  const I* positions = static_cast<const I*>(task.positions);
+  const AdamwStep<T> step = step_of<T>(task);
+  if (task.width != 1) {
+    for_rows(positions, task.width, begin, end, [&](int64_t i, int64_t row, int64_t column, int64_t n) {
+      adamw_run<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, step);
+      W* to = dense + row * task.width + column;
+      for (int64_t j = 0; j < n; ++j) to[j] = W(x[i + j]);
+    });
+    return;
+  }
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(end - i, kBlock);
+    prefetch_block(dense, positions, i, end);
+    adamw_run<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, step);
+    for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(x[i + j]);
+  }
+}
+
+// The weight and its gradient are read where they lie, stepped, and the weight written back.
+template <typename T, typename W, typename I, bool amsgrad>
+SK_CLONES void adamw_gathered(const AdamwTask& task, int64_t begin, int64_t end) {
+  const W* __restrict__ grad = static_cast<const W*>(task.grad);
+  T* __restrict__ m = static_cast<T*>(task.exp_avg);
+  T* __restrict__ v = static_cast<T*>(task.exp_avg_sq);
+  T* __restrict__ maximum = static_cast<T*>(task.maximum);
+  W* __restrict__ dense = static_cast<W*>(task.dense);
+  const I* positions = static_cast<const I*>(task.positions);
+  const AdamwStep<T> step = step_of<T>(task);
+  alignas(64) T x[kBlock], g[kBlock];
+  if (task.width != 1) {
+    for_rows(positions, task.width, begin, end, [&](int64_t i, int64_t row, int64_t column, int64_t count) {
+      for (int64_t done = 0; done < count; done += kBlock) {
+        const int64_t n = std::min(count - done, kBlock);
+        const int64_t at = row * task.width + column + done;
+        for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[at + j]); g[j] = T(grad[at + j]); }
+        adamw_run<amsgrad>(x, g, m + i + done, v + i + done, maximum + i + done, x, n, step);
+        for (int64_t j = 0; j < n; ++j) dense[at + j] = W(x[j]);
+      }
+    });
+    return;
+  }
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(end - i, kBlock);
+    prefetch_block(dense, positions, i, end);
+    prefetch_block(grad, positions, i, end);
+    for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[positions[i + j]]); g[j] = T(grad[positions[i + j]]); }
+    adamw_run<amsgrad>(x, g, m + i, v + i, maximum + i, x, n, step);
+    for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(x[j]);
+  }
+}
+
+}  // namespace sk::cpu

@@ -1,0 +1,71 @@
+// Radix select over runs of scores: histograms of 16 bits at a time, then one pass that collects.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../common.h"
+#include "../rules/radix.h"
+
+namespace sk::cpu {
+
+constexpr int kDigitBits = 16;
+constexpr int64_t kBins = int64_t(1) << kDigitBits;
+constexpr int64_t kSkip = 16;  // entries that are passed over together when none of them matters
+
+template <typename K>
+constexpr K infinity_bits(bool bfloat16) {
+  if constexpr (sizeof(K) == 8) return K(0x7ff0000000000000);
+  if constexpr (sizeof(K) == 4) return K(0x7f800000);
+  return bfloat16 ? K(0x7f80) : K(0x7c00);
+}
+
+// Whether any of n scores is NaN.
+template <typename K>
+SK_CLONES bool has_nan(const K* bits, int64_t n, K infinity) {
+  constexpr K sign = K(K(1) << (8 * sizeof(K) - 1));
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) found |= K(bits[i] & K(~sign)) > infinity;
+  return found;
+}
+
+// counts[digit] += 1 for every score whose key, above the digit, is `prefix`. The first digit has nothing above it.
+template <typename K>
+SK_CLONES void histogram(const K* bits, int64_t n, bool magnitude, int shift, K prefix, int64_t* counts) {
+  const bool first = shift + kDigitBits == int(8 * sizeof(K));
+  for (int64_t i = 0; i < n; i += kSkip) {
+    const int64_t end = std::min(i + kSkip, n);
+    if (!first) {
+      bool any = false;
+      for (int64_t j = i; j < end; ++j) any |= K(radix_key(bits[j], magnitude) >> shift >> kDigitBits) == prefix;
+      if (!any) continue;
+    }
+    for (int64_t j = i; j < end; ++j) {
+      const K key = radix_key(bits[j], magnitude);
+      if (first || K(key >> shift >> kDigitBits) == prefix) ++counts[(key >> shift) & (kBins - 1)];
+    }
+  }
+}
+
+struct Found {
+  int64_t begin;                        // where the run starts, to put the parts in order
+  std::vector<int64_t> above, ties;     // offsets of keys above the threshold, and equal to it
+};
+
+// Offsets, counted from `offset`, of scores above the threshold, and of at most `most` that equal it.
+template <typename K>
+SK_CLONES void collect(const K* bits, int64_t n, bool magnitude, K threshold, int64_t offset, int64_t most, Found& found) {
+  for (int64_t i = 0; i < n; i += kSkip) {
+    const int64_t end = std::min(i + kSkip, n);
+    bool any = false;
+    for (int64_t j = i; j < end; ++j) any |= radix_key(bits[j], magnitude) >= threshold;
+    if (!any) continue;
+    for (int64_t j = i; j < end; ++j) {
+      const K key = radix_key(bits[j], magnitude);
+      if (key > threshold) found.above.push_back(offset + j);
+      else if (key == threshold && int64_t(found.ties.size()) < most) found.ties.push_back(offset + j);
+    }
+  }
+}
+
+}  // namespace sk::cpu

@@ -1,0 +1,138 @@
+"""How modules get a sparse backward: two subclasses, and hooks for everything else.
+
+The autograd functions run the plain dense forward and return the gradient of the compact values instead of the weight's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .ops import gather, masked_grad_embedding, masked_grad_linear
+from .selection import Index
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b; the gradient of `values` is that of W at the index."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Index) -> Tensor:
+        ctx.save_for_backward(input if ctx.needs_input_grad[3] else None, weight, index.positions)
+        ctx.shape, ctx.rows, ctx.dtype = index.shape, index.rows, values.dtype
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        input, weight, positions = ctx.saved_tensors
+        grad_input = grad_bias = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad @ weight
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[3]:
+            index = Index.trusted(positions, ctx.shape, ctx.rows)
+            grad_values = masked_grad_linear(_matrix(grad), _matrix(input), index).to(ctx.dtype)
+        return grad_input, None, grad_bias, grad_values, None
+
+
+class _Embedding(torch.autograd.Function):
+    """y = W[ids]; the gradient of `values` is that of W at the index."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, index: Index, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids, index.positions)
+        ctx.shape, ctx.rows, ctx.dtype, ctx.padding_idx = index.shape, index.rows, values.dtype, padding_idx
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ids, positions = ctx.saved_tensors
+        index = Index.trusted(positions, ctx.shape, ctx.rows)
+        grad = grads[0].reshape(ids.numel(), ctx.shape[1])
+        found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx)
+        return None, None, found.to(ctx.dtype), None, None
+
+
+class _Attach(torch.autograd.Function):
+    """The weight itself; its dense gradient is gathered into that of `values` at once, and freed."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, index: Index) -> Tensor:
+        ctx.save_for_backward(index.positions)
+        ctx.shape, ctx.rows, ctx.dtype = index.shape, index.rows, values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        dense = grads[0].to_dense() if grads[0].is_sparse else grads[0]
+        found = gather(dense.contiguous(), Index.trusted(positions, ctx.shape, ctx.rows))
+        return None, found.to(ctx.dtype), None
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _attached(slot: Any) -> Tensor:
+    slot.sync_()
+    result: Tensor = _Attach.apply(slot.weight, slot.values, slot.index)
+    return result
+
+
+class SparseLinear(nn.Linear):
+    """A Linear whose weight, bias or both have slots. Made by `sparsify` from an existing module."""
+
+    _sparse_slots: dict[str, Any]
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if "bias" in self._sparse_slots:
+            bias = _attached(self._sparse_slots["bias"])  # type: ignore[assignment]
+        slot = self._sparse_slots.get("weight")
+        if slot is None:
+            return F.linear(input, weight, bias)
+        slot.sync_()
+        kind = input.device.type
+        if not torch.is_autocast_enabled(kind):
+            return _Linear.apply(input, weight, bias, slot.values, slot.index)  # type: ignore[no-any-return]
+        # As autocast does for F.linear; the casts are made here so that backward meets the dtypes of forward.
+        dtype = torch.get_autocast_dtype(kind)
+        args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
+        with torch.autocast(kind, enabled=False):
+            return _Linear.apply(*args, slot.values, slot.index)  # type: ignore[no-any-return]
+
+
+class SparseEmbedding(nn.Embedding):
+    """An Embedding whose weight has a slot. Made by `sparsify` from an existing module."""
+
+    _sparse_slots: dict[str, Any]
+
+    def forward(self, input: Tensor) -> Tensor:
+        slot = self._sparse_slots["weight"]
+        slot.sync_()
+        result: Tensor = _Embedding.apply(input, self.weight, slot.values, slot.index, self.padding_idx)
+        return result
+
+
+def attach(module: nn.Module) -> list[Any]:
+    """Hooks for a module of any other kind: during its forward the selected parameters are `_Attach`ed views."""
+    return [module.register_forward_pre_hook(_put), module.register_forward_hook(_take, always_call=True)]
+
+
+def _put(module: Any, *_: Any) -> None:
+    module._sparse_held = {name: module._parameters[name] for name in module._sparse_slots}
+    for name, slot in module._sparse_slots.items():
+        module._parameters[name] = _attached(slot)
+
+
+def _take(module: Any, *_: Any) -> None:
+    module._parameters.update(module.__dict__.pop("_sparse_held", {}))

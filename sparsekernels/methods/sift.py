@@ -1,0 +1,252 @@
+"""SIFT: train the entries whose gradient is largest on the first batches (Song et al., arXiv 2312.11875)."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..selection import Index, Selection, count_for
+
+HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs", "pooler")
+SHARES = tuple(10 ** (-4 + i / 8) for i in range(33))  # 0.01 % to 100 %, eight points a decade
+CURVE_CHUNK = 1 << 22  # elements whose buckets exist at a time
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def sift(
+    model: nn.Module,
+    batches: Iterable[Any],
+    density: float = 0.01,
+    *,
+    targets: Iterable[str] | None = None,
+    head: Iterable[str] | None = None,
+    num_batches: int = 1,
+    loss: Loss | None = None,
+    max_gradient_bytes: int = 1 << 30,
+    progress: bool = True,
+) -> Selection:
+    """Select, in each target tensor, the share `density` of entries with the largest |gradient|.
+
+    Per tensor: k = min(int(density * numel) + 1, numel); the gradient is that of the loss summed over the first
+    `num_batches` batches. The model's weights, gradients, requires_grad flags and mode are left as they were; the mode
+    it is in (train or eval) is the one that is used.
+
+    Args:
+        model: any torch model.
+        batches: batches in Hugging Face form (a mapping of tensors with labels), or whatever `loss` takes. Tensors in
+            mappings are moved to the device of the model.
+        density: share of each target in (0, 1].
+        targets: patterns (as in `fnmatch`) of parameter names; default: every weight of two or more dimensions inside
+            the numbered blocks, that is attention and MLP projections, without embeddings, norms and the head.
+        head: patterns of parameters to train densely; default: everything under a module called classifier, score,
+            classification_head, qa_outputs or pooler. () for none.
+        num_batches: how many batches to sum over.
+        loss: function of (model, batch); default `model(**batch).loss`.
+        max_gradient_bytes: with num_batches > 1, targets are worked through in groups whose gradients fit in this, each
+            group with its own passes over the batches. With one batch a gradient is freed as soon as its entries are
+            selected, and this is not used.
+        progress: show a progress bar.
+
+    Returns:
+        Selection with the targets as elements and the head as all of its rows. `.report["curve"]` is a list of
+        (share, carried): the largest `share` of each target's entries carries `carried` of the L2 norm of the gradient
+        of all targets, to the resolution of 1/128 in magnitude.
+
+    Raises:
+        ValueError: density or num_batches out of range, patterns that match nothing, fewer batches than asked,
+            a target that gets no gradient, or NaN in one.
+
+    Source: paper, section 3, and the authors' code (rule for k, targets, one batch). Ours: pooler counts as head.
+    """
+    count_for(1, None, density)
+    names = dict(model.named_parameters())
+    dense = _matching(names, head, "head") if head is not None else default_head(model)
+    chosen = _matching(names, targets, "targets") if targets is not None else default_targets(model)
+    chosen = [name for name in chosen if name not in set(dense)]
+    if not chosen:
+        raise ValueError("targets: the model has no weights in numbered blocks; name the targets yourself")
+    if num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+    first = list(itertools.islice(batches, num_batches))
+    if len(first) < num_batches:
+        raise ValueError(f"num_batches is {num_batches}, but batches holds only {len(first)}")
+
+    found: dict[str, Index] = {}
+    curve = GradientCurve()
+
+    def take(name: str, grad: Tensor) -> None:
+        found.update(Selection.top_k({name: grad}, density=density, magnitude=True))
+        curve.add(grad)
+        bar.update()
+
+    with tqdm(total=len(chosen), desc="SIFT: selecting", unit="tensor", disable=not progress) as bar:
+        for group in _groups(chosen, names, max_gradient_bytes) if num_batches > 1 else [chosen]:
+            _gradients(model, {name: names[name] for name in group}, first, loss or default_loss, take)
+    missing = [name for name in chosen if name not in found]
+    if missing:
+        raise ValueError(f"targets that got no gradient: {', '.join(missing[:5])}; leave them out of targets")
+    selection = Selection(
+        {name: found[name] for name in chosen} | {name: Index.full(names[name].shape) for name in dense}
+    )
+    selection.report["curve"] = curve.points(SHARES)
+    return selection
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Attention and MLP projections: weights of two or more dimensions inside numbered blocks, embeddings excluded."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2
+        and id(parameter) not in embeddings
+        and any(part.isdigit() for part in name.split("."))
+        and not _in_head(name)
+    ]
+
+
+def default_head(model: nn.Module) -> list[str]:
+    """The parameters of a task head, which starts from random weights and trains densely."""
+    return [name for name, _ in model.named_parameters() if _in_head(name)]
+
+
+def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss a Hugging Face model computes itself from a batch with labels."""
+    device = next(model.parameters()).device
+    output = model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
+    if getattr(output, "loss", None) is None:
+        raise ValueError("loss: the model returned none; put labels into the batches or pass loss=function(model, batch)")
+    loss: Tensor = output.loss
+    return loss
+
+
+def _in_head(name: str) -> bool:
+    return any(part in HEAD_NAMES for part in name.split("."))
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str], argument: str) -> list[str]:
+    names, patterns = list(names), [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"{argument}: no parameter matches {pattern!r}; names look like {names[0]!r}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _groups(names: list[str], parameters: Mapping[str, nn.Parameter], limit: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    held = 0
+    for name in names:
+        if group and held + parameters[name].nbytes > limit:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += parameters[name].nbytes
+    yield group
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Just these require gradients, and start without one; everything is put back on leaving."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag, grad in before:
+            p.requires_grad_(flag)
+            p.grad = grad
+
+
+def _gradients(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: list[Any],
+    loss: Loss,
+    take: Callable[[str, Tensor], None],
+) -> None:
+    """Call take(name, gradient summed over the batches) for each parameter; with one batch, as soon as it is there."""
+    taken: set[str] = set()
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        def freed(parameter: Tensor) -> None:
+            if name in taken:
+                raise RuntimeError(f"the gradient of {name!r} comes in pieces; use checkpointing with use_reentrant=False")
+            taken.add(name)
+            assert parameter.grad is not None
+            take(name, parameter.grad)
+            parameter.grad = None
+
+        return freed
+
+    with _only_trainable(model, parameters.values()), torch.enable_grad():
+        hooks = []
+        if len(batches) == 1:
+            hooks = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in parameters.items()]
+        try:
+            for batch in batches:
+                loss(model, batch).backward()
+        finally:
+            for handle in hooks:
+                handle.remove()
+        if len(batches) > 1:
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    take(name, parameter.grad)
+                    parameter.grad = None
+
+
+class GradientCurve:
+    """How much of the gradient norm the largest entries carry, from histograms of magnitude; nothing is sorted.
+
+    Entries fall into buckets by the upper 16 bits of their fp32 magnitude; count and energy (sum of squares) of each
+    bucket give the curve, linear inside a bucket. Each tensor contributes its own largest share, as SIFT selects.
+    """
+
+    BUCKETS = 1 << 15
+
+    def __init__(self) -> None:
+        self._counts: list[Tensor] = []
+        self._energy: list[Tensor] = []
+
+    def add(self, grad: Tensor) -> None:
+        count = torch.zeros(self.BUCKETS, dtype=torch.float64, device=grad.device)
+        energy = torch.zeros_like(count)
+        for part in grad.reshape(-1).split(CURVE_CHUNK):
+            magnitude = part.float().abs()
+            bucket = magnitude.view(torch.int32) >> 16
+            count += torch.bincount(bucket, minlength=self.BUCKETS)
+            energy += torch.bincount(bucket, magnitude.double().square_(), minlength=self.BUCKETS)
+        occupied = count.nonzero().squeeze(1).flip(0)
+        self._counts.append(count[occupied].cpu())
+        self._energy.append(energy[occupied].cpu())
+
+    def points(self, shares: Iterable[float]) -> list[tuple[float, float]]:
+        """(share, carried) for each share."""
+        total = sum(float(energy.sum()) for energy in self._energy)
+        out = []
+        for share in shares:
+            carried = sum(
+                _carried(count, energy, share) for count, energy in zip(self._counts, self._energy, strict=True)
+            )
+            out.append((share, min(1.0, (carried / total) ** 0.5) if total else 0.0))
+        return out
+
+
+def _carried(count: Tensor, energy: Tensor, share: float) -> float:
+    """Energy of the largest `share` of entries; buckets come from large to small."""
+    wanted = share * float(count.sum())
+    before = count.cumsum(0) - count
+    part = ((wanted - before) / count).clamp_(0, 1)
+    return float((part * energy).sum())

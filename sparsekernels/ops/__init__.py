@@ -1,0 +1,22 @@
+"""The kernel surface: public functions, one signature for every backend. `table.py` is the overview."""
+
+from . import backend as _backend
+from .adamw import adamw_compact_, adamw_gathered_
+from .gather_scatter import gather, scatter_, scatter_add_
+from .masked_grad import masked_grad_embedding, masked_grad_linear
+from .table import OPS
+from .topk import topk
+
+_backend.register(OPS)
+
+__all__ = [
+    "OPS",
+    "adamw_compact_",
+    "adamw_gathered_",
+    "gather",
+    "masked_grad_embedding",
+    "masked_grad_linear",
+    "scatter_",
+    "scatter_add_",
+    "topk",
+]

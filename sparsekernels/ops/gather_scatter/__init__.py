@@ -1,0 +1,78 @@
+"""Gather and scatter at the positions of an Index."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...selection import Index
+from ..backend import Backend, select
+
+
+def gather(source: Tensor, index: Index, *, backend: Backend | None = None) -> Tensor:
+    """Read the selected elements or rows of `source` into a new compact tensor.
+
+    Equivalent to `source.reshape(-1)[index.positions]`, or `source[index.positions]` for rows.
+
+    Args:
+        source (index.shape, any dtype): contiguous; not changed.
+        index: positions on the device of `source`.
+
+    Returns:
+        (index.compact_shape, dtype of source).
+
+    Numerics: exact copies. Cost: reads K positions and one 64-byte line per scattered element, writes K * itemsize.
+
+    Raises:
+        ValueError: source has another shape or device than the index, or is not contiguous.
+    """
+    _check("source", source, index)
+    return select("gather", source.device.type, backend)(source, index.positions, index.rows)
+
+
+def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """Write `values` over the selected elements or rows of `target`; everything else keeps its bits.
+
+    Equivalent to `target.view(-1)[index.positions] = values.to(target.dtype)`.
+
+    Args:
+        target (index.shape, floating): contiguous; changed in place.
+        values (index.compact_shape, floating): cast to the dtype of target, rounding to nearest even.
+
+    Returns: target. Cost: as `gather`, with each touched line read and written.
+
+    Raises:
+        ValueError: shapes, devices or contiguity do not fit; nothing is written then.
+    """
+    _check("target", target, index)
+    _check_values(values, target, index)
+    select("scatter_", target.device.type, backend)(target, index.positions, values.contiguous(), index.rows)
+    return target
+
+
+def scatter_add_(target: Tensor, index: Index, values: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """Add `values` to the selected elements or rows of `target`; everything else keeps its bits.
+
+    Equivalent to `target.view(-1)[index.positions] += values`, with the sum rounded once.
+
+    Args and Raises as `scatter_`. Deterministic: positions are unique, so no two additions meet.
+    """
+    _check("target", target, index)
+    _check_values(values, target, index)
+    select("scatter_add_", target.device.type, backend)(target, index.positions, values.contiguous(), index.rows)
+    return target
+
+
+def _check(name: str, tensor: Tensor, index: Index) -> None:
+    if tensor.shape != index.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, the index was made for {list(index.shape)}")
+    if tensor.device != index.positions.device:
+        raise ValueError(f"{name} is on {tensor.device}, the index on {index.positions.device}; use index.to(device)")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous (offsets are row-major), got strides {tensor.stride()}")
+
+
+def _check_values(values: Tensor, target: Tensor, index: Index) -> None:
+    if values.shape != index.compact_shape:
+        raise ValueError(f"values must have shape {list(index.compact_shape)}, got {list(values.shape)}")
+    if values.device != target.device:
+        raise ValueError(f"values are on {values.device}, target on {target.device}")

@@ -1,0 +1,114 @@
+"""Gather and scatter at selected positions, in Triton; also the tile and the launch that the other families share."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 1024  # elements of a compact tensor that one program owns
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def compact_tile(count, width, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Slots and columns of this program's tile of a compact [count, width] tensor, and which of them exist.
+
+    A slot is an entry of `positions`. Programs go along the columns first.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if BLOCK_D == 1:
+        # Single elements: no division, and the compiler sees that neighbours are neighbours.
+        slots = program * BLOCK_K + tl.arange(0, BLOCK_K)
+        columns = tl.zeros((1,), tl.int64)
+    else:
+        blocks = tl.cdiv(width, BLOCK_D)
+        slots = program // blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        columns = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    return slots, columns, (slots < count)[:, None] & (columns < width)[None, :]
+
+
+@triton.jit
+def tile_offsets(positions, count, width, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where this program's tile lies in the compact tensor and in the dense one, and which of its elements exist."""
+    slots, columns, inside = compact_tile(count, width, BLOCK_K, BLOCK_D)
+    position = tl.load(positions + slots, mask=slots < count, other=0).to(tl.int64)
+    compact = slots[:, None] * width + columns[None, :]
+    return compact, position[:, None] * width + columns[None, :], inside
+
+
+@triton.jit
+def gather_kernel(source, positions, out, count, width, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program owns BLOCK_K positions by BLOCK_D columns: out[k, d] = source[positions[k], d]."""
+    compact, dense, inside = tile_offsets(positions, count, width, BLOCK_K, BLOCK_D)
+    tl.store(out + compact, tl.load(source + dense, mask=inside), mask=inside)
+
+
+@triton.jit
+def scatter_kernel(target, positions, values, count, width, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program owns BLOCK_K positions by BLOCK_D columns: target[positions[k], d] = values[k, d]."""
+    compact, dense, inside = tile_offsets(positions, count, width, BLOCK_K, BLOCK_D)
+    tl.store(target + dense, tl.load(values + compact, mask=inside), mask=inside)
+
+
+@triton.jit
+def scatter_add_kernel(target, positions, values, count, width, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program owns BLOCK_K positions by BLOCK_D columns: target[positions[k], d] += values[k, d].
+
+    The sum is formed in the dtype of values and rounded once. Positions are unique: no two programs share an address.
+    """
+    compact, dense, inside = tile_offsets(positions, count, width, BLOCK_K, BLOCK_D)
+    value = tl.load(values + compact, mask=inside, other=0)
+    total = tl.load(target + dense, mask=inside, other=0).to(value.dtype) + value
+    tl.store(target + dense, total.to(target.dtype.element_ty), mask=inside)
+
+
+def gather(source: Tensor, positions: Tensor, rows: bool) -> Tensor:
+    out = source.new_empty((positions.shape[0], *(source.shape[1:] if rows else ())))
+    launch_tiles(gather_kernel, positions.shape[0], _as_integers(source), positions, _as_integers(out))
+    return out
+
+
+def scatter_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> None:
+    values = values.to(target.dtype)
+    launch_tiles(scatter_kernel, positions.shape[0], _as_integers(target), positions, _as_integers(values))
+
+
+def scatter_add_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> None:
+    values = values.to(torch.promote_types(target.dtype, torch.float32))
+    launch_tiles(scatter_add_kernel, positions.shape[0], target, positions, values)
+
+
+def launch_tiles(kernel: Any, count: int, dense: Tensor, positions: Tensor, compact: Tensor) -> None:
+    """Run `kernel` over the tiles of `compact`, which has one row for each of `count` positions."""
+    if compact.numel() == 0:
+        return
+    width = compact.numel() // count
+    grid, block_k, block_d = tile_grid(count, width)
+    with device_of(compact):
+        kernel[grid](dense, positions, compact, count, width, BLOCK_K=block_k, BLOCK_D=block_d)
+
+
+def tile_grid(count: int, width: int) -> tuple[tuple[int], int, int]:
+    """Programs, and the positions and columns that each of them owns."""
+    block_d = min(triton.next_power_of_2(width), TILE)
+    block_k = min(triton.next_power_of_2(count), TILE // block_d)
+    return (triton.cdiv(count, block_k) * triton.cdiv(width, block_d),), block_k, block_d
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; an interpreted kernel runs where its CPU tensors are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    """The same memory as integers: moving bits needs no kernel for each dtype, and leaves a NaN as it is."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_INTEGERS[tensor.itemsize])

@@ -1,0 +1,57 @@
+"""Weight gradients at selected positions, in plain PyTorch: the oracle, and the fallback on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS_AT_ONCE = 256  # rows of the dense gradient that exist at a time
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for half-precision activations, else their own."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:
+    n = input.shape[1]
+    out = input.new_zeros(positions.shape[0], dtype=accumulation_dtype(input.dtype))
+    starts = torch.arange(0, grad_output.shape[1] + ROWS_AT_ONCE, ROWS_AT_ONCE, device=positions.device)
+    bounds = torch.searchsorted(positions, (starts * n).to(positions.dtype)).tolist()
+    for block, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if begin < end:
+            first = block * ROWS_AT_ONCE
+            dense = grad_output[:, first : first + ROWS_AT_ONCE].to(out.dtype).T @ input.to(out.dtype)
+            out[begin:end] = dense.reshape(-1)[positions[begin:end].long() - first * n]
+    return out
+
+
+def masked_grad_embedding(
+    grad_output: Tensor, ids: Tensor, positions: Tensor, rows: bool, padding_idx: int
+) -> Tensor:
+    width = grad_output.shape[1]
+    dtype = accumulation_dtype(grad_output.dtype)
+    if positions.numel() == 0:
+        return grad_output.new_zeros((0, width) if rows else (0,), dtype=dtype)
+    positions = positions.long()
+    row_of = positions if rows else positions // width
+    table_rows = torch.unique(row_of)
+    slot = torch.searchsorted(table_rows, ids)
+    slot = slot.clamp_(max=table_rows.shape[0] - 1)
+    hit = (table_rows[slot] == ids) & (ids != padding_idx)
+    dense = grad_output.new_zeros((table_rows.shape[0], width), dtype=dtype)
+    dense.index_add_(0, slot[hit], grad_output[hit].to(dtype))
+    if rows:
+        return dense
+    return dense[torch.searchsorted(table_rows, row_of), positions % width]
+
+
+def masked_grad_linear_fake(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:
+    return input.new_empty(positions.shape, dtype=accumulation_dtype(input.dtype))
+
+
+def masked_grad_embedding_fake(
+    grad_output: Tensor, ids: Tensor, positions: Tensor, rows: bool, padding_idx: int
+) -> Tensor:
+    shape = (positions.shape[0], grad_output.shape[1]) if rows else positions.shape
+    return grad_output.new_empty(shape, dtype=accumulation_dtype(grad_output.dtype))

@@ -1,0 +1,112 @@
+"""Weight gradients at selected positions, in Triton: no atomics, so every run gives the same bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..gather_scatter.triton import compact_tile, device_of, tile_grid
+from .reference import accumulation_dtype
+
+BLOCK_P, BLOCK_T = 32, 64  # positions that a program owns, tokens that it takes at a time
+ALIGNMENT = 16  # Triton loads whole vectors where a stride is a multiple of this
+
+
+@triton.jit
+def masked_grad_linear_kernel(
+    grad_output, input, positions, out, count, tokens, n, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """One program owns BLOCK_P positions: out[p] = sum over t of grad_output[p // n, t] * input[p % n, t].
+
+    Both factors come transposed, so a position reads two runs of neighbours. Products add up in the dtype of out.
+    """
+    slots = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = slots < count
+    position = tl.load(positions + slots, mask=inside, other=0).to(tl.int64)
+    grad_rows = grad_output + (position // n * tokens)[:, None]
+    input_rows = input + (position % n * tokens)[:, None]
+    total = tl.zeros((BLOCK_P, BLOCK_T), out.dtype.element_ty)
+    for start in range(0, tokens, BLOCK_T):
+        token = start + tl.arange(0, BLOCK_T)[None, :]
+        mask = inside[:, None] & (token < tokens)
+        g = tl.load(grad_rows + token, mask=mask, other=0).to(total.dtype)
+        x = tl.load(input_rows + token, mask=mask, other=0).to(total.dtype)
+        total += g * x
+    tl.store(out + slots, tl.sum(total, 1), mask=inside)
+
+
+@triton.jit
+def masked_grad_embedding_kernel(
+    grad_output, order, firsts, lasts, positions, out, count, width, dim,
+    ELEMENTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_K positions by BLOCK_D columns: out[k, d] = sum of grad_output[t, d] over its tokens t.
+
+    The tokens of slot k are order[firsts[k]:lasts[k]], ascending, and are added one after another.
+    """
+    slots, columns, inside = compact_tile(count, width, BLOCK_K, BLOCK_D)
+    first = tl.load(firsts + slots, mask=slots < count, other=0)
+    last = tl.load(lasts + slots, mask=slots < count, other=0)
+    if ELEMENTS:
+        column = (tl.load(positions + slots, mask=slots < count, other=0).to(tl.int64) % dim)[:, None]
+    else:
+        column = columns[None, :]
+    total = tl.zeros((BLOCK_K, BLOCK_D), out.dtype.element_ty)
+    for i in tl.range(0, tl.max(last - first, 0), loop_unroll_factor=4):
+        live = first + i < last
+        token = tl.load(order + first + i, mask=live, other=0)
+        mask = live[:, None] & inside
+        total += tl.load(grad_output + token[:, None] * dim + column, mask=mask, other=0).to(total.dtype)
+    tl.store(out + slots[:, None] * width + columns[None, :], total, mask=inside)
+
+
+def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:
+    count = positions.shape[0]
+    out = input.new_empty(count, dtype=accumulation_dtype(input.dtype))
+    if count == 0:
+        return out
+    if input.shape[0] == 0:
+        return out.zero_()
+    n = input.shape[1]
+    grad_output, input = _by_column(grad_output), _by_column(input)
+    with device_of(out):
+        masked_grad_linear_kernel[(triton.cdiv(count, BLOCK_P),)](
+            grad_output, input, positions, out, count, input.shape[1], n, BLOCK_P=BLOCK_P, BLOCK_T=BLOCK_T
+        )
+    return out
+
+
+def masked_grad_embedding(
+    grad_output: Tensor, ids: Tensor, positions: Tensor, rows: bool, padding_idx: int
+) -> Tensor:
+    count, dim = positions.shape[0], grad_output.shape[1]
+    width = dim if rows else 1
+    dtype = accumulation_dtype(grad_output.dtype)
+    out = grad_output.new_empty((count, dim) if rows else (count,), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    # A stable sort keeps the tokens of an id in their order; then each position owns a run of them.
+    sorted_ids, order = ids.sort(stable=True)
+    selected = (positions if rows else positions // dim).to(ids.dtype)
+    firsts = torch.searchsorted(sorted_ids, selected)
+    lasts = torch.searchsorted(sorted_ids, selected, right=True)
+    if padding_idx >= 0:
+        lasts = torch.where(selected == padding_idx, firsts, lasts)
+    grid, block_k, block_d = tile_grid(count, width)
+    with device_of(out):
+        masked_grad_embedding_kernel[grid](
+            grad_output, order, firsts, lasts, positions, out, count, width, dim,
+            ELEMENTS=not rows, BLOCK_K=block_k, BLOCK_D=block_d,
+        )  # fmt: skip
+    return out
+
+
+def _by_column(x: Tensor) -> Tensor:
+    """A transposed copy, its rows filled up with zeros to a whole number of vectors."""
+    tokens, columns = x.shape
+    out = x.new_empty((columns, triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT))
+    out[:, :tokens] = x.t()
+    out[:, tokens:] = 0
+    return out

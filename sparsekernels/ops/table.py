@@ -1,0 +1,105 @@
+"""The op table: every kernel of the package, one row each. Start reading here.
+
+A row names an op, its schema, what it computes, and where its implementations are. The dispatcher of torch picks one:
+C++ where a native library registered one for the device, Triton on CUDA where none did, the PyTorch reference anywhere else.
+Arguments that are the same everywhere:
+
+    positions   sorted unique int32 or int64; row numbers where `rows` is true, else flat row-major offsets
+    rows        whether a position stands for a row of dimension 0 (width = numel / size(0)) or for one element (width 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .adamw import reference as adamw
+from .gather_scatter import reference as gather_scatter
+from .masked_grad import reference as masked_grad
+from .topk import reference as topk
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row: `family` is the stem that csrc/, ops/, python_tests/ and benchmarks/ share."""
+
+    name: str
+    family: str
+    schema: str
+    doc: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+
+
+ADAMW_OPTIONS = "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize"
+
+OPS: tuple[Op, ...] = (
+    Op(
+        "gather",
+        "gather_scatter",
+        "(Tensor source, Tensor positions, bool rows) -> Tensor",
+        "read the selected elements or rows into a compact tensor",
+        gather_scatter.gather,
+        gather_scatter.gather_fake,
+    ),
+    Op(
+        "scatter_",
+        "gather_scatter",
+        "(Tensor(a!) target, Tensor positions, Tensor values, bool rows) -> ()",
+        "write compact values over the selected elements or rows",
+        gather_scatter.scatter_,
+        gather_scatter.nothing,
+    ),
+    Op(
+        "scatter_add_",
+        "gather_scatter",
+        "(Tensor(a!) target, Tensor positions, Tensor values, bool rows) -> ()",
+        "add compact values to the selected elements or rows",
+        gather_scatter.scatter_add_,
+        gather_scatter.nothing,
+    ),
+    Op(
+        "adamw_compact_",
+        "adamw",
+        "(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor(e!)[] weights, Tensor[] positions, "
+        f"{ADAMW_OPTIONS}) -> ()",
+        "AdamW on compact values, written through into the dense weights",
+        adamw.adamw_compact_,
+        gather_scatter.nothing,
+    ),
+    Op(
+        "adamw_gathered_",
+        "adamw",
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        f"Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor[] positions, {ADAMW_OPTIONS}) -> ()",
+        "AdamW at the selected positions of dense parameters with dense gradients",
+        adamw.adamw_gathered_,
+        gather_scatter.nothing,
+    ),
+    Op(
+        "masked_grad_linear",
+        "masked_grad",
+        "(Tensor grad_output, Tensor input, Tensor positions) -> Tensor",
+        "weight gradient of a Linear at selected elements, without the dense gradient",
+        masked_grad.masked_grad_linear,
+        masked_grad.masked_grad_linear_fake,
+    ),
+    Op(
+        "masked_grad_embedding",
+        "masked_grad",
+        "(Tensor grad_output, Tensor ids, Tensor positions, bool rows, int padding_idx) -> Tensor",
+        "weight gradient of an Embedding at selected rows or elements, without the dense gradient",
+        masked_grad.masked_grad_embedding,
+        masked_grad.masked_grad_embedding_fake,
+    ),
+    Op(
+        "topk",
+        "topk",
+        "(Tensor[] scores, int k, bool magnitude) -> (Tensor positions, Tensor counts)",
+        "positions of the k largest entries over a list of tensors; ties go to the lowest position",
+        topk.topk,
+        topk.topk_fake,
+    ),
+)

@@ -1,0 +1,293 @@
+"""Freeze a model and train a compact copy of its selected weights.
+
+`sparsify` leaves every module's forward as it is: weights stay dense and are written in place. What changes is the
+backward: Linear and Embedding return the gradient of the selected positions alone; any other module's dense gradient is
+gathered as soon as autograd has it, and freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .autograd import SparseEmbedding, SparseLinear, attach
+from .ops import gather, scatter_
+from .selection import Index, Selection
+
+if TYPE_CHECKING:
+    from .delta import Delta
+
+VALUES, POSITIONS, ORIGINALS = "_values", "_positions", "_originals"
+
+
+class Slot:
+    """One selected tensor: finds its weight, values, positions and originals on the module that owns them.
+
+    Tied weights share one slot. `written` is the version of the values that the weight holds.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, index: Index) -> None:
+        self.owner, self.name, self.shape, self.rows = owner, name, index.shape, index.rows
+        self.written = -1
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = self.owner._parameters[self.name]
+        assert weight is not None
+        return weight
+
+    @property
+    def values(self) -> nn.Parameter:
+        values = self.owner._parameters[self.name + VALUES]
+        assert values is not None
+        return values
+
+    @property
+    def index(self) -> Index:
+        positions = self.owner._buffers[self.name + POSITIONS]
+        assert positions is not None
+        return Index.trusted(positions, self.shape, self.rows)
+
+    @property
+    def originals(self) -> Tensor:
+        originals = self.owner._buffers[self.name + ORIGINALS]
+        assert originals is not None
+        return originals
+
+    def sync_(self) -> None:
+        """Write the values into the weight, if they changed since the last time."""
+        if torch.compiler.is_compiling():
+            return  # SparseAdamW writes through by itself; a version number is no part of a graph
+        version = self.values._version
+        if version != self.written:
+            with torch.no_grad():
+                self.write_(self.values)
+            self.written = version
+
+    def write_(self, values: Tensor) -> None:
+        scatter_(self.weight.detach(), self.index, values.detach())
+        torch.autograd.graph.increment_version(self.weight)
+
+
+class SparseModel:
+    """What `sparsify` returns: the compact Parameters of a model, and the way back.
+
+    The model stays the object it was; use it as before. Its `parameters()` now hold the compact Parameters beside the
+    frozen weights, its `state_dict()` and `save_pretrained` hold plain, current weights and nothing else. As a context
+    manager it restores the model on leaving.
+
+    Attributes:
+        model: the model. selection: what is trained.
+        slots: parameter name -> Slot, in the order of the selection.
+    """
+
+    def __init__(self, model: nn.Module, slots: dict[str, Slot], found: _Found) -> None:
+        self.model = model
+        self.slots = slots
+        self._found: _Found | None = found
+
+    @property
+    def selection(self) -> Selection:
+        """What is trained, by parameter name."""
+        return Selection({name: slot.index for name, slot in self.slots.items()})
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name of the weight, its compact Parameter): [K] for elements, [R, *row] for rows; fp32 (fp64 for fp64)."""
+        for name, slot in self.slots.items():
+            yield name, slot.values
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The compact Parameters: what an optimizer takes."""
+        for _, values in self.named_parameters():
+            yield values
+
+    def sync_(self) -> None:
+        """Write changed values into the weights now.
+
+        Needed only to read a weight directly after an optimizer other than SparseAdamW stepped; forward, state_dict,
+        save_pretrained and delta do it by themselves.
+        """
+        for slot in self.slots.values():
+            slot.sync_()
+
+    def delta(self) -> Delta:
+        """The trained weights as a file to ship; see `Delta`."""
+        from .delta import Delta
+
+        self.sync_()
+        return Delta.from_slots(self.slots)
+
+    def restore(self) -> nn.Module:
+        """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
+        if self._found is not None:
+            for slot in self.slots.values():
+                with torch.no_grad():
+                    slot.write_(slot.originals)
+            self._leave()
+        return self.model
+
+    def merge(self) -> nn.Module:
+        """Keep the trained weights and give back everything else as it was found. Returns the model."""
+        if self._found is not None:
+            self.sync_()
+            self._leave()
+        return self.model
+
+    def _leave(self) -> None:
+        assert self._found is not None
+        self._found.put_back()
+        self._found = None
+
+    def __enter__(self) -> SparseModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+class _Found:
+    """How the model was found: requires_grad of every parameter, classes of modules, hooks to take off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self.classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.hooks: list[Any] = []
+        self.registered: list[tuple[nn.Module, str]] = []
+        self.carriers: list[nn.Module] = []
+
+    def put_back(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for module, cls in self.classes:
+            module.__class__ = cls
+        for module, name in self.registered:
+            del module._parameters[name + VALUES]
+            for suffix in (POSITIONS, ORIGINALS):
+                del module._buffers[name + suffix]
+                module._non_persistent_buffers_set.discard(name + suffix)
+        for module in self.carriers:
+            del module._sparse_slots
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad_(flag)
+
+
+def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
+    """Freeze `model` and give it one compact trainable Parameter for each selected tensor.
+
+    Args:
+        model: any module; changed in place as `SparseModel` describes, undone by `restore()`.
+        selection: what to train, by parameter name. Positions move to the device of their parameter.
+
+    Returns:
+        SparseModel. `SparseModel.parameters()` go to an optimizer; SparseAdamW also writes the weights in its step,
+        with any other optimizer they are written when the model next runs or is saved.
+
+    Memory, for K selected elements: values and their gradient 4 B each, positions 4 B (int64 past 2^31 elements),
+    originals in the dtype of the weight.
+
+    Raises:
+        ValueError: names or shapes that do not fit the model, two names of one tied weight, weights that are not
+            contiguous or not floating point, or a model that is sparsified already. The model is unchanged then.
+    """
+    weights = selection.check(model)
+    owners = _owners(model, weights)
+    found = _Found(model)
+    slots: dict[str, Slot] = {}
+    try:
+        for parameter, _ in found.requires_grad:
+            parameter.requires_grad_(False)
+        for name, weight in weights.items():
+            slots[name] = _give_values(owners[name], selection[name].to(weight.device), found)
+    except BaseException:
+        found.put_back()
+        raise
+    return SparseModel(model, slots, found)
+
+
+Owners = dict[str, list[tuple[nn.Module, str]]]
+
+
+def _owners(model: nn.Module, weights: dict[str, nn.Parameter]) -> Owners:
+    """For each selected name every (module, attribute) that holds the parameter; raises for what cannot be trained."""
+    if any(hasattr(module, "_sparse_slots") for module in model.modules()):
+        raise ValueError("the model is sparsified already; call restore() or merge() on its SparseModel first")
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, attribute))
+    seen: dict[int, str] = {}
+    for name, weight in weights.items():
+        if id(weight) in seen:
+            raise ValueError(f"{name!r} and {seen[id(weight)]!r} are one tied weight; select it under one name")
+        seen[id(weight)] = name
+        if not weight.is_floating_point():
+            raise ValueError(f"{name!r} is {weight.dtype}; only floating-point weights can be trained")
+        if not weight.is_contiguous():
+            raise ValueError(f"{name!r} is not contiguous; assign a contiguous copy to it first")
+        for module, _ in holders[id(weight)]:
+            if isinstance(module, nn.Embedding) and module.max_norm is not None:
+                raise ValueError(f"{name!r}: an Embedding with max_norm rewrites its weight in forward")
+    return {name: holders[id(weight)] for name, weight in weights.items()}
+
+
+def _give_values(holders: list[tuple[nn.Module, str]], index: Index, found: _Found) -> Slot:
+    """Register values, positions and originals on the first holder, and teach every holder the sparse backward."""
+    owner, name = holders[0]
+    slot = Slot(owner, name, index)
+    originals = gather(slot.weight.detach(), index)
+    wide = torch.promote_types(originals.dtype, torch.float32)
+    owner.register_parameter(name + VALUES, nn.Parameter(originals.to(wide, copy=True)))
+    owner.register_buffer(name + POSITIONS, index.positions, persistent=False)
+    owner.register_buffer(name + ORIGINALS, originals, persistent=False)
+    found.registered.append((owner, name))
+    slot.values._sparse_slot = slot  # type: ignore[attr-defined]  # how SparseAdamW finds the weight
+    slot.written = slot.values._version
+    for module, attribute in holders:
+        if not hasattr(module, "_sparse_slots"):
+            module._sparse_slots = {}  # type: ignore[assignment]
+            found.carriers.append(module)
+            found.hooks += [
+                module.register_state_dict_pre_hook(_before_save),
+                module.register_state_dict_post_hook(_after_save),
+                module.register_load_state_dict_pre_hook(_before_load),
+            ]
+            if type(module) is nn.Linear:
+                found.classes.append((module, nn.Linear))
+                module.__class__ = SparseLinear
+            elif type(module) is nn.Embedding and not module.scale_grad_by_freq:
+                found.classes.append((module, nn.Embedding))
+                module.__class__ = SparseEmbedding
+            else:
+                found.hooks += attach(module)
+        module._sparse_slots[attribute] = slot  # type: ignore[index,operator,union-attr]
+    return slot
+
+
+def _before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    for slot in module._sparse_slots.values():  # type: ignore[operator,union-attr]
+        slot.sync_()
+
+
+def _after_save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for attribute in module._sparse_slots:  # type: ignore[union-attr]
+        state_dict.pop(prefix + attribute + VALUES, None)
+
+
+def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Loaded weights bring the values along, so that the two never disagree."""
+    for attribute, slot in module._sparse_slots.items():  # type: ignore[operator,union-attr]
+        weight = state_dict.get(prefix + attribute)
+        key = prefix + attribute + VALUES
+        if slot.owner is not module or key in state_dict:
+            continue
+        if weight is not None and weight.shape == slot.shape:
+            state_dict[key] = gather(weight.detach().contiguous(), slot.index.to(weight.device)).to(slot.values.dtype)
+        else:
+            state_dict[key] = slot.values.detach()  # the weight's own mismatch is reported by torch
