@@ -8,7 +8,7 @@
 namespace sk {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements that are worth a thread
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread: about 10 us of work
 
 double read_step(const Tensor& step) {
   STD_TORCH_CHECK(

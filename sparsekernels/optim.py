@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .selection import Index
 
@@ -142,6 +143,20 @@ class SparseAdamW(torch.optim.AdamW):
         Args:
             closure: re-evaluates the model and returns the loss, which is returned.
         """
+        # torch wraps step() in a profiler scope and hook calls, which cost more than stepping a few rows does.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        ):
+            return self._hooked_step(closure)
+        return self._plain_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # tells torch that step() calls hooks by itself
+
+    def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -150,22 +165,24 @@ class SparseAdamW(torch.optim.AdamW):
             plan = self._plans.get(number)
             if plan is None or plan.size != len(group["params"]):
                 plan = self._plans[number] = _Plan(group)
-            if plan.compact:
-                self._step_sparse("compact", group, plan, plan.compact)
-            if plan.gathered:
-                self._step_sparse("gathered", group, plan, plan.gathered)
+            if plan.compact or plan.gathered:
+                with torch.no_grad():
+                    self._step_sparse("compact", group, plan, plan.compact)
+                    self._step_sparse("gathered", group, plan, plan.gathered)
             if plan.dense:
                 self._step_dense(group, plan.dense)
         return loss
 
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
+
     def _step_sparse(self, kind: str, group: dict[str, Any], plan: _Plan, params: list[Tensor]) -> None:
         grads = [p.grad for p in params]
-        complete = None not in grads
+        complete = all(grad is not None for grad in grads)
         if not complete:
             params = [p for p in params if p.grad is not None]
             grads = [p.grad for p in params]
-            if not params:
-                return
+        if not params:
+            return
         lists = plan.lists.get(kind) if complete else None
         if lists is None:
             lists = self._lists(kind, group, plan, params)
@@ -181,12 +198,11 @@ class SparseAdamW(torch.optim.AdamW):
             float(group["eps"]),
             group["maximize"],
         )
-        with torch.no_grad():
-            torch._foreach_add_(steps, 1)
-            if kind == "compact":
-                torch.ops.sparsekernels.adamw_compact_.default(values, grads, *state, steps, dense, positions, *options)
-            else:
-                torch.ops.sparsekernels.adamw_gathered_.default(values, grads, *state, steps, positions, *options)
+        torch._foreach_add_(steps, 1)
+        if kind == "compact":
+            torch.ops.sparsekernels.adamw_compact_.default(values, grads, *state, steps, dense, positions, *options)
+        else:
+            torch.ops.sparsekernels.adamw_gathered_.default(values, grads, *state, steps, positions, *options)
         # Ops do not bump versions by themselves; a backward over weights that changed since its forward must fail.
         torch.autograd.graph.increment_version(mutated)
         if kind == "compact":

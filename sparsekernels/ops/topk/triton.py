@@ -1,6 +1,6 @@
 """Exact top-k over a list of tensors, in Triton: radix select, eight bits of the scores a pass.
 
-The host waits once, to learn whether a score is NaN: the digits are chosen on the device.
+The host waits once, to learn whether a score is NaN; the digits are chosen on the device.
 """
 
 from __future__ import annotations
@@ -14,92 +14,85 @@ from torch import Tensor
 
 from ..gather_scatter.triton import device_of
 
-BLOCK = 1024  # scores that a program takes at a time: at least its threads, or tl.histogram would count some twice
+BLOCK = 1024  # scores that a program takes at a time: never fewer than its threads, each of which then has its own
 PROGRAMS = 1024  # at most so many for a tensor
 BITS = tl.constexpr(8)  # of a digit
+BINS = tl.constexpr(256)
 
-# For each size of a score in bytes: its integer dtype, the sign bit, and the bits of infinity by floating dtype.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INFINITY = {
-    torch.bfloat16: 0x7F80,
-    torch.float16: 0x7C00,
+_INFINITY = {  # its bits, those of 16-bit dtypes moved up to 32 bits
+    torch.bfloat16: 0x7F800000,
+    torch.float16: 0x7C000000,
     torch.float32: 0x7F800000,
     torch.float64: 0x7FF0000000000000,
 }
 
 
 @triton.jit
-def load_keys(scores, offsets, mask, MAGNITUDE: tl.constexpr, WIDTH: tl.constexpr):
-    """Keys of scores given as integers of WIDTH bits, and their magnitudes: a larger score has a larger signed key.
+def load_keys(scores, offsets, mask, MAGNITUDE: tl.constexpr):
+    """Keys of scores that are given as integers, and their magnitudes: the larger the score, the larger the key.
 
-    A float's bits without its sign ascend with its magnitude, so key = -magnitude where the sign is set; 0.0 and -0.0
-    both get 0.
+    The bits of a float without its sign ascend with its magnitude, so key = -magnitude where the sign is set; 0.0 and
+    -0.0 both get 0. Scores of 16 bits become keys of 32 bits whose lower half is 0.
     """
     bits = tl.load(scores + offsets, mask=mask, other=0)
-    if WIDTH == 16:
-        bits = bits.to(tl.int32)
-    magnitude = bits & ((1 << (WIDTH - 1)) - 1)
-    if MAGNITUDE:
-        return magnitude, magnitude
-    else:
-        return tl.where(bits < 0, -magnitude, magnitude), magnitude
+    if bits.dtype == tl.int16:
+        bits = bits.to(tl.int32) << 16
+    magnitude = bits & (0x7FFFFFFF if bits.dtype == tl.int32 else 0x7FFFFFFFFFFFFFFF)
+    return (magnitude if MAGNITUDE else tl.where(bits < 0, -magnitude, magnitude)), magnitude
 
 
 @triton.jit
-def ascending(key, WIDTH: tl.constexpr):
-    """The key with its sign bit turned over: its digits, read as an unsigned number, then order the keys."""
-    return key ^ (-(1 << (WIDTH - 1)))
+def flip(key):
+    """Turns the sign bit over: signed keys become numbers whose digits order them, and back."""
+    return key ^ (-0x80000000 if key.dtype == tl.int32 else -0x8000000000000000)
 
 
 @triton.jit
 def histogram_kernel(
     scores, n, chunk, state, histogram, nan_count,
-    MAGNITUDE: tl.constexpr, WIDTH: tl.constexpr, INFINITY: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, SHIFT: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program owns `chunk` scores: histogram[b] += number of them with digit b that share the prefix so far.
+    """One program owns `chunk` scores: histogram[b] += how many of those that share the prefix so far have digit b.
 
     Counts meet in integer atomics, whose order does not matter. The first pass counts NaNs too.
     """
     begin = tl.program_id(0).to(tl.int64) * chunk
     prefix = tl.load(state)
-    bins = tl.arange(0, 1 << BITS)
-    counts = tl.zeros((1 << BITS,), tl.int32)
+    counts = tl.zeros((BINS,), tl.int32)
     nans = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, chunk, BLOCK):
         offsets = begin + start + tl.arange(0, BLOCK)
         mask = offsets < n
-        key, magnitude = load_keys(scores, offsets, mask, MAGNITUDE, WIDTH)
-        key = ascending(key, WIDTH)
-        if SHIFT + BITS == WIDTH:
+        key, magnitude = load_keys(scores, offsets, mask, MAGNITUDE)
+        key = flip(key)
+        if FIRST:
             nans += (magnitude > INFINITY).to(tl.int32)
         else:
             mask = mask & (((key ^ prefix.to(key.dtype)) >> (SHIFT + BITS)) == 0)
-        digit = (key >> SHIFT) & ((1 << BITS) - 1)
-        counts += tl.histogram(digit.to(tl.int32), 1 << BITS, mask=mask)
-    tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0)
-    if SHIFT + BITS == WIDTH:
+        counts += tl.histogram(((key >> SHIFT) & (BINS - 1)).to(tl.int32), BINS, mask=mask)
+    tl.atomic_add(histogram + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0)
+    if FIRST:
         tl.atomic_add(nan_count, tl.sum(nans).to(tl.int64))
 
 
 @triton.jit
 def choose_digit_kernel(histogram, state, next_state, SHIFT: tl.constexpr):
-    """The one program picks the digit of the k-th largest key: the highest with `remaining` scores at or above it.
+    """The one program picks a digit of the k-th largest key: the highest with enough scores at or above it.
 
-    state holds the prefix, as the ascending key's bits, and how many scores are still wanted among those that share it.
+    state is the prefix of that key, and how many of the scores that share it are among the k.
     """
-    bins = tl.arange(0, 1 << BITS)
+    bins = tl.arange(0, BINS)
     counts = tl.load(histogram + bins)
-    remaining = tl.load(state + 1)
-    reached = tl.cumsum(counts, reverse=True) >= remaining
-    digit = tl.sum(reached.to(tl.int64)) - 1
+    wanted = tl.load(state + 1)
+    enough = tl.cumsum(counts, reverse=True) >= wanted
+    digit = tl.sum(enough.to(tl.int64)) - 1
     tl.store(next_state, tl.load(state) | (digit << SHIFT))
-    tl.store(next_state + 1, remaining - tl.sum(tl.where(bins > digit, counts, 0)))
+    tl.store(next_state + 1, wanted - tl.sum(tl.where(bins > digit, counts, 0)))
 
 
 @triton.jit
-def count_kernel(
-    scores, n, chunk, state, above, equal, MAGNITUDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def count_kernel(scores, n, chunk, state, above, equal, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
     """One program owns `chunk` scores: how many are above the k-th largest, and how many equal to it."""
     program = tl.program_id(0).to(tl.int64)
     threshold = tl.load(state)
@@ -108,8 +101,8 @@ def count_kernel(
     for start in range(0, chunk, BLOCK):
         offsets = program * chunk + start + tl.arange(0, BLOCK)
         mask = offsets < n
-        key, _ = load_keys(scores, offsets, mask, MAGNITUDE, WIDTH)
-        limit = ascending(threshold.to(key.dtype), WIDTH)
+        key, _ = load_keys(scores, offsets, mask, MAGNITUDE)
+        limit = flip(threshold.to(key.dtype))
         above_here += (mask & (key > limit)).to(tl.int32)
         equal_here += (mask & (key == limit)).to(tl.int32)
     tl.store(above + program, tl.sum(above_here).to(tl.int64))
@@ -118,41 +111,90 @@ def count_kernel(
 
 @triton.jit
 def collect_kernel(
-    scores, n, chunk, state, starts, ties, totals, positions, count,
-    MAGNITUDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program owns `chunk` scores: it writes, ascending, the offsets of those above the k-th largest and of its
-    first `ties` equals, from positions[starts] on; count += how many.
+    scores, n, chunk, state, firsts, ties, totals, positions, count, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program owns `chunk` scores, of which totals[program] are among the k: it writes their offsets, ascending,
+    from positions[firsts[program]] on, and takes the first ties[program] of those equal to the k-th largest.
     """
     program = tl.program_id(0).to(tl.int64)
     threshold = tl.load(state)
-    start = tl.load(starts + program)
+    first = tl.load(firsts + program)
     ties_left = tl.load(ties + program)
     total = tl.load(totals + program)
     # Most programs have nothing to write where k is small; their scores are not read again.
-    for first in range(0, tl.where(total > 0, chunk, 0), BLOCK):
-        offsets = program * chunk + first + tl.arange(0, BLOCK)
+    for start in range(0, tl.where(total > 0, chunk, 0), BLOCK):
+        offsets = program * chunk + start + tl.arange(0, BLOCK)
         mask = offsets < n
-        key, _ = load_keys(scores, offsets, mask, MAGNITUDE, WIDTH)
-        limit = ascending(threshold.to(key.dtype), WIDTH)
+        key, _ = load_keys(scores, offsets, mask, MAGNITUDE)
+        limit = flip(threshold.to(key.dtype))
         equal = (mask & (key == limit)).to(tl.int32)
         tied = (equal > 0) & (tl.cumsum(equal) <= ties_left)
         chosen = (tied | (mask & (key > limit))).to(tl.int32)
-        tl.store(positions + start + tl.cumsum(chosen) - 1, offsets, mask=chosen > 0)
-        start += tl.sum(chosen)
+        tl.store(positions + first + tl.cumsum(chosen) - 1, offsets, mask=chosen > 0)
+        first += tl.sum(chosen)
         ties_left -= tl.sum(equal)
     tl.atomic_add(count, total)
 
 
 def topk(scores: Sequence[Tensor], k: int, magnitude: bool) -> tuple[Tensor, Tensor]:
-    scores = [score.detach().reshape(-1) for score in scores]
+    infinity = _INFINITY[scores[0].dtype]
+    scores = [score.detach().reshape(-1).view(_INTEGERS[score.itemsize]) for score in scores]
     with device_of(scores[0]):
-        return _topk(scores, k, magnitude)
+        positions, counts, nans = _select(scores, k, magnitude, infinity)
+    for i, found in enumerate(nans.tolist()):
+        if found:
+            raise ValueError(f"scores[{i}] holds NaN")
+    return positions, counts
 
 
-def _topk(scores: Sequence[Tensor], k: int, magnitude: bool) -> tuple[Tensor, Tensor]:
-    width = 8 * scores[0].itemsize
-    constants = {"MAGNITUDE": magnitude, "WIDTH": width, "BLOCK": BLOCK}
-    passes = range(width - BITS.value, -1, -BITS.value)  # by the shift of the digit
-    zeros = torch.zeros((len(passes) + 1) * 2 + (len(passes) << BITS.value) + 2 * len(scores), dtype=torch.int64, device=scores[0].device)
-    ...
+def _select(scores: Sequence[Tensor], k: int, magnitude: bool, infinity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of the k largest, how many of them are in each tensor, and how many NaNs are."""
+    device = scores[0].device
+    grids = [_grid(score.numel()) for score in scores]
+    counts, nans = torch.zeros((2, len(scores)), dtype=torch.int64, device=device)
+
+    key_bits = max(32, scores[0].itemsize * 8)
+    state = torch.zeros(2, dtype=torch.int64, device=device)
+    state[1] = k
+    for number in range(scores[0].itemsize):
+        shift = key_bits - BITS.value * (number + 1)
+        histogram = torch.zeros(BINS.value, dtype=torch.int64, device=device)
+        for i, (score, (programs, chunk)) in enumerate(zip(scores, grids, strict=True)):
+            if programs:
+                histogram_kernel[(programs,)](
+                    score, score.numel(), chunk, state, histogram, nans[i:],
+                    MAGNITUDE=magnitude, INFINITY=infinity, SHIFT=shift, FIRST=number == 0, BLOCK=BLOCK,
+                )  # fmt: skip
+        before, state = state, torch.empty_like(state)
+        choose_digit_kernel[(1,)](histogram, before, state, SHIFT=shift, num_warps=1)
+
+    every = sum(programs for programs, _ in grids)
+    above, equal = torch.empty((2, every), dtype=torch.int64, device=device)
+    done = 0
+    for score, (programs, chunk) in zip(scores, grids, strict=True):
+        if programs:
+            count_kernel[(programs,)](
+                score, score.numel(), chunk, state, above[done:], equal[done:], MAGNITUDE=magnitude, BLOCK=BLOCK
+            )
+            done += programs
+    # Ties go to the programs in their order, which is that of the tensors and of the offsets in them.
+    ties = (state[1] - (equal.cumsum(0) - equal)).clamp_(min=0).minimum(equal)
+    totals = above + ties
+    firsts = totals.cumsum(0) - totals
+
+    positions = torch.empty(k, dtype=torch.int64, device=device)
+    done = 0
+    for i, (score, (programs, chunk)) in enumerate(zip(scores, grids, strict=True)):
+        if programs:
+            collect_kernel[(programs,)](
+                score, score.numel(), chunk, state, firsts[done:], ties[done:], totals[done:], positions, counts[i:],
+                MAGNITUDE=magnitude, BLOCK=BLOCK,
+            )  # fmt: skip
+            done += programs
+    return positions, counts, nans
+
+
+def _grid(n: int) -> tuple[int, int]:
+    """Programs for n scores, and the scores that each of them owns."""
+    chunk = triton.cdiv(max(n, 1), BLOCK * PROGRAMS) * BLOCK
+    return triton.cdiv(n, chunk), chunk
