@@ -26,8 +26,8 @@ def main() -> None:
         reasons = {why_not(op.name, "native", device) for op in OPS} - {None}
         for reason in sorted(str(reason) for reason in reasons):
             print(f"no native kernels on {device}: {reason}")
-        reason = why_not(OPS[0].name, "triton", device)
-        print(f"no Triton on {device}: {reason}" if reason else f"Triton on {device}: available")
+        missing = why_not(OPS[0].name, "triton", device)
+        print(f"no Triton on {device}: {missing}" if missing else f"Triton on {device}: available")
 
 
 def usable(device: str) -> bool:

@@ -1,11 +1,11 @@
 """How modules get a sparse backward: two subclasses, and hooks for everything else.
 
-The autograd functions run the plain dense forward and return the gradient of the compact values instead of the weight's.
+The autograd functions run the plain dense forward and return the gradient of the compact values, not of the weight.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,22 @@ from torch.autograd.function import once_differentiable
 
 from .ops import gather, masked_grad_embedding, masked_grad_linear
 from .selection import Index
+
+if TYPE_CHECKING:
+    from .sparsify import Slot
+
+SLOTS = "_sparse_slots"  # where a module keeps {name of its parameter: Slot}
+
+
+def slots_of(module: nn.Module) -> dict[str, Slot]:
+    """The slots of a sparsified module, by the name of the parameter in it."""
+    slots: dict[str, Slot] = module.__dict__[SLOTS]
+    return slots
+
+
+def is_sparsified(module: nn.Module) -> bool:
+    """Whether the module itself holds a selected parameter."""
+    return SLOTS in module.__dict__
 
 
 class _Linear(torch.autograd.Function):
@@ -82,7 +98,7 @@ def _matrix(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _attached(slot: Any) -> Tensor:
+def _attached(slot: Slot) -> Tensor:
     slot.sync_()
     result: Tensor = _Attach.apply(slot.weight, slot.values, slot.index)
     return result
@@ -91,13 +107,12 @@ def _attached(slot: Any) -> Tensor:
 class SparseLinear(nn.Linear):
     """A Linear whose weight, bias or both have slots. Made by `sparsify` from an existing module."""
 
-    _sparse_slots: dict[str, Any]
-
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if "bias" in self._sparse_slots:
-            bias = _attached(self._sparse_slots["bias"])  # type: ignore[assignment]
-        slot = self._sparse_slots.get("weight")
+        slots = slots_of(self)
+        if "bias" in slots:
+            bias = _attached(slots["bias"])  # type: ignore[assignment]
+        slot = slots.get("weight")
         if slot is None:
             return F.linear(input, weight, bias)
         slot.sync_()
@@ -114,10 +129,8 @@ class SparseLinear(nn.Linear):
 class SparseEmbedding(nn.Embedding):
     """An Embedding whose weight has a slot. Made by `sparsify` from an existing module."""
 
-    _sparse_slots: dict[str, Any]
-
     def forward(self, input: Tensor) -> Tensor:
-        slot = self._sparse_slots["weight"]
+        slot = slots_of(self)["weight"]
         slot.sync_()
         result: Tensor = _Embedding.apply(input, self.weight, slot.values, slot.index, self.padding_idx)
         return result
@@ -129,8 +142,8 @@ def attach(module: nn.Module) -> list[Any]:
 
 
 def _put(module: Any, *_: Any) -> None:
-    module._sparse_held = {name: module._parameters[name] for name in module._sparse_slots}
-    for name, slot in module._sparse_slots.items():
+    module._sparse_held = {name: module._parameters[name] for name in slots_of(module)}
+    for name, slot in slots_of(module).items():
         module._parameters[name] = _attached(slot)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .autograd import is_sparsified
 from .files import load_tensors, save_tensors
 from .ops import gather, scatter_
 from .selection import Index, Selection
@@ -133,12 +134,14 @@ class Delta:
         return self.changes[name].index.to(weight.device)
 
     def _checked(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        if any(hasattr(module, "_sparse_slots") for module in model.modules()):
+        if any(is_sparsified(module) for module in model.modules()):
             raise ValueError("the model is sparsified; call restore() or merge() on its SparseModel first")
         weights = self.selection.check(model)
         for name, weight in weights.items():
             if weight.dtype != self.changes[name].values.dtype:
-                raise ValueError(f"{name!r} is {weight.dtype}, the delta was made for {self.changes[name].values.dtype}")
+                raise ValueError(
+                    f"{name!r} is {weight.dtype}, the delta was made for {self.changes[name].values.dtype}"
+                )
         return weights
 
 

@@ -11,6 +11,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .selection import Index
+from .sparsify import SLOT, Slot
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -22,9 +23,10 @@ class _Plan:
         params = group["params"]
         self.size = len(params)
         self.index: dict[Tensor, Index] = dict(zip(params, group.get("indices") or (), strict=False))
-        self.compact = [p for p in params if hasattr(p, "_sparse_slot")]
+        self.slots: dict[Tensor, Slot] = {p: p.__dict__[SLOT] for p in params if SLOT in p.__dict__}
+        self.compact = list(self.slots)
         self.gathered = list(self.index)
-        self.dense = [p for p in params if not hasattr(p, "_sparse_slot") and p not in self.index]
+        self.dense = [p for p in params if p not in self.slots and p not in self.index]
         self.lists: dict[str, list[list[Tensor]]] = {}
 
 
@@ -116,7 +118,7 @@ class SparseAdamW(torch.optim.AdamW):
                 index = group["indices"][i]
                 shape, dtype = index.compact_shape, _state_dtype(p)
                 if old.get("indices") and old["indices"][j] != index:
-                    raise ValueError(f"state_dict was made for other indices of parameter {key}; select the same positions")
+                    raise ValueError(f"state_dict was made for other indices of parameter {key}")
             found = {name: value for name, value in state_dict["state"].get(key, {}).items() if name in MOMENTS}
             for name, value in found.items():
                 if value.shape != shape:
@@ -149,7 +151,7 @@ class SparseAdamW(torch.optim.AdamW):
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         ):
             return self._hooked_step(closure)
         return self._plain_step(closure)
@@ -207,7 +209,7 @@ class SparseAdamW(torch.optim.AdamW):
         torch.autograd.graph.increment_version(mutated)
         if kind == "compact":
             for p in params:
-                p._sparse_slot.written = p._version  # type: ignore[attr-defined]
+                plan.slots[p].written = p._version
 
     def _lists(self, kind: str, group: dict[str, Any], plan: _Plan, params: list[Tensor]) -> list[list[Tensor]]:
         """values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, dense weights, positions, and all that is mutated."""
@@ -220,7 +222,7 @@ class SparseAdamW(torch.optim.AdamW):
         states = [self.state[p] for p in params]
         dense: list[Tensor] = []
         if kind == "compact":
-            slots = [p._sparse_slot for p in params]  # type: ignore[attr-defined]
+            slots = [plan.slots[p] for p in params]
             dense = [slot.weight for slot in slots]
             positions = [slot.index.positions for slot in slots]
         else:
@@ -237,12 +239,24 @@ class SparseAdamW(torch.optim.AdamW):
         ]
 
     def _step_dense(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lists: list[list[Tensor]] = [[], [], [], [], [], []]
+        live: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        max_exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
         beta1, beta2 = group["betas"]
         with torch.set_grad_enabled(group["differentiable"]):
-            has_complex = self._init_group({**group, "params": params}, *lists)
+            has_complex = self._init_group(
+                {**group, "params": params}, live, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
+            )
             adam(
-                *lists,
+                live,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                max_exp_avg_sqs,
+                steps,
                 amsgrad=group["amsgrad"],
                 has_complex=has_complex,
                 beta1=beta1,

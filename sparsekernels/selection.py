@@ -274,7 +274,7 @@ class Selection(Mapping[str, Index]):
             else {name: torch.Size(shape) for name, shape in like.items()}
         )
         generator = torch.Generator().manual_seed(seed)
-        out = {}
+        out: dict[str, Index] = {}
         for name in shapes if names is None else names:
             if name not in shapes:
                 raise ValueError(f"names holds {name!r}, which is not among the {len(shapes)} tensors given")
@@ -304,7 +304,7 @@ class Selection(Mapping[str, Index]):
         for name, index in self.items():
             share = index.numel / max(index.shape.numel(), 1)
             kind = "rows" if index.rows else "elements"
-            lines.append(f"{name:<60} {len(index):>12,} {kind:<8} of {str(list(index.shape)):<16} {share:8.3%}")
+            lines.append(f"{name:<60} {len(index):>12,} {kind:<8} of {list(index.shape)!s:<16} {share:8.3%}")
         total = sum(index.shape.numel() for index in self.values())
         lines.append(f"{'total':<60} {self.numel:>12,} elements of {total:,} {self.numel / max(total, 1):.3%}")
         return "\n".join(lines)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .autograd import SparseEmbedding, SparseLinear, attach
+from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, is_sparsified, slots_of
 from .ops import gather, scatter_
 from .selection import Index, Selection
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .delta import Delta
 
 VALUES, POSITIONS, ORIGINALS = "_values", "_positions", "_originals"
+SLOT = "_sparse_slot"
 
 
 class Slot:
@@ -172,7 +173,7 @@ class _Found:
                 del module._buffers[name + suffix]
                 module._non_persistent_buffers_set.discard(name + suffix)
         for module in self.carriers:
-            del module._sparse_slots
+            del module.__dict__[SLOTS]
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
 
@@ -215,7 +216,7 @@ Owners = dict[str, list[tuple[nn.Module, str]]]
 
 def _owners(model: nn.Module, weights: dict[str, nn.Parameter]) -> Owners:
     """For each selected name every (module, attribute) that holds the parameter; raises for what cannot be trained."""
-    if any(hasattr(module, "_sparse_slots") for module in model.modules()):
+    if any(is_sparsified(module) for module in model.modules()):
         raise ValueError("the model is sparsified already; call restore() or merge() on its SparseModel first")
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -247,11 +248,11 @@ def _give_values(holders: list[tuple[nn.Module, str]], index: Index, found: _Fou
     owner.register_buffer(name + POSITIONS, index.positions, persistent=False)
     owner.register_buffer(name + ORIGINALS, originals, persistent=False)
     found.registered.append((owner, name))
-    slot.values._sparse_slot = slot  # type: ignore[attr-defined]  # how SparseAdamW finds the weight
+    slot.values.__dict__[SLOT] = slot  # how SparseAdamW finds the weight
     slot.written = slot.values._version
     for module, attribute in holders:
-        if not hasattr(module, "_sparse_slots"):
-            module._sparse_slots = {}  # type: ignore[assignment]
+        if not is_sparsified(module):
+            module.__dict__[SLOTS] = {}
             found.carriers.append(module)
             found.hooks += [
                 module.register_state_dict_pre_hook(_before_save),
@@ -266,28 +267,29 @@ def _give_values(holders: list[tuple[nn.Module, str]], index: Index, found: _Fou
                 module.__class__ = SparseEmbedding
             else:
                 found.hooks += attach(module)
-        module._sparse_slots[attribute] = slot  # type: ignore[index,operator,union-attr]
+        slots_of(module)[attribute] = slot
     return slot
 
 
 def _before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    for slot in module._sparse_slots.values():  # type: ignore[operator,union-attr]
+    for slot in slots_of(module).values():
         slot.sync_()
 
 
 def _after_save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    for attribute in module._sparse_slots:  # type: ignore[union-attr]
+    for attribute in slots_of(module):
         state_dict.pop(prefix + attribute + VALUES, None)
 
 
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Loaded weights bring the values along, so that the two never disagree."""
-    for attribute, slot in module._sparse_slots.items():  # type: ignore[operator,union-attr]
+    for attribute, slot in slots_of(module).items():
         weight = state_dict.get(prefix + attribute)
         key = prefix + attribute + VALUES
         if slot.owner is not module or key in state_dict:
             continue
         if weight is not None and weight.shape == slot.shape:
-            state_dict[key] = gather(weight.detach().contiguous(), slot.index.to(weight.device)).to(slot.values.dtype)
+            found = gather(weight.detach().contiguous(), slot.index.to(weight.device))
+            state_dict[key] = found.to(slot.values.dtype)
         else:
             state_dict[key] = slot.values.detach()  # the weight's own mismatch is reported by torch

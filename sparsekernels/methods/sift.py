@@ -123,7 +123,9 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     device = next(model.parameters()).device
     output = model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
     if getattr(output, "loss", None) is None:
-        raise ValueError("loss: the model returned none; put labels into the batches or pass loss=function(model, batch)")
+        raise ValueError(
+            "loss: the model returned none; put labels into the batches or pass loss=function(model, batch)"
+        )
     loss: Tensor = output.loss
     return loss
 
@@ -182,7 +184,9 @@ def _gradients(
     def hook(name: str) -> Callable[[Tensor], None]:
         def freed(parameter: Tensor) -> None:
             if name in taken:
-                raise RuntimeError(f"the gradient of {name!r} comes in pieces; use checkpointing with use_reentrant=False")
+                raise RuntimeError(
+                    f"the gradient of {name!r} comes in pieces; use checkpointing with use_reentrant=False"
+                )
             taken.add(name)
             assert parameter.grad is not None
             take(name, parameter.grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def adamw_compact_(
     steps: Sequence[Tensor],
     weights: Sequence[Tensor],
     positions: Sequence[Tensor],
-    *options: float,
+    *options: Any,
 ) -> None:
     for i, x in enumerate(values):
         maximum = max_exp_avg_sqs[i] if max_exp_avg_sqs else None
@@ -64,7 +65,7 @@ def adamw_gathered_(
     max_exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     positions: Sequence[Tensor],
-    *options: float,
+    *options: Any,
 ) -> None:
     for i, param in enumerate(params):
         exp_avg, rows = exp_avgs[i], _whole_rows(exp_avgs[i], param)

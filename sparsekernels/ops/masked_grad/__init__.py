@@ -36,7 +36,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
         ValueError: shapes, dtypes or devices do not fit each other.
     """
     grad_output, input = grad_output.flatten(0, -2), input.flatten(0, -2)
-    expected = (grad_output.shape[1], input.shape[1])
+    expected = torch.Size((grad_output.shape[1], input.shape[1]))
     if index.shape != expected or grad_output.shape[0] != input.shape[0]:
         raise ValueError(
             f"grad_output {list(grad_output.shape)} and input {list(input.shape)} make a weight of {list(expected)}, "

@@ -78,9 +78,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) ->
     return out
 
 
-def masked_grad_embedding(
-    grad_output: Tensor, ids: Tensor, positions: Tensor, rows: bool, padding_idx: int
-) -> Tensor:
+def masked_grad_embedding(grad_output: Tensor, ids: Tensor, positions: Tensor, rows: bool, padding_idx: int) -> Tensor:
     count, dim = positions.shape[0], grad_output.shape[1]
     width = dim if rows else 1
     dtype = accumulation_dtype(grad_output.dtype)

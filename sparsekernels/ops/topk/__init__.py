@@ -9,9 +9,7 @@ from torch import Tensor
 from ..backend import Backend, select
 
 
-def topk(
-    scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: Backend | None = None
-) -> list[Tensor]:
+def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: Backend | None = None) -> list[Tensor]:
     """Find the k largest entries over all tensors together, without joining them.
 
     Equivalent to a stable descending sort of `torch.cat([s.reshape(-1) for s in scores])`, cut at k.
