@@ -147,8 +147,8 @@ def _validated(positions: Tensor, limit: int, rows: bool) -> Tensor:
 class Selection(Mapping[str, Index]):
     """A mapping from parameter name to `Index`, with set algebra, and ways to make, save and read one.
 
-    `a | b`, `a & b` and `a - b` work position by position; rows meet elements as elements. A parameter whose set becomes
-    empty is left out.
+    `a | b`, `a & b` and `a - b` work position by position; rows meet elements as elements. A parameter whose set
+    becomes empty is left out.
 
     Attributes:
         report: what the method that made the selection tells beside it; not saved, not carried through set algebra.

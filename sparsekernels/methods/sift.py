@@ -123,9 +123,7 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     device = next(model.parameters()).device
     output = model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
     if getattr(output, "loss", None) is None:
-        raise ValueError(
-            "loss: the model returned none; put labels into the batches or pass loss=function(model, batch)"
-        )
+        raise ValueError("loss: the model returned none; put labels into the batches or pass a function as loss")
     loss: Tensor = output.loss
     return loss
 

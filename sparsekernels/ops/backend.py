@@ -1,6 +1,6 @@
 """Which implementation serves an op: registers the table with torch's dispatcher and answers for what is missing.
 
-The ladder is native (C++ or CUDA) -> Triton -> reference. Nothing is decided twice: torch's dispatcher holds the result.
+The ladder is native (C++ or CUDA) -> Triton -> reference. Nothing is decided twice: the dispatcher holds the result.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The op table: every kernel of the package, one row each. Start reading here.
 
-A row names an op, its schema, what it computes, and where its implementations are. The dispatcher of torch picks one:
-C++ where a native library registered one for the device, Triton on CUDA where none did, the PyTorch reference anywhere else.
+A row names an op, its schema, what it computes, and its reference. torch's dispatcher picks the implementation: C++ where
+a native library registered one for the device, Triton on CUDA where none did, the PyTorch reference anywhere else.
 Arguments that are the same everywhere:
 
     positions   sorted unique int32 or int64; row numbers where `rows` is true, else flat row-major offsets
-    rows        whether a position stands for a row of dimension 0 (width = numel / size(0)) or for one element (width 1)
+    rows        whether a position stands for a whole row of dimension 0 or for one element
 """
 
 from __future__ import annotations

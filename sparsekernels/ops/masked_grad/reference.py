@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) ->
     out = input.new_zeros(positions.shape[0], dtype=accumulation_dtype(input.dtype))
     starts = torch.arange(0, grad_output.shape[1] + ROWS_AT_ONCE, ROWS_AT_ONCE, device=positions.device)
     bounds = torch.searchsorted(positions, (starts * n).to(positions.dtype)).tolist()
-    for block, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for block, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             first = block * ROWS_AT_ONCE
             dense = grad_output[:, first : first + ROWS_AT_ONCE].to(out.dtype).T @ input.to(out.dtype)
