@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .selection import Index
-from .sparsify import SLOT, Slot
+from .sparsify import SLOT, STEP_HOOKS, Slot
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -150,7 +150,7 @@ class SparseAdamW(torch.optim.AdamW):
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
+            or len(_global_optimizer_post_hooks) > len(STEP_HOOKS)
             or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         ):
             return self._hooked_step(closure)

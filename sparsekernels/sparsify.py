@@ -7,12 +7,14 @@ gathered as soon as autograd has it, and freed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, is_sparsified, slots_of
 from .ops import gather, scatter_
@@ -23,6 +25,16 @@ if TYPE_CHECKING:
 
 VALUES, POSITIONS, ORIGINALS = "_values", "_positions", "_originals"
 SLOT = "_sparse_slot"
+
+
+_live: weakref.WeakSet[Slot] = weakref.WeakSet()
+STEP_HOOKS: list[Any] = []  # what this package has among torch's global optimizer hooks: none, or one
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step of any torch optimizer the weights hold its result, whoever reads them next."""
+    for slot in list(_live):
+        slot.sync_()
 
 
 class Slot:
@@ -109,8 +121,8 @@ class SparseModel:
     def sync_(self) -> None:
         """Write changed values into the weights now.
 
-        Needed only to read a weight directly after an optimizer other than SparseAdamW stepped; forward, state_dict,
-        save_pretrained and delta do it by themselves.
+        Needed only to read a weight directly after values were changed by hand: steps of torch optimizers, forward,
+        state_dict, save_pretrained and delta do it by themselves.
         """
         for slot in self.slots.values():
             slot.sync_()
@@ -140,6 +152,7 @@ class SparseModel:
 
     def _leave(self) -> None:
         assert self._found is not None
+        _live.difference_update(self.slots.values())
         self._found.put_back()
         self._found = None
 
@@ -186,8 +199,8 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
         selection: what to train, by parameter name. Positions move to the device of their parameter.
 
     Returns:
-        SparseModel. `SparseModel.parameters()` go to an optimizer; SparseAdamW also writes the weights in its step,
-        with any other optimizer they are written when the model next runs or is saved.
+        SparseModel. `SparseModel.parameters()` go to any torch optimizer: SparseAdamW writes the weights in the pass that
+        steps the values, after any other they are written by a hook on its step.
 
     Memory, for K selected elements: values and their gradient 4 B each, positions 4 B (int64 past 2^31 elements),
     originals in the dtype of the weight.
@@ -208,6 +221,9 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
     except BaseException:
         found.put_back()
         raise
+    _live.update(slots.values())
+    if not STEP_HOOKS:
+        STEP_HOOKS.append(register_optimizer_step_post_hook(_after_step))
     return SparseModel(model, slots, found)
 
 

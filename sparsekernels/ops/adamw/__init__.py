@@ -82,7 +82,7 @@ def adamw_gathered_(
 ) -> None:
     """Step dense parameters at selected positions only: gather, AdamW and scatter in one pass.
 
-    Equivalent, for every i, to `torch.optim.AdamW` on params[i].view(-1)[positions[i]] with the gradient gathered alike.
+    Equivalent, for every i, to `torch.optim.AdamW` on params[i].view(-1)[positions[i]] and its gradient there.
 
     Args:
         params (floating, contiguous): updated at positions, untouched elsewhere.

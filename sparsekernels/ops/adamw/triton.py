@@ -34,26 +34,25 @@ def quotient(x, y):
 @triton.jit
 def adamw_kernel(
     values, dense, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, positions, scalars, count, width,
-    beta1, beta2, decay, step_size, inv_sqrt_bias2, eps, sign,
-    COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, SCALARS_IN_MEMORY: tl.constexpr,
+    rest1, beta2, rest2, decay, step_size, inv_sqrt_bias2, eps,
+    COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, SCALARS_IN_MEMORY: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_K positions by BLOCK_D columns of one tensor.
 
-        g <- sign g;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2
-        x <- decay x - step_size m / (sqrt(v) inv_sqrt_bias2 + eps)
+        m <- m + rest1 (g - m);  v <- beta2 v + rest2 g^2;  x <- decay x - step_size m / (sqrt(v) inv_sqrt_bias2 + eps)
 
-    COMPACT: x is in `values`, and written through into `dense`; else x and g are read where they lie, in the dense
+    rest1 and rest2 are 1 - beta1 and 1 - beta2, which fp32 could not form from the betas without losing digits. COMPACT: x is in `values`, and written through into `dense`; else x and g are read where they lie, in the dense
     tensors. Arithmetic in the dtype of the moments. Positions are unique: no two programs share an address.
     """
     if SCALARS_IN_MEMORY:
-        beta1 = tl.load(scalars)
+        rest1 = tl.load(scalars)
         beta2 = tl.load(scalars + 1)
-        decay = tl.load(scalars + 2)
-        step_size = tl.load(scalars + 3)
-        inv_sqrt_bias2 = tl.load(scalars + 4)
-        eps = tl.load(scalars + 5)
-        sign = tl.load(scalars + 6)
+        rest2 = tl.load(scalars + 2)
+        decay = tl.load(scalars + 3)
+        step_size = tl.load(scalars + 4)
+        inv_sqrt_bias2 = tl.load(scalars + 5)
+        eps = tl.load(scalars + 6)
     compact, scattered, inside = tile_offsets(positions, count, width, BLOCK_K, BLOCK_D)
     m = tl.load(exp_avgs + compact, mask=inside, other=0)
     v = tl.load(exp_avg_sqs + compact, mask=inside, other=0)
@@ -64,9 +63,10 @@ def adamw_kernel(
         x = tl.load(dense + scattered, mask=inside, other=0).to(m.dtype)
         g = tl.load(grads + scattered, mask=inside, other=0).to(m.dtype)
 
-    g = g * sign
-    m += (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g * g
+    if MAXIMIZE:
+        g = -g
+    m += rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
     tl.store(exp_avgs + compact, m, mask=inside)
     tl.store(exp_avg_sqs + compact, v, mask=inside)
     if AMSGRAD:
@@ -101,7 +101,7 @@ def _step_all(
     max_exp_avg_sqs: Tensors, steps: Tensors, positions: Tensors,
     lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
 ) -> None:  # fmt: skip
-    options = (lr, beta1, beta2, weight_decay, eps, maximize)
+    options = (lr, beta1, beta2, weight_decay, eps)
     table = _scalar_table(exp_avgs, steps, *options)
     for i, exp_avg in enumerate(exp_avgs):
         count = positions[i].shape[0]
@@ -126,16 +126,17 @@ def _step_all(
                 *numbers,
                 COMPACT=values is not None,
                 AMSGRAD=len(max_exp_avg_sqs) > 0,
+                MAXIMIZE=maximize,
                 SCALARS_IN_MEMORY=i in table,
                 BLOCK_K=block_k,
                 BLOCK_D=block_d,
             )
 
 
-def _scalars(step, lr, beta1, beta2, weight_decay, eps, maximize):
-    """What the kernel calls beta1 ... sign; `step` is a number, or a tensor of one number for each parameter."""
+def _scalars(step, lr, beta1, beta2, weight_decay, eps):
+    """What the kernel calls rest1 ... eps; `step` is a number, or a tensor of one number for each parameter."""
     decay = 1 - lr * weight_decay
-    return beta1, beta2, decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps, -1 if maximize else 1
+    return 1 - beta1, beta2, 1 - beta2, decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps
 
 
 def _scalar_table(exp_avgs: Tensors, steps: Tensors, *options: float) -> dict[int, Tensor]:
@@ -148,5 +149,5 @@ def _scalar_table(exp_avgs: Tensors, steps: Tensors, *options: float) -> dict[in
         return {}
     step = torch.stack([steps[i].double() for i in wanted]).to(exp_avgs[wanted[0]].device)
     columns = [x if isinstance(x, Tensor) else torch.full_like(step, x) for x in _scalars(step, *options)]
-    rows = torch.stack([*columns, torch.zeros_like(step)], dim=1)  # eight: keeps every row aligned to 16 bytes
+    rows = torch.stack([*columns, torch.zeros_like(step)], dim=1)  # eight wide: every row starts at 16 bytes
     return {i: row.to(exp_avgs[i].dtype) for i, row in zip(wanted, rows, strict=True)}

@@ -94,10 +94,10 @@ def launch_tiles(kernel: Any, count: int, dense: Tensor, positions: Tensor, comp
         kernel[grid](dense, positions, compact, count, width, BLOCK_K=block_k, BLOCK_D=block_d)
 
 
-def tile_grid(count: int, width: int) -> tuple[tuple[int], int, int]:
-    """Programs, and the positions and columns that each of them owns."""
-    block_d = min(triton.next_power_of_2(width), TILE)
-    block_k = min(triton.next_power_of_2(count), TILE // block_d)
+def tile_grid(count: int, width: int, tile: int = TILE) -> tuple[tuple[int], int, int]:
+    """Programs, and the positions and columns that each of them owns, `tile` elements in all."""
+    block_d = min(triton.next_power_of_2(width), tile)
+    block_k = min(triton.next_power_of_2(count), tile // block_d)
     return (triton.cdiv(count, block_k) * triton.cdiv(width, block_d),), block_k, block_d
 
 

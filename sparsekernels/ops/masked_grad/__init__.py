@@ -29,9 +29,9 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
     Numerics: products accumulate in the dtype returned (rows: in the matmul's own). Deterministic on the CPU.
-    Cost: elements: 2*T*K operations and, on the CPU, a transposed copy of both inputs, a block of tokens at a time; past
-    a quarter of all elements the dense product, a block of rows at a time, unless a backend is named. Rows: a matmul
-    with the selected columns of grad_output, 2*T*R*N operations, on every backend.
+    Cost: elements: 2*T*K operations and, on the CPU, a transposed copy of both inputs, a block of tokens at a time;
+    past a quarter of all elements the dense product, a block of rows at a time, unless a backend is named. Rows: a
+    matmul with the selected columns of grad_output, 2*T*R*N operations, on every backend.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.

@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import compact_tile, device_of, tile_grid
+from ..gather_scatter.triton import TILE, compact_tile, device_of, tile_grid
 from .reference import accumulation_dtype
 
 BLOCK_P, BLOCK_T = 32, 64  # positions that a program owns, tokens that it takes at a time
+ELEMENTS_TILE = (
+    256  # single elements read one column of a row each: more programs, and fewer registers, serve them better
+)
 ALIGNMENT = 16  # Triton loads whole vectors where a stride is a multiple of this
 
 
@@ -92,7 +95,7 @@ def masked_grad_embedding(grad_output: Tensor, ids: Tensor, positions: Tensor, r
     lasts = torch.searchsorted(sorted_ids, selected, right=True)
     if padding_idx >= 0:
         lasts = torch.where(selected == padding_idx, firsts, lasts)
-    grid, block_k, block_d = tile_grid(count, width)
+    grid, block_k, block_d = tile_grid(count, width, TILE if rows else ELEMENTS_TILE)
     with device_of(out):
         masked_grad_embedding_kernel[grid](
             grad_output, order, firsts, lasts, positions, out, count, width, dim,
