@@ -199,8 +199,8 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
         selection: what to train, by parameter name. Positions move to the device of their parameter.
 
     Returns:
-        SparseModel. `SparseModel.parameters()` go to any torch optimizer: SparseAdamW writes the weights in the pass that
-        steps the values, after any other they are written by a hook on its step.
+        SparseModel. `SparseModel.parameters()` go to any torch optimizer: SparseAdamW writes the weights in the pass
+        that steps the values, after any other they are written by a hook on its step.
 
     Memory, for K selected elements: values and their gradient 4 B each, positions 4 B (int64 past 2^31 elements),
     originals in the dtype of the weight.

@@ -1,7 +1,7 @@
 """The op table: every kernel of the package, one row each. Start reading here.
 
-A row names an op, its schema, what it computes, and its reference. torch's dispatcher picks what serves: C++ where a native
-library registered the op for the device, Triton on CUDA where none did, the PyTorch reference anywhere else.
+A row names an op, its schema, what it computes, and its reference. torch's dispatcher picks what serves: C++ where a
+native library registered the op for the device, Triton on CUDA where none did, the PyTorch reference anywhere else.
 Arguments that are the same everywhere:
 
     positions   sorted unique int32 or int64; row numbers where `rows` is true, else flat row-major offsets
