@@ -42,8 +42,8 @@ SK_RULE T adamw(T x, T g, T& m, T& v, T* maximum, const AdamwStep<T>& s) {
   v = s.beta2 * v + (1 - s.beta2) * g * g;
   T second = v;
   if constexpr (amsgrad) {
-    // NaN wins, as in torch.maximum: a comparison with NaN is false.
-    second = *maximum = *maximum >= v ? *maximum : v;
+    // NaN wins, as in torch.maximum.
+    second = *maximum = v > *maximum || v != v ? v : *maximum;
   }
   return x * s.decay - s.step_size * m / (sqrt_of(second) * s.inv_sqrt_bias2 + s.eps);
 }

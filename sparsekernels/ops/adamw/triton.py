@@ -42,7 +42,8 @@ def adamw_kernel(
 
         m <- m + rest1 (g - m);  v <- beta2 v + rest2 g^2;  x <- decay x - step_size m / (sqrt(v) inv_sqrt_bias2 + eps)
 
-    rest1 and rest2 are 1 - beta1 and 1 - beta2, which fp32 could not form from the betas without losing digits. COMPACT: x is in `values`, and written through into `dense`; else x and g are read where they lie, in the dense
+    rest1 and rest2 are 1 - beta1 and 1 - beta2, which come ready made: the difference of fp32 betas loses digits.
+    COMPACT: x is in `values` and written through into `dense`; else x and g are read where they lie, in the dense
     tensors. Arithmetic in the dtype of the moments. Positions are unique: no two programs share an address.
     """
     if SCALARS_IN_MEMORY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...selection import Index
@@ -45,7 +46,8 @@ def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend |
     """
     _check("target", target, index)
     _check_values(values, target, index)
-    select("scatter_", target.device.type, backend)(target, index.positions, values.contiguous(), index.rows)
+    values = values.to(target.dtype).contiguous()
+    select("scatter_", target.device.type, backend)(target, index.positions, values, index.rows)
     return target
 
 
@@ -58,7 +60,8 @@ def scatter_add_(target: Tensor, index: Index, values: Tensor, *, backend: Backe
     """
     _check("target", target, index)
     _check_values(values, target, index)
-    select("scatter_add_", target.device.type, backend)(target, index.positions, values.contiguous(), index.rows)
+    values = values.to(torch.promote_types(target.dtype, torch.float32)).contiguous()
+    select("scatter_add_", target.device.type, backend)(target, index.positions, values, index.rows)
     return target
 
 
