@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, is_sparsified, slots_of
@@ -207,7 +208,8 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
 
     Raises:
         ValueError: names or shapes that do not fit the model, two names of one tied weight, weights that are not
-            contiguous or not floating point, or a model that is sparsified already. The model is unchanged then.
+            contiguous or not floating point, an Embedding with max_norm, the out_proj of nn.MultiheadAttention, or a
+            model that is sparsified already. The model is unchanged then.
     """
     weights = selection.check(model)
     owners = _owners(model, weights)
@@ -251,6 +253,8 @@ def _owners(model: nn.Module, weights: dict[str, nn.Parameter]) -> Owners:
         for module, _ in holders[id(weight)]:
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 raise ValueError(f"{name!r}: an Embedding with max_norm rewrites its weight in forward")
+            if isinstance(module, NonDynamicallyQuantizableLinear):
+                raise ValueError(f"{name!r} is read by its nn.MultiheadAttention past its own forward; leave it out")
     return {name: holders[id(weight)] for name, weight in weights.items()}
 
 
