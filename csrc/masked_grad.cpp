@@ -4,14 +4,14 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <numeric>
 
 #include "common.h"
 
 namespace sk {
 namespace {
 
-constexpr int64_t kTokens = 256;  // tokens whose panels exist at a time
+constexpr int64_t kTokens = 256;    // tokens whose panels exist at a time
+constexpr int64_t kGrain = 1 << 15;  // sums that are worth a thread
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -99,16 +99,52 @@ Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const 
   return result;
 }
 
-// Tokens sorted by id (stable), as runs: tokens order[starts[r], starts[r + 1]) share ids[order[starts[r]]].
-template <typename I>
-void sort_tokens(const I* ids, int64_t tokens, std::vector<int64_t>& order, std::vector<int64_t>& starts) {
-  order.resize(tokens);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
-  for (int64_t i = 0; i < tokens; ++i) {
-    if (i == 0 || ids[order[i]] != ids[order[i - 1]]) starts.push_back(i);
+// A token whose id is selected: entries [from, to) of the positions lie in its row.
+struct Hit {
+  int64_t token, from, to;
+};
+
+// The hits in order of position, then of token, so that sums run in the order of the tokens.
+template <typename Id, typename I>
+std::vector<Hit> find_hits(
+    const Id* ids, int64_t tokens, const I* index, int64_t count, int64_t per_row, int64_t padding_idx) {
+  std::vector<Hit> all(tokens);
+  parallel_for(0, tokens, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t id = ids[t];
+      const I* from = std::lower_bound(index, index + count, id * per_row);
+      const I* to = from;
+      if (id != padding_idx) {
+        to = per_row == 1 ? from + (from < index + count && *from == id)
+                          : std::lower_bound(from, std::min(from + per_row, index + count), (id + 1) * per_row);
+      }
+      all[t] = {t, from - index, to - index};
+    }
+  });
+  all.erase(std::remove_if(all.begin(), all.end(), [](const Hit& hit) { return hit.from == hit.to; }), all.end());
+  std::stable_sort(all.begin(), all.end(), [](const Hit& a, const Hit& b) { return a.from < b.from; });
+  return all;
+}
+
+// Hits of one row follow each other and are summed by one thread: [begin, end) is moved on to where rows change.
+template <typename S, typename T, typename I>
+void sum_hits(
+    const std::vector<Hit>& hits, int64_t begin, int64_t end, const T* dy, const I* index, int64_t width, bool rows,
+    S* out) {
+  const auto same_row = [&](int64_t i) { return i > 0 && i < int64_t(hits.size()) && hits[i].from == hits[i - 1].from; };
+  while (begin < end && same_row(begin)) ++begin;
+  while (end > begin && same_row(end)) ++end;
+  for (int64_t i = begin; i < end; ++i) {
+    const Hit& hit = hits[i];
+    const T* row = dy + hit.token * width;
+    if (rows) {
+      S* sum = out + hit.from * width;
+      for (int64_t j = 0; j < width; ++j) sum[j] += S(row[j]);
+    } else {
+      const int64_t start = index[hit.from] / width * width;
+      for (int64_t p = hit.from; p < hit.to; ++p) out[p] += S(row[index[p] - start]);
+    }
   }
-  starts.push_back(tokens);
 }
 
 Tensor masked_grad_embedding(
@@ -119,41 +155,21 @@ Tensor masked_grad_embedding(
       "grad_output [T, D] and ids [T] must be contiguous");
   const int64_t tokens = ids.size(0), width = grad_output.size(1), count = positions.numel();
   Tensor result;
-  std::vector<int64_t> order, starts;
-  const auto id_of = [&](int64_t t) -> int64_t {
-    return ids.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(ids.const_data_ptr())[t]
-                                                : static_cast<const int64_t*>(ids.const_data_ptr())[t];
-  };
-  with_positions(ids, [&](const auto* id) { sort_tokens(id, tokens, order, starts); });
   with_floating(grad_output.scalar_type(), "masked_grad_embedding", [&](auto zero) {
-      using scalar_t = decltype(zero);
-    using S = opmath_t<scalar_t>;
+    using T = decltype(zero);
+    using S = opmath_t<T>;
     std::vector<int64_t> shape{count};
     if (rows) shape.push_back(width);
     result = torch::stable::new_zeros(grad_output, shape, scalar_type<S>());
-    auto* out = static_cast<S*>(result.mutable_data_ptr());
-    const auto* dy = static_cast<const scalar_t*>(grad_output.const_data_ptr());
     with_positions(positions, [&](const auto* index) {
-      const auto* last = index + count;
-      // A run of tokens with one id owns the positions of its row, so no two threads meet.
-      parallel_for(0, int64_t(starts.size()) - 1, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          const int64_t id = id_of(order[starts[r]]);
-          if (id == padding_idx) continue;
-          const int64_t per_row = rows ? 1 : width;
-          const auto* from = std::lower_bound(index, last, id * per_row);
-          const auto* to = std::lower_bound(from, last, (id + 1) * per_row);
-          if (from == to) continue;
-          for (int64_t i = starts[r]; i < starts[r + 1]; ++i) {
-            const scalar_t* row = dy + order[i] * width;
-            if (rows) {
-              S* sum = out + (from - index) * width;
-              for (int64_t j = 0; j < width; ++j) sum[j] += S(row[j]);
-            } else {
-              for (const auto* p = from; p < to; ++p) out[p - index] += S(row[*p - id * width]);
-            }
-          }
-        }
+      std::vector<Hit> hits;
+      with_positions(ids, [&](const auto* id) {
+        hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx);
+      });
+      parallel_for(0, int64_t(hits.size()), kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
+        sum_hits(
+            hits, begin, end, static_cast<const T*>(grad_output.const_data_ptr()), index, width, rows,
+            static_cast<S*>(result.mutable_data_ptr()));
       });
     });
   });

@@ -49,19 +49,21 @@ template <typename K>
 std::pair<K, int64_t> find_threshold(const Axis<K>& axis, int64_t k, bool magnitude) {
   K prefix = 0;
   std::mutex mutex;
-  for (int shift = 8 * int(sizeof(K)) - cpu::kDigitBits; shift >= 0; shift -= cpu::kDigitBits) {
-    std::vector<int64_t> counts(cpu::kBins);
+  const int digit = cpu::digit_bits(axis.ends.back());
+  const int64_t bins = int64_t(1) << digit;
+  for (int shift = 8 * int(sizeof(K)) - digit; shift >= 0; shift -= digit) {
+    std::vector<int64_t> counts(bins);
     parallel_for(0, axis.ends.back(), kGrain, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> own(cpu::kBins);
+      std::vector<int64_t> own(bins);
       axis.runs(begin, end, [&](int64_t, const K* bits, int64_t n, int64_t) {
-        cpu::histogram(bits, n, magnitude, shift, prefix, own.data());
+        cpu::histogram(bits, n, magnitude, shift, digit, prefix, own.data());
       });
       std::lock_guard<std::mutex> lock(mutex);
-      for (int64_t b = 0; b < cpu::kBins; ++b) counts[b] += own[b];
+      for (int64_t b = 0; b < bins; ++b) counts[b] += own[b];
     });
-    int64_t digit = cpu::kBins - 1;
-    for (; counts[digit] < k; --digit) k -= counts[digit];
-    prefix = K(uint64_t(prefix) << cpu::kDigitBits | uint64_t(digit));
+    int64_t at = bins - 1;
+    for (; counts[at] < k; --at) k -= counts[at];
+    prefix = K(uint64_t(prefix) << digit | uint64_t(at));
   }
   return {prefix, k};
 }

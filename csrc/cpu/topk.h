@@ -1,4 +1,4 @@
-// Radix select over runs of scores: histograms of 16 bits at a time, then one pass that collects.
+// Radix select over runs of scores: histograms of one digit at a time, then one pass that collects.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,8 +9,6 @@
 
 namespace sk::cpu {
 
-constexpr int kDigitBits = 16;
-constexpr int64_t kBins = int64_t(1) << kDigitBits;
 constexpr int64_t kSkip = 16;  // entries that are passed over together when none of them matters
 
 template <typename K>
@@ -29,20 +27,25 @@ SK_CLONES bool has_nan(const K* bits, int64_t n, K infinity) {
   return found;
 }
 
+// Digits of few bits make short histograms, which is what a few scores cost; wide digits make few passes.
+constexpr int digit_bits(int64_t scores) { return scores < (1 << 18) ? 8 : 16; }
+
 // counts[digit] += 1 for every score whose key, above the digit, is `prefix`. The first digit has nothing above it.
 template <typename K>
-SK_CLONES void histogram(const K* bits, int64_t n, bool magnitude, int shift, K prefix, int64_t* counts) {
-  const bool first = shift + kDigitBits == int(8 * sizeof(K));
+SK_CLONES void histogram(
+    const K* bits, int64_t n, bool magnitude, int shift, int digit, K prefix, int64_t* counts) {
+  const bool first = shift + digit == int(8 * sizeof(K));
+  const K low = K((uint64_t(1) << digit) - 1);
   for (int64_t i = 0; i < n; i += kSkip) {
     const int64_t end = std::min(i + kSkip, n);
     if (!first) {
       bool any = false;
-      for (int64_t j = i; j < end; ++j) any |= K(radix_key(bits[j], magnitude) >> shift >> kDigitBits) == prefix;
+      for (int64_t j = i; j < end; ++j) any |= K(radix_key(bits[j], magnitude) >> shift >> digit) == prefix;
       if (!any) continue;
     }
     for (int64_t j = i; j < end; ++j) {
       const K key = radix_key(bits[j], magnitude);
-      if (first || K(key >> shift >> kDigitBits) == prefix) ++counts[(key >> shift) & (kBins - 1)];
+      if (first || K(key >> shift >> digit) == prefix) ++counts[(key >> shift) & low];
     }
   }
 }

@@ -25,6 +25,7 @@ NAMESPACE = "sparsekernels"
 PACKAGE = Path(__file__).resolve().parent.parent
 ROWS: dict[str, Op] = {}  # the table by name, filled by register()
 
+_dispatched: dict[str, Callable[..., Any]] = {}  # what torch's dispatcher makes of each
 _native: set[tuple[str, str]] = set()  # (op, device) pairs that a native library serves
 _library = torch.library.Library(NAMESPACE, "DEF")
 _load_errors: dict[str, str] = {}  # device -> why its native library is not in use
@@ -108,6 +109,7 @@ def register(table: Iterable[Op]) -> None:
         _library.define(op.name + op.schema)
         _library.impl(op.name, _fallback(op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_library)
+        _dispatched[op.name] = getattr(torch.ops.sparsekernels, op.name).default
     for device in ("cpu", "cuda"):
         _load_native(device)
         for name in ROWS:
@@ -140,7 +142,7 @@ def serving(name: str, device: str) -> Backend:
 def select(name: str, device: str, backend: Backend | None) -> Callable[..., Any]:
     """The callable of op `name` for `backend`; None is the dispatcher's own choice."""
     if backend is None:
-        return getattr(torch.ops.sparsekernels, name).default
+        return _dispatched[name]
     if backend not in ("reference", "triton", "native"):
         raise ValueError(f'backend must be None, "reference", "triton" or "native", got {backend!r}')
     reason = why_not(name, backend, device)
@@ -148,4 +150,4 @@ def select(name: str, device: str, backend: Backend | None) -> Callable[..., Any
         raise RuntimeError(f"backend {backend!r} cannot serve {name} on {device}: {reason}")
     if backend == "reference":
         return ROWS[name].reference
-    return triton_kernel(name) if backend == "triton" else getattr(torch.ops.sparsekernels, name).default
+    return triton_kernel(name) if backend == "triton" else _dispatched[name]

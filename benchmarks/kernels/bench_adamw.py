@@ -1,0 +1,283 @@
+"""One AdamW step at selected positions: adamw_compact_ and adamw_gathered_, beside what torch offers for it.
+
+`SparseAdamW` and `torch.optim.AdamW(fused=True)` are timed through their ready-made `step()`. Gradients are given: how
+they come about is the matter of bench_masked_grad.py. The versions of the gathered form that a user writes by hand keep
+compact moments, as ours does; they differ in how they read and write the selected weights:
+
+    advanced indexing           x = p[idx]; g = grad[idx]; ...; p[idx] = x
+    index_select, index_copy_   x = p.index_select(0, idx); ...; p.index_copy_(0, idx, x)
+    ... around AdamW(fused)     the same, with torch's fused step on the compact part in between
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from compare import DEVICE, Case, Contender, Problem, addressed, backends, positions, random_elements, random_rows, take
+from compare import touched_bytes as touched
+from torch import Tensor, nn
+
+import sparsekernels as sk
+from sparsekernels import ops
+
+LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 1e-2
+OPTIONS = {"lr": LR, "beta1": BETA1, "beta2": BETA2, "weight_decay": DECAY, "eps": EPS}
+CALLS = 2  # a step counter that stands still shows in the second step
+FUSED = "torch.optim.AdamW(fused=True)"
+COPY = "compact AdamW(fused=True) + index_copy_"
+SPARSE = "torch.optim.SparseAdam"
+ADVANCED = "advanced indexing"
+SELECT = "index_select, index_copy_"
+AROUND = "index_select, AdamW(fused=True), index_copy_"
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Step(Problem):
+    weights: list[Tensor]
+    grads: list[Tensor]
+    indices: list[sk.Index]
+
+    @property
+    def compact(self) -> list[Tensor]:
+        return [take(grad, index) for grad, index in zip(self.grads, self.indices, strict=True)]
+
+
+@functools.lru_cache(maxsize=1)
+def tensors(shapes: Shapes) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and gradients; no gradient is near zero, where eps would tell one placement of it from another."""
+    torch.manual_seed(0)
+    weights = [torch.randn(shape, device=DEVICE).mul_(0.02) for shape in shapes]
+    grads = [torch.rand(shape, device=DEVICE).sub_(0.5) for shape in shapes]
+    return weights, [grad.add_(grad.sign(), alpha=0.1) for grad in grads]
+
+
+def oracle(values: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
+    """What CALLS steps of torch.optim.AdamW make of the values in fp64."""
+    params = [nn.Parameter(v.double()) for v in values]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad.double()
+    optimizer = torch.optim.AdamW(params, LR, (BETA1, BETA2), EPS, weight_decay, foreach=False)
+    for _ in range(CALLS):
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def make(shapes: Shapes, select: Callable[[tuple[int, ...]], sk.Index], gathered: bool = False) -> Step:
+    weights, grads = tensors(shapes)
+    torch.manual_seed(1)
+    indices = [select(shape) for shape in shapes]
+    numel, k = sum(w.numel() for w in weights), sum(index.numel for index in indices)
+    lines = sum(touched(index, 4) for index in indices)
+    index_bytes = sum(index.positions.numel() * index.positions.element_size() for index in indices)
+    if gathered:
+        moved, formula = 16 * k + index_bytes + 3 * lines, "moments 16 K + positions + lines of p (2x) and grad"
+    elif indices[0].rows:
+        moved, formula = 28 * k + index_bytes + lines, "values, grad, moments 28 K + positions + rows written"
+    else:
+        moved, formula = 28 * k + index_bytes + 2 * lines, "values, grad, moments 28 K + positions + lines of p (2x)"
+    values = [take(w, index) for w, index in zip(weights, indices, strict=True)]
+    compact = [take(grad, index) for grad, index in zip(grads, indices, strict=True)]
+    shape = f"{len(shapes)} x {list(shapes[0])}"
+    return Step(shape, k / numel, "float32", moved, formula, oracle(values, compact, DECAY), weights, grads, indices)
+
+
+def all_rows(shape: tuple[int, ...]) -> sk.Index:
+    return sk.Index.full(shape).to(DEVICE)
+
+
+def solved(step: Step, weights: list[Any], call: Callable[[], Any], **more: Any) -> Contender:
+    """A contender whose result lies in dense weights, of which only the selected part may change."""
+    pairs = list(zip(weights, step.indices, strict=True))
+    untouched = [(w, original, index) for (w, index), original in zip(pairs, step.weights, strict=True)]
+    return Contender(call, lambda: [take(w, index) for w, index in pairs], untouched, **more)
+
+
+def sparse_adamw(step: Step) -> Contender:
+    model = nn.ParameterList(weight.clone() for weight in step.weights)
+    weights = list(model.parameters())
+    tuned = sk.sparsify(model, sk.Selection({str(i): index for i, index in enumerate(step.indices)}))
+    for values, grad in zip(tuned.parameters(), step.compact, strict=True):
+        values.grad = grad
+    optimizer = sk.SparseAdamW(tuned.parameters(), LR, (BETA1, BETA2), EPS, DECAY)
+    return solved(step, weights, optimizer.step)
+
+
+def sparse_adamw_gathered(step: Step) -> Contender:
+    params = _params(step.weights, step.grads)
+    groups = [{"params": params, "indices": step.indices}]
+    optimizer = sk.SparseAdamW(groups, LR, (BETA1, BETA2), EPS, DECAY)
+    return solved(step, params, optimizer.step)
+
+
+def compact_op(step: Step, backend: Any) -> Contender:
+    weights = [weight.clone() for weight in step.weights]
+    values = [take(weight, index) for weight, index in zip(weights, step.indices, strict=True)]
+    state, steps, chosen = _op_state(step)
+    grads = step.compact
+
+    def call() -> None:
+        for count in steps:
+            count.add_(1)
+        ops.adamw_compact_(values, grads, *state, [], steps, weights, chosen, **OPTIONS, backend=backend)
+
+    return solved(step, weights, call)
+
+
+def gathered_op(step: Step, backend: Any) -> Contender:
+    params = [weight.clone() for weight in step.weights]
+    state, steps, chosen = _op_state(step)
+
+    def call() -> None:
+        for count in steps:
+            count.add_(1)
+        ops.adamw_gathered_(params, step.grads, *state, [], steps, chosen, **OPTIONS, backend=backend)
+
+    return solved(step, params, call)
+
+
+def dense_fused(step: Step) -> Contender:
+    """Steps every weight: more than was asked for, and what there is without a sparse optimizer."""
+    params = _params(step.weights, step.grads)
+    optimizer = torch.optim.AdamW(params, LR, (BETA1, BETA2), EPS, DECAY, fused=True)
+    selected = list(zip(params, step.indices, strict=True))
+    return Contender(optimizer.step, lambda: [take(p, index) for p, index in selected])
+
+
+def compact_fused(step: Step) -> Contender:
+    weights = [weight.clone() for weight in step.weights]
+    values = _params([take(w, index) for w, index in zip(weights, step.indices, strict=True)], step.compact)
+    optimizer = torch.optim.AdamW(values, LR, (BETA1, BETA2), EPS, DECAY, fused=True)
+    places = [(addressed(w, index), positions(index)) for w, index in zip(weights, step.indices, strict=True)]
+
+    @torch.no_grad()
+    def call() -> None:
+        optimizer.step()
+        for (weight, chosen), value in zip(places, values, strict=True):
+            weight.index_copy_(0, chosen, value)
+
+    return solved(step, weights, call)
+
+
+def sparse_adam(step: Step) -> Contender:
+    """Has no weight decay, so it is held to the result without; its gradient is coalesced already, which favours it."""
+    params = _params(step.weights, [None] * len(step.weights))
+    for p, grad, index in zip(params, step.compact, step.indices, strict=True):
+        rows = positions(index)[None]
+        p.grad = torch.sparse_coo_tensor(rows, grad, p.shape, check_invariants=True, is_coalesced=True)
+    optimizer = torch.optim.SparseAdam(params, LR, (BETA1, BETA2), EPS)
+    values = [take(w, index) for w, index in zip(step.weights, step.indices, strict=True)]
+    return solved(step, params, optimizer.step, expected=oracle(values, step.compact, 0.0))
+
+
+def by_hand(step: Step, read: Callable[..., Tensor], write: Callable[..., Any]) -> Contender:
+    params = [weight.clone() for weight in step.weights]
+    places = []
+    for p, grad, index in zip(params, step.grads, step.indices, strict=True):
+        moments = [torch.zeros(index.compact_shape, device=DEVICE) for _ in range(2)]
+        places.append((addressed(p, index), addressed(grad, index), positions(index), *moments))
+    count = 0
+
+    def call() -> None:
+        nonlocal count
+        count += 1
+        for p, grad, chosen, exp_avg, exp_avg_sq in places:
+            g = read(grad, chosen)
+            exp_avg.lerp_(g, 1 - BETA1)
+            exp_avg_sq.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+            denominator = exp_avg_sq.sqrt().div_((1 - BETA2**count) ** 0.5).add_(EPS)
+            x = read(p, chosen).mul_(1 - LR * DECAY).addcdiv_(exp_avg, denominator, value=-LR / (1 - BETA1**count))
+            write(p, chosen, x)
+
+    return solved(step, params, call)
+
+
+def select_around_fused(step: Step) -> Contender:
+    params = [weight.clone() for weight in step.weights]
+    values = _params([take(p, index) for p, index in zip(params, step.indices, strict=True)], [None] * len(params))
+    optimizer = torch.optim.AdamW(values, LR, (BETA1, BETA2), EPS, DECAY, fused=True)
+    parts = zip(params, step.grads, step.indices, strict=True)
+    places = [(addressed(p, index), addressed(grad, index), positions(index)) for p, grad, index in parts]
+
+    @torch.no_grad()
+    def call() -> None:
+        for (_, grad, chosen), value in zip(places, values, strict=True):
+            value.grad = grad.index_select(0, chosen)
+        optimizer.step()
+        for (p, _, chosen), value in zip(places, values, strict=True):
+            p.index_copy_(0, chosen, value)
+
+    return solved(step, params, call)
+
+
+def _params(weights: list[Tensor], grads: list[Any]) -> list[nn.Parameter]:
+    params = [nn.Parameter(weight.clone()) for weight in weights]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    return params
+
+
+def _op_state(step: Step) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
+    moments = [[torch.zeros(i.compact_shape, device=DEVICE) for i in step.indices] for _ in range(2)]
+    return moments, [torch.zeros(()) for _ in step.indices], [index.positions for index in step.indices]
+
+
+COMPACT = {
+    "SparseAdamW": sparse_adamw,
+    **{f"adamw_compact_ {b}": partial(compact_op, backend=b) for b in backends("adamw_compact_")},
+    FUSED: dense_fused,
+    COPY: compact_fused,
+}
+GATHERED = {
+    "SparseAdamW": sparse_adamw_gathered,
+    **{f"adamw_gathered_ {b}": partial(gathered_op, backend=b) for b in backends("adamw_gathered_")},
+    ADVANCED: partial(by_hand, read=lambda t, i: t[i], write=lambda t, i, x: t.__setitem__(i, x)),
+    SELECT: partial(by_hand, read=lambda t, i: t.index_select(0, i), write=lambda t, i, x: t.index_copy_(0, i, x)),
+    AROUND: select_around_fused,
+    FUSED: dense_fused,
+}
+
+
+def cases(small: bool) -> list[Case]:
+    flat: Shapes = ((100, 5000),) if small else ((10_000, 5000),)
+    table: Shapes = ((3200, 64),) if small else ((32_000, 1024),)
+    half: Shapes = ((1600, 64),) if small else ((16_000, 1024),)
+    layers: Shapes = ((64, 64),) * 6 if small else ((1024, 1024),) * 48
+    size = f"of {flat[0][0] * 5000 / 1e6:g}M elements"
+    rows, stack = f"of {table[0][0]} x {table[0][1]}", f"{len(layers)} matrices {layers[0][0]} x {layers[0][1]}"
+
+    def case(name: str, problem: Callable[[], Step], contenders: Any, versus: Any) -> Case:
+        return Case(name, problem, contenders, "SparseAdamW", versus, calls=CALLS)
+
+    def elements(shapes: Shapes, density: float, gathered: bool = False) -> Callable[[], Step]:
+        return partial(make, shapes, lambda shape: random_elements(shape, density), gathered)
+
+    def some_rows(count: int) -> Callable[[], Step]:
+        return partial(make, table, lambda shape: random_rows(shape, count))
+
+    with_sparse = {**COMPACT, SPARSE: sparse_adam}
+    large = len(range(0, table[0][0], 4))
+    # The gathered form's bar stands against advanced indexing, which is how the step is written by hand first.
+    return [
+        case(f"compact, 1 % {size}", elements(flat, 0.01), COMPACT, {FUSED: 15, COPY: None}),
+        case(f"compact, 0.1 % {size}", elements(flat, 0.001), COMPACT, {FUSED: 150, COPY: None}),
+        case(
+            f"gathered, 1 % {size}",
+            elements(flat, 0.01, True),
+            GATHERED,
+            {ADVANCED: 10, SELECT: None, AROUND: None, FUSED: None},
+        ),
+        case(f"compact, 18 rows {rows}", some_rows(18), with_sparse, {COPY: 2, SPARSE: None, FUSED: None}),
+        case(f"compact, {large} rows {rows}", some_rows(large), COMPACT, {COPY: None, FUSED: None}),
+        case(f"compact, all {half[0][0]} x {half[0][1]}", partial(make, half, all_rows), COMPACT, {FUSED: None}),
+        case(f"compact, 1 % of {stack}", elements(layers, 0.01), COMPACT, {FUSED: None, COPY: None}),
+    ]
+
+
+def test_adamw(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
+    compete(case, name, state)

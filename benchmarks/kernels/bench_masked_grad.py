@@ -1,0 +1,288 @@
+"""Weight gradients at selected positions: masked_grad_linear and masked_grad_embedding, beside the dense gradient.
+
+The kernels stand beside the dense product and a gather of it. Whole layers, forward and backward, stand beside PEFT's:
+SHiRA trains elements of a Linear, TrainableTokens rows of an Embedding; both compose the weight anew in each forward.
+Every layer is given the same input, which needs a gradient too, as in the middle of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from compare import DEVICE, Case, Contender, Problem, addressed, backends, positions, random_elements, random_rows, take
+from torch import Tensor, nn
+
+import sparsekernels as sk
+from sparsekernels import ops
+
+DENSE = "dense gradient + index_select"
+LOOKUP = "mask of tokens + index_add_"
+SHIRA, TOKENS = "peft SHiRA", "peft TrainableTokens"
+
+
+@dataclass
+class Backward(Problem):
+    """`input` is [T, N], or the ids [T] of an Embedding."""
+
+    grad: Tensor
+    input: Tensor
+    index: sk.Index
+
+
+def make_linear(tokens: int, shape: tuple[int, int], select: Callable[[], sk.Index], dtype: torch.dtype) -> Backward:
+    torch.manual_seed(0)
+    m, n = shape
+    grad, input = (torch.randn(tokens, width, device=DEVICE).to(dtype) for width in shape)
+    index = select()
+    moved = tokens * (m + n) * dtype.itemsize + 4 * (index.numel + len(index))
+    return Backward(
+        f"{tokens} tokens, {m} x {n}",
+        index.numel / (m * n),
+        str(dtype).removeprefix("torch."),
+        moved,
+        "grad_output + input + positions + result",
+        [take(grad.double().T @ input.double(), index)],
+        grad,
+        input,
+        index,
+    )
+
+
+def make_embedding(tokens: int, shape: tuple[int, int], select: Callable[[Tensor], sk.Index]) -> Backward:
+    torch.manual_seed(0)
+    v, d = shape
+    ids = (v * torch.rand(tokens, device=DEVICE) ** 3).long()  # some rows are looked up far more often than others
+    grad = torch.randn(tokens, d, device=DEVICE)
+    index = select(ids)
+    dense = torch.zeros(v, d, dtype=torch.float64, device=DEVICE).index_add_(0, ids, grad.double())
+    hits = torch.isin(ids, positions(index) if index.rows else positions(index) // d)
+    return Backward(
+        f"{tokens} tokens, {v} x {d}",
+        index.numel / (v * d),
+        "float32",
+        8 * tokens + int(hits.sum()) * d * 4 + 4 * (index.numel + len(index)),
+        "ids + grad_output of tokens that hit + positions + result",
+        [take(dense, index)],
+        grad,
+        ids,
+        index,
+    )
+
+
+def answering(compute: Callable[[], Tensor]) -> Contender:
+    """A contender whose call returns its result."""
+    found: list[Tensor] = []
+
+    def call() -> None:
+        found[:] = [compute()]
+
+    return Contender(call, lambda: found)
+
+
+def linear_op(b: Backward, backend: Any = None) -> Contender:
+    return answering(lambda: ops.masked_grad_linear(b.grad, b.input, b.index, backend=backend))
+
+
+def embedding_op(b: Backward, backend: Any = None) -> Contender:
+    return answering(lambda: ops.masked_grad_embedding(b.grad, b.input, b.index, backend=backend))
+
+
+def linear_dense(b: Backward) -> Contender:
+    chosen = positions(b.index)
+    contender = answering(lambda: addressed(b.grad.T @ b.input, b.index).index_select(0, chosen))
+    if b.input.dtype == torch.bfloat16:
+        contender.tolerance = 2**-8  # the product as a whole is rounded to bf16
+    return contender
+
+
+def embedding_dense(b: Backward) -> Contender:
+    """What the backward of nn.Embedding computes, and a gather."""
+    chosen = positions(b.index)
+    backward = torch.ops.aten.embedding_dense_backward
+    return answering(
+        lambda: addressed(backward(b.grad, b.input, b.index.shape[0], -1, False), b.index).index_select(0, chosen)
+    )
+
+
+def embedding_lookup(b: Backward) -> Contender:
+    """The best that was found in plain PyTorch for rows: a table from id to compact row, made once."""
+    slots = torch.full((b.index.shape[0],), -1, device=DEVICE)
+    slots[positions(b.index)] = torch.arange(len(b.index), device=DEVICE)
+
+    def compute() -> Tensor:
+        slot = slots[b.input]
+        hit = (slot >= 0).nonzero().view(-1)
+        result = torch.zeros(b.index.compact_shape, device=DEVICE)
+        return result.index_add_(0, slot.index_select(0, hit), b.grad.index_select(0, hit))
+
+    return answering(compute)
+
+
+@dataclass
+class Layer(Backward):
+    """A backward with the weight that the forward needs; results are output, gradient of the input, of the values."""
+
+    weight: Tensor
+
+
+def make_linear_layer(tokens: int, shape: tuple[int, int], rank: int) -> Layer:
+    """SHiRA trains rank * (M + N) elements; so do we."""
+    torch.manual_seed(0)
+    k = rank * sum(shape)
+    chosen = torch.randperm(shape[0] * shape[1], device=DEVICE)[:k].sort().values
+    b = make_linear(tokens, shape, lambda: sk.Index(chosen, shape), torch.float32)
+    weight = torch.randn(shape, device=DEVICE).mul_(shape[1] ** -0.5)
+    output, grad_input = b.input.double() @ weight.double().T, b.grad.double() @ weight.double()
+    b.expected = [output, grad_input, *b.expected]
+    b.bytes_moved += 8 * (tokens * sum(shape) + weight.numel())
+    b.formula = "x, dx, y, dy, and W twice"
+    return Layer(**vars(b), weight=weight)
+
+
+def make_embedding_layer(tokens: int, shape: tuple[int, int], count: int) -> Layer:
+    b = make_embedding(tokens, shape, lambda ids: rows_in_use(ids, shape, count))
+    weight = torch.randn(shape, device=DEVICE)
+    b.expected = [weight[b.input].double(), *b.expected]
+    b.bytes_moved += 8 * b.grad.numel()
+    b.formula += ", and the looked-up rows"
+    return Layer(**vars(b), weight=weight)
+
+
+def rows_in_use(ids: Tensor, shape: tuple[int, int], count: int) -> sk.Index:
+    used = ids.unique()
+    return sk.Index(used[random_rows((used.numel(),), count).positions.long()], shape, rows=True)
+
+
+def module(layer: Layer) -> nn.Module:
+    """A model of this one layer, with name "0"."""
+    rows, columns = layer.weight.shape
+    made: nn.Module = nn.Embedding(rows, columns, device="meta")
+    if layer.input.is_floating_point():
+        made = nn.Linear(columns, rows, bias=False, device="meta")
+    made.weight = nn.Parameter(layer.weight.clone())
+    return nn.Sequential(made)
+
+
+def trained(layer: Layer, model: nn.Module, parameter: nn.Parameter) -> Contender:
+    """Forward, and backward to the input (where it is no id) and the parameter."""
+    input = layer.input.clone()
+    inputs = [input.requires_grad_()] if input.is_floating_point() else []
+    found: list[Tensor] = []
+
+    def call() -> None:
+        output = model(input)
+        found[:] = [output, *torch.autograd.grad(output, [*inputs, parameter], layer.grad)]
+
+    def result() -> list[Tensor]:
+        *others, grad = found
+        return [*others, take(grad, layer.index) if grad.shape == layer.index.shape else grad]
+
+    return Contender(call, result)
+
+
+def sparsified(layer: Layer) -> Contender:
+    model = module(layer)
+    tuned = sk.sparsify(model, sk.Selection({"0.weight": layer.index}))
+    return trained(layer, model, next(tuned.parameters()))
+
+
+def dense(layer: Layer) -> Contender:
+    model = module(layer)
+    return trained(layer, model, model[0].weight)  # type: ignore[index]
+
+
+def shira(layer: Layer) -> Contender:
+    from peft import ShiraConfig, inject_adapter_in_model
+
+    mask = torch.zeros(layer.weight.numel(), device=DEVICE)
+    mask[positions(layer.index)] = 1
+    config = ShiraConfig(r=layer.index.numel // sum(layer.weight.shape), target_modules=["0"])
+    config.mask_fn = lambda base_layer, r, **_: mask.view(layer.weight.shape)
+    model = inject_adapter_in_model(config, module(layer))
+    return trained(layer, model, model[0].shira_weight["default"])
+
+
+def trainable_tokens(layer: Layer) -> Contender:
+    from peft import TrainableTokensConfig, inject_adapter_in_model
+
+    config = TrainableTokensConfig(token_indices=layer.index.positions.tolist(), target_modules=["0"])
+    model = inject_adapter_in_model(config, module(layer))
+    return trained(layer, model, model[0].trainable_tokens_delta["default"])
+
+
+LINEAR = {
+    "masked_grad_linear": linear_op,
+    **{f"masked_grad_linear {b}": partial(linear_op, backend=b) for b in backends("masked_grad_linear")},
+    DENSE: linear_dense,
+}
+EMBEDDING = {
+    "masked_grad_embedding": embedding_op,
+    **{f"masked_grad_embedding {b}": partial(embedding_op, backend=b) for b in backends("masked_grad_embedding")},
+    DENSE: embedding_dense,
+}
+
+
+def cases(small: bool) -> list[Case]:
+    tokens, shape = (32, (96, 64)) if small else (512, (2048, 2048))
+    looked_up, table = (64, (3200, 64)) if small else (2048, (32_000, 1024))
+    size, rank = f"{tokens} tokens, {shape[0]} x {shape[1]}", 1 if small else 10
+    lookups = f"{looked_up} tokens, {table[0]} x {table[1]}"
+
+    def linear(
+        name: str,
+        select: Callable[[], sk.Index],
+        dtype: torch.dtype = torch.float32,
+        bar: float | None = None,
+        contenders: Any = LINEAR,
+    ) -> Case:
+        problem = partial(make_linear, tokens, shape, select, dtype)
+        name = f"masked_grad_linear, {name}, {size}"
+        return Case(name, problem, contenders, "masked_grad_linear", {DENSE: bar}, ("warm",), tolerance=1e-5)
+
+    def embedding(name: str, select: Callable[[Tensor], sk.Index], contenders: Any, versus: Any) -> Case:
+        problem = partial(make_embedding, looked_up, table, select)
+        name = f"masked_grad_embedding, {name}, {lookups}"
+        return Case(name, problem, contenders, "masked_grad_embedding", versus, tolerance=1e-5)
+
+    def layer(name: str, problem: Any, alternative: str, contender: Any, warm: tuple[str, ...]) -> Case:
+        contenders = {"sparsify": sparsified, alternative: contender, "dense layer": dense}
+        versus = {alternative: None, "dense layer": None}
+        return Case(name, problem, contenders, "sparsify", versus, warm, tolerance=1e-5)
+
+    by_rows = {"masked_grad_linear": linear_op, DENSE: linear_dense}
+    some = partial(random_elements, shape)
+    few = partial(rows_in_use, shape=table, count=18)
+    return [
+        linear("1 %", partial(some, 0.01), bar=10),
+        linear("0.1 %", partial(some, 0.001)),
+        linear("5 %", partial(some, 0.05)),
+        linear("20 %", partial(some, 0.2)),
+        linear("50 %", partial(some, 0.5)),
+        linear("1 % bf16", partial(some, 0.01), torch.bfloat16),
+        # Rows are one matmul whatever the backend.
+        linear("10 % of the rows", lambda: random_rows(shape, shape[0] // 10), contenders=by_rows),
+        embedding("18 rows", few, {**EMBEDDING, LOOKUP: embedding_lookup}, {DENSE: None, LOOKUP: None}),
+        embedding("1 %", lambda ids: random_elements(table, 0.01), EMBEDDING, {DENSE: None}),
+        layer(
+            f"Linear forward and backward, rank {rank}, {size}",
+            partial(make_linear_layer, tokens, shape, rank),
+            SHIRA,
+            shira,
+            ("warm",),
+        ),
+        layer(
+            f"Embedding forward and backward, 18 rows, {lookups}",
+            partial(make_embedding_layer, looked_up, table, 18),
+            TOKENS,
+            trainable_tokens,
+            ("warm", "cold"),
+        ),
+    ]
+
+
+def test_masked_grad(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
+    compete(case, name, state)

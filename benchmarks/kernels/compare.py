@@ -1,0 +1,222 @@
+"""What the kernel benchmarks share: cases, contenders, the check that comes before any time, and the clock.
+
+A `Case` is one job on one input. Its `contenders` are ways to get it done: ours, on each backend there is, and what a
+user would call otherwise. A contender whose result is wrong raises `WrongResult` and is given no time.
+
+Times are taken in two states:
+
+    warm   calls follow each other on the same tensors. What of them fits the last-level cache stays there, which
+           flatters whoever touches little: a sparse step may find its lines of a tensor that as a whole would not fit.
+    cold   before each call, outside the timed region, a buffer four times as large as the last-level cache is read from
+           end to end. The call finds neither its tensors nor the interpreter in any cache, as after the forward and
+           backward of a real training step. Only reads: dirty lines would be written back at the expense of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparsekernels as sk
+from sparsekernels.ops.backend import why_not
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STATES = ("warm", "cold")
+LINE = 64  # bytes that memory moves at least, on the CPU
+
+
+class WrongResult(AssertionError):
+    """A contender computed something else than the oracle."""
+
+
+@dataclass
+class Problem:
+    """The input of a case, and what comes out.
+
+    Attributes:
+        shape, density, dtype: for the reader of the results.
+        bytes_moved: the least that the job has to read and write, in `formula`'s terms; the same for every contender,
+            so that bytes_moved / time compares them.
+        expected: what `Contender.result` must return, in the precision of the oracle.
+    """
+
+    shape: str
+    density: float
+    dtype: str
+    bytes_moved: int
+    formula: str
+    expected: list[Tensor]
+
+
+@dataclass
+class Contender:
+    """One way to solve a problem.
+
+    Attributes:
+        call: what is timed.
+        result: what the calls so far computed, comparable with `Problem.expected`.
+        untouched: (weight, its original, Index): outside of the Index the two must agree bit for bit.
+        expected, tolerance: override those of problem and case: an alternative may follow another rule, or be coarser.
+    """
+
+    call: Callable[[], Any]
+    result: Callable[[], Sequence[Tensor]]
+    untouched: Sequence[tuple[Tensor, Tensor, sk.Index]] = ()
+    expected: Sequence[Tensor] | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One job and everybody who can do it.
+
+    Attributes:
+        make: builds the problem; not called before somebody needs it.
+        contenders: name -> function from the problem to a Contender.
+        ours: the contender that a user of this package meets.
+        versus: those that `ratios.py` sets beside it, with the bar (ours must be so many times faster), or None.
+        states: only "warm" where arithmetic, not memory, takes the time.
+        tolerance: largest |found - expected| as a share of the largest |expected|.
+        calls: how many calls lie before the comparison.
+    """
+
+    name: str
+    make: Callable[[], Problem]
+    contenders: Mapping[str, Callable[[Any], Contender]]
+    ours: str
+    versus: Mapping[str, float | None] = field(default_factory=dict)
+    states: Sequence[str] = STATES
+    tolerance: float = 1e-6
+    calls: int = 1
+
+    def entrant(self, name: str, problem: Problem) -> tuple[Contender, float]:
+        """The contender, ready to be timed, and its error.
+
+        Raises:
+            WrongResult: it is further from the oracle than the tolerance, or wrote where it must not.
+        """
+        contender = self.contenders[name](problem)
+        for _ in range(self.calls):
+            contender.call()
+        found = contender.result()
+        expected = problem.expected if contender.expected is None else contender.expected
+        tolerance = self.tolerance if contender.tolerance is None else contender.tolerance
+        errors = [_error(f, e) for f, e in zip(found, expected, strict=True)]
+        if not all(error <= tolerance for error in errors):  # written so that NaN fails
+            worst = max(range(len(errors)), key=lambda i: (errors[i] != errors[i], errors[i]))
+            raise WrongResult(
+                f"{self.name}: result {worst} of {name} is {errors[worst]:.3g} away from what was expected, "
+                f"allowed is {tolerance:.3g}; it gets no time"
+            )
+        for weight, original, index in contender.untouched:
+            restored = weight.detach().clone()
+            addressed(restored, index)[positions(index)] = addressed(original, index)[positions(index)]
+            if not torch.equal(restored, original):
+                raise WrongResult(f"{self.name}: {name} changed weights that were not selected; it gets no time")
+        return contender, max(errors)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("nan")
+    if not expected.numel():
+        return 0.0
+    difference = (found.detach().to(expected.dtype) - expected).abs().max()
+    return float(difference / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
+
+
+def backends(op: str) -> list[str]:
+    """The backends that serve `op` here, fastest first; interpreted Triton is no contender."""
+    known = ["native", *(["triton"] if DEVICE.type == "cuda" else []), "reference"]
+    return [backend for backend in known if why_not(op, backend, DEVICE.type) is None]  # type: ignore[arg-type]
+
+
+def positions(index: sk.Index) -> Tensor:
+    """Positions as torch's indexing takes them."""
+    return index.positions.long()
+
+
+def addressed(tensor: Tensor, index: sk.Index) -> Tensor:
+    """A view of the tensor whose dimension 0 the positions of the index count."""
+    return tensor if index.rows else tensor.view(-1)
+
+
+def take(tensor: Tensor, index: sk.Index) -> Tensor:
+    """The selected part, by torch alone."""
+    return addressed(tensor.detach(), index).index_select(0, positions(index))
+
+
+def random_elements(shape: Sequence[int], density: float) -> sk.Index:
+    """Each element with probability `density`."""
+    return sk.Index.from_mask(torch.rand(*shape, device=DEVICE) < density)
+
+
+def random_rows(shape: Sequence[int], count: int) -> sk.Index:
+    """`count` rows of dimension 0."""
+    return sk.Index(torch.randperm(shape[0], device=DEVICE)[:count].sort().values, shape, rows=True)
+
+
+def touched_bytes(index: sk.Index, itemsize: int) -> int:
+    """Bytes of the cache lines that hold the selected part of a tensor."""
+    if index.rows:
+        return index.numel * itemsize
+    return LINE * int(torch.unique_consecutive(positions(index) * itemsize // LINE).numel())
+
+
+def synchronized(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, and the wait for what it launched on a GPU."""
+    if DEVICE.type == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def seconds(call: Callable[[], Any], repeat: int = 1) -> float:
+    """Wall-clock time of one call, as the mean over `repeat` in a row."""
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - start) / repeat
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache."""
+    if DEVICE.type == "cuda":
+        return int(torch.cuda.get_device_properties(DEVICE).L2_cache_size)
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units.get(size[-1], 1) for size in sizes), default=2**25)
+
+
+@functools.cache
+def _buffer() -> Tensor:
+    return torch.zeros(max(4 * cache_bytes(), 2**26) // 4, device=DEVICE)
+
+
+def evict() -> None:
+    """Leave nothing of interest in any cache."""
+    synchronized(_buffer().sum)()
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes per second of `copy_` between two tensors of 256 MiB, reads and writes both counted; measured once.
+
+    A store that first fetches its line moves half as much again as is counted here: shares can be a little above 1.
+    """
+    source = torch.zeros(2**26, device=DEVICE)
+    target = torch.zeros_like(source)
+    copy = synchronized(lambda: target.copy_(source))
+    times = sorted(seconds(copy) for _ in range(11))
+    return 2 * source.numel() * source.element_size() / times[5]
