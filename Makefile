@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(RUN) -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,9 +38,10 @@ bench: $(VENV)/native  ## time every kernel beside what a user would call instea
 	$(RUN) -m pytest benchmarks/kernels --benchmark-only --benchmark-columns=median,iqr,rounds \
 	  --benchmark-sort=median --benchmark-disable-gc $(ARGS)
 
-cuda-check: $(VENV)/packages  ## compile every CUDA kernel for sm_80 and sm_90, without a GPU; fails on a register spill
+cuda-check: $(VENV)/packages  ## compile every CUDA kernel, fail on spills, and run the elementwise ones thread by thread on the CPU
 	SPARSEKERNELS_BUILD=cuda $(RUN) setup.py -q build_native --build-lib build/cuda-check
-	$(RUN) .ci/check_cuda.py build/native-strict
+	$(RUN) .ci/check_cuda.py
+	$(RUN) .ci/emulate_cuda.py
 
 install-matrix: $(VENV)/packages  ## install as each kind of machine would: no compiler, compiler, nvcc, no torch
 	.ci/install-matrix $(RUN)

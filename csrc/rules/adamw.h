@@ -1,6 +1,6 @@
 // The AdamW rule for one element, shared by the CPU loops and the CUDA kernels.
 #pragma once
-#include <cmath>
+#include <math.h>
 
 #include "rule.h"
 
@@ -9,7 +9,8 @@ namespace sk {
 // Everything of a step that is the same for all elements of a tensor, in the dtype of the arithmetic.
 template <typename T>
 struct AdamwStep {
-  T beta1, beta2;
+  T beta2;
+  T rest1, rest2;    // 1 - beta1 and 1 - beta2: formed in fp64, for 1 - 0.999f is off by 1e-5
   T decay;           // 1 - lr * weight_decay
   T step_size;       // lr / (1 - beta1^step)
   T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^step)
@@ -18,14 +19,15 @@ struct AdamwStep {
 };
 
 template <typename T>
-inline AdamwStep<T> adamw_step(
+SK_RULE AdamwStep<T> adamw_step(
     double step, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize) {
   return {
-      T(beta1),
       T(beta2),
+      T(1 - beta1),
+      T(1 - beta2),
       T(1 - lr * weight_decay),
-      T(lr / (1 - std::pow(beta1, step))),
-      T(1 / std::sqrt(1 - std::pow(beta2, step))),
+      T(lr / (1 - pow(beta1, step))),
+      T(1 / sqrt(1 - pow(beta2, step))),
       T(eps),
       T(maximize ? -1 : 1)};
 }
@@ -38,8 +40,8 @@ SK_RULE double sqrt_of(double x) { return sqrt(x); }
 template <bool amsgrad, typename T>
 SK_RULE T adamw(T x, T g, T& m, T& v, T* maximum, const AdamwStep<T>& s) {
   g *= s.sign;
-  m += (1 - s.beta1) * (g - m);
-  v = s.beta2 * v + (1 - s.beta2) * g * g;
+  m += s.rest1 * (g - m);
+  v = s.beta2 * v + s.rest2 * g * g;
   T second = v;
   if constexpr (amsgrad) {
     // NaN wins, as in torch.maximum.

@@ -72,8 +72,9 @@ def _say_once(device: str, rung: str) -> None:
 def _fallback(op: Op) -> Callable[..., Any]:
     @functools.wraps(op.reference)
     def reference(*args: Any, **kwargs: Any) -> Any:
-        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-        _say_once(first.device.type, "the slower PyTorch reference")
+        tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+        if tensors:
+            _say_once(tensors[0].device.type, "the slower PyTorch reference")
         return op.reference(*args, **kwargs)
 
     return reference

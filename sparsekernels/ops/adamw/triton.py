@@ -13,6 +13,8 @@ from ..gather_scatter.triton import device_of, tile_grid, tile_offsets
 
 Tensors = Sequence[Tensor]
 
+TILE_BYTES = 2048  # a program's share of each compact array: 16 a thread, or so many arrays would fill its registers
+
 
 @triton.jit
 def square_root(x):
@@ -72,7 +74,7 @@ def adamw_kernel(
     tl.store(exp_avg_sqs + compact, v, mask=inside)
     if AMSGRAD:
         largest = tl.load(max_exp_avg_sqs + compact, mask=inside, other=0)
-        v = tl.where(largest >= v, largest, v)  # a NaN in v wins, as in torch.maximum
+        v = tl.where((v > largest) | (v != v), v, largest)  # NaN wins, as in torch.maximum
         tl.store(max_exp_avg_sqs + compact, v, mask=inside)
     x = x * decay - quotient(step_size * m, square_root(v) * inv_sqrt_bias2 + eps)
     if COMPACT:
@@ -109,8 +111,7 @@ def _step_all(
         if exp_avg.numel() == 0:
             continue
         width = exp_avg.numel() // count
-        grid, block_k, block_d = tile_grid(count, width)
-        # A Triton float argument is fp32, and a step on the device must stay there: both then travel through memory.
+        grid, block_k, block_d = tile_grid(count, width, TILE_BYTES // exp_avg.itemsize)
         numbers = [0.0] * 7 if i in table else [float(x) for x in _scalars(steps[i].item(), *options)]
         with device_of(exp_avg):
             adamw_kernel[grid](
@@ -140,15 +141,22 @@ def _scalars(step, lr, beta1, beta2, weight_decay, eps):
     return 1 - beta1, beta2, 1 - beta2, decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps
 
 
+def _scalars_in_memory(exp_avg: Tensor, step: Tensor) -> bool:
+    """A Triton float argument is fp32, and a step on the device must stay there: both then travel through memory."""
+    return step.is_cuda or exp_avg.dtype == torch.float64
+
+
 def _scalar_table(exp_avgs: Tensors, steps: Tensors, *options: float) -> dict[int, Tensor]:
     """The scalars of the parameters that need them in memory, made on their device without waiting for it.
 
-    Only fp64 parameters with steps on the host make it wait, for one copy.
+    Only fp64 parameters with steps on the host make it wait, for a copy of each.
     """
-    wanted = [i for i, m in enumerate(exp_avgs) if steps[i].is_cuda or m.dtype == torch.float64]
+    wanted = [i for i, exp_avg in enumerate(exp_avgs) if _scalars_in_memory(exp_avg, steps[i])]
     if not wanted:
         return {}
-    step = torch.stack([steps[i].double() for i in wanted]).to(exp_avgs[wanted[0]].device)
+    device = exp_avgs[wanted[0]].device
+    step = torch.stack([steps[i].to(device, torch.float64) for i in wanted])
     columns = [x if isinstance(x, Tensor) else torch.full_like(step, x) for x in _scalars(step, *options)]
     rows = torch.stack([*columns, torch.zeros_like(step)], dim=1)  # eight wide: every row starts at 16 bytes
-    return {i: row.to(exp_avgs[i].dtype) for i, row in zip(wanted, rows, strict=True)}
+    by_dtype = {exp_avgs[i].dtype: rows.to(exp_avgs[i].dtype) for i in wanted}
+    return {i: by_dtype[exp_avgs[i].dtype][row] for row, i in enumerate(wanted)}

@@ -28,8 +28,8 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     Returns:
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
-    Numerics: products accumulate in the dtype returned (rows: in the matmul's own). Deterministic on the CPU.
-    Cost: elements: 2*T*K operations and, on the CPU, a transposed copy of both inputs, a block of tokens at a time;
+    Numerics: products accumulate in the dtype returned (rows: in the matmul's own). Elements are deterministic.
+    Cost: elements: 2*T*K operations and a transposed copy of both inputs (on the CPU a block of tokens at a time);
     past a quarter of all elements the dense product, a block of rows at a time, unless a backend is named. Rows: a
     matmul with the selected columns of grad_output, 2*T*R*N operations, on every backend.
 
@@ -71,7 +71,7 @@ def masked_grad_embedding(
     Returns:
         (index.compact_shape, fp32; fp64 for fp64 gradients).
 
-    Numerics: duplicates are summed in the order of the tokens, in the dtype returned. Deterministic on the CPU.
+    Numerics: duplicates are summed in the order of the tokens, in the dtype returned. Deterministic.
     Cost: T lookups in the positions, and one read of grad_output for each token that hits a selected row.
 
     Raises:

@@ -23,7 +23,8 @@ def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: 
         one int64 tensor for each of `scores`: ascending flat offsets of its entries among the k. Ties at the boundary
         go to the earlier tensor, then to the lower offset; -0.0 and 0.0 tie. Deterministic.
 
-    Cost: radix select: scores are read once for each 16 bits of their dtype, and once more to collect.
+    Cost: radix select: scores are read once to look for NaN, once a digit (16 bits of the dtype on the CPU, 8 in Triton
+    or for fewer than 2^18 scores), and once more to collect. On a GPU the host waits twice, for NaN and the counts.
 
     Raises:
         ValueError: no tensors, k out of range, mixed dtypes or devices, or NaN (the tensor is named by its place).

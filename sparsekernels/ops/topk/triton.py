@@ -48,12 +48,14 @@ def flip(key):
     return key ^ (-0x80000000 if key.dtype == tl.int32 else -0x8000000000000000)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])  # one compilation serves every pass
 def histogram_kernel(
-    scores, n, chunk, state, histogram, nan_count,
-    MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, SHIFT: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    scores, n, chunk, state, shift, histogram, nan_count,
+    MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program owns `chunk` scores: histogram[b] += how many of those that share the prefix so far have digit b.
+
+    A digit is the BITS bits of a key from `shift` on, the prefix what is above them.
 
     Counts meet in integer atomics, whose order does not matter. The first pass counts NaNs too.
     """
@@ -69,15 +71,15 @@ def histogram_kernel(
         if FIRST:
             nans += (magnitude > INFINITY).to(tl.int32)
         else:
-            mask = mask & (((key ^ prefix.to(key.dtype)) >> (SHIFT + BITS)) == 0)
-        counts += tl.histogram(((key >> SHIFT) & (BINS - 1)).to(tl.int32), BINS, mask=mask)
+            mask = mask & (((key ^ prefix.to(key.dtype)) >> (shift + BITS)) == 0)
+        counts += tl.histogram(((key >> shift) & (BINS - 1)).to(tl.int32), BINS, mask=mask)
     tl.atomic_add(histogram + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0)
     if FIRST:
         tl.atomic_add(nan_count, tl.sum(nans).to(tl.int64))
 
 
-@triton.jit
-def choose_digit_kernel(histogram, state, next_state, SHIFT: tl.constexpr):
+@triton.jit(do_not_specialize=["shift"])
+def choose_digit_kernel(histogram, state, shift, next_state):
     """The one program picks a digit of the k-th largest key: the highest with enough scores at or above it.
 
     state is the prefix of that key, and how many of the scores that share it are among the k.
@@ -87,7 +89,7 @@ def choose_digit_kernel(histogram, state, next_state, SHIFT: tl.constexpr):
     wanted = tl.load(state + 1)
     enough = tl.cumsum(counts, reverse=True) >= wanted
     digit = tl.sum(enough.to(tl.int64)) - 1
-    tl.store(next_state, tl.load(state) | (digit << SHIFT))
+    tl.store(next_state, tl.load(state) | (digit << shift))
     tl.store(next_state + 1, wanted - tl.sum(tl.where(bins > digit, counts, 0)))
 
 
@@ -162,11 +164,11 @@ def _select(scores: Sequence[Tensor], k: int, magnitude: bool, infinity: int) ->
         for i, (score, (programs, chunk)) in enumerate(zip(scores, grids, strict=True)):
             if programs:
                 histogram_kernel[(programs,)](
-                    score, score.numel(), chunk, state, histogram, nans[i:],
-                    MAGNITUDE=magnitude, INFINITY=infinity, SHIFT=shift, FIRST=number == 0, BLOCK=BLOCK,
+                    score, score.numel(), chunk, state, shift, histogram, nans[i:],
+                    MAGNITUDE=magnitude, INFINITY=infinity, FIRST=number == 0, BLOCK=BLOCK,
                 )  # fmt: skip
         before, state = state, torch.empty_like(state)
-        choose_digit_kernel[(1,)](histogram, before, state, SHIFT=shift, num_warps=1)
+        choose_digit_kernel[(1,)](histogram, before, shift, state, num_warps=1)
 
     every = sum(programs for programs, _ in grids)
     above, equal = torch.empty((2, every), dtype=torch.int64, device=device)

@@ -1,0 +1,138 @@
+// adamw_compact_ and adamw_gathered_ on CUDA: checks, one launch for all tensors of one kind, registrations.
+#include "adamw.h"
+
+#include "host.h"
+
+namespace sk::cuda {
+namespace {
+
+void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxima) {
+  for (size_t size : sizes) STD_TORCH_CHECK(size == count, "all lists must have one entry for each parameter");
+  STD_TORCH_CHECK(maxima == 0 || maxima == count, "max_exp_avg_sqs must be empty or have one entry for each parameter");
+}
+
+void check_state(const Tensor& state, int64_t numel, ScalarType dtype, int32_t device, const char* name) {
+  check_device(state, device, name);
+  STD_TORCH_CHECK(
+      state.numel() == numel && state.scalar_type() == dtype && state.is_contiguous(),
+      name, " does not fit: it must be contiguous, of the size of its selection, and fp32 (fp64 for fp64 weights)");
+}
+
+// Fills what both forms share.
+AdamwTensor make_tensor(
+    const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& weight,
+    const Tensor& positions, int32_t device) {
+  check_device(weight, device, "weights");
+  STD_TORCH_CHECK(weight.is_contiguous(), "dense parameters must be contiguous");
+  const int64_t numel = exp_avg.numel(), count = positions.numel();
+  const ScalarType dtype = computed_in(dtype_of(weight));
+  check_state(exp_avg, numel, dtype, device, "exp_avgs");
+  check_state(exp_avg_sq, numel, dtype, device, "exp_avg_sqs");
+  if (maximum) check_state(*maximum, numel, dtype, device, "max_exp_avg_sqs");
+
+  AdamwTensor tensor{};
+  tensor.numel = numel;
+  tensor.width = count == 0 ? 1 : numel / count;
+  STD_TORCH_CHECK(tensor.width * count == numel, "the state does not fit its positions");
+  tensor.positions = positions_of(positions, device, tensor.width == 0 ? 0 : weight.numel() / tensor.width);
+  tensor.exp_avg = exp_avg.mutable_data_ptr();
+  tensor.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+  tensor.maximum = maximum ? maximum->mutable_data_ptr() : nullptr;
+  tensor.weight = weight.mutable_data_ptr();
+
+  STD_TORCH_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Float, "steps must be 0-d fp32 tensors");
+  const float* at = static_cast<const float*>(step.const_data_ptr());
+  if (step.is_cpu()) {
+    tensor.step = *at;
+  } else {
+    check_device(step, device, "steps");
+    tensor.device_step = at;
+  }
+  return tensor;
+}
+
+// Tensors of one weight dtype and one position dtype go together, whatever lies between them. `call` says the rest.
+void run(
+    const char* name, const std::vector<AdamwTensor>& tensors, const Tensors& weights, const Tensors& exp_avgs,
+    AdamwCall call, int32_t device) {
+  const DeviceGuard guard(device);
+  std::vector<bool> done(tensors.size(), false);
+  for (size_t first = 0; first < tensors.size(); ++first) {
+    if (done[first]) continue;
+    call.dtype = dtype_of(weights[first]);
+    call.wide = tensors[first].positions.wide;
+    call.scales = nullptr;
+    std::vector<AdamwTensor> alike;
+    bool device_steps = false;
+    for (size_t i = first; i < tensors.size(); ++i) {
+      if (done[i] || dtype_of(weights[i]) != call.dtype || tensors[i].positions.wide != call.wide) continue;
+      done[i] = true;
+      alike.push_back(tensors[i]);
+      device_steps |= tensors[i].device_step != nullptr;
+    }
+    Tensor scales;
+    if (device_steps) {
+      scales = torch::stable::new_empty(exp_avgs[first], {2 * int64_t(alike.size())});
+      call.scales = scales.mutable_data_ptr();
+    }
+    check_launch(name, launch_adamw(alike.data(), int64_t(alike.size()), call, current_stream(device)));
+  }
+}
+
+void adamw_compact_(
+    Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
+    Tensors weights, Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps,
+    bool maximize) {
+  check_lists(
+      values.size(),
+      {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), weights.size(), positions.size()},
+      max_exp_avg_sqs.size());
+  if (values.empty()) return;
+  const int32_t device = device_of(values[0], "values");
+  const bool amsgrad = !max_exp_avg_sqs.empty();
+  std::vector<AdamwTensor> tensors;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const Tensor* maximum = amsgrad ? &max_exp_avg_sqs[i] : nullptr;
+    auto tensor = make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], device);
+    check_state(values[i], tensor.numel, exp_avgs[i].scalar_type(), device, "values");
+    check_state(grads[i], tensor.numel, exp_avgs[i].scalar_type(), device, "grads");
+    tensor.values = values[i].mutable_data_ptr();
+    tensor.grad = grads[i].const_data_ptr();
+    tensors.push_back(tensor);
+  }
+  AdamwCall call{lr, beta1, beta2, weight_decay, eps, maximize};
+  call.compact = true;
+  call.amsgrad = amsgrad;
+  run("adamw_compact_", tensors, weights, exp_avgs, call, device);
+}
+
+void adamw_gathered_(
+    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
+    Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize) {
+  check_lists(
+      params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
+      max_exp_avg_sqs.size());
+  if (params.empty()) return;
+  const int32_t device = device_of(params[0], "params");
+  const bool amsgrad = !max_exp_avg_sqs.empty();
+  std::vector<AdamwTensor> tensors;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Tensor* maximum = amsgrad ? &max_exp_avg_sqs[i] : nullptr;
+    auto tensor = make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], device);
+    check_device(grads[i], device, "grads");
+    check_same(params[i], grads[i], "grads");
+    tensor.grad = grads[i].const_data_ptr();
+    tensors.push_back(tensor);
+  }
+  AdamwCall call{lr, beta1, beta2, weight_decay, eps, maximize};
+  call.amsgrad = amsgrad;
+  run("adamw_gathered_", tensors, params, exp_avgs, call, device);
+}
+
+}  // namespace
+}  // namespace sk::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CUDA, m) {
+  m.impl("adamw_compact_", TORCH_BOX(&sk::cuda::adamw_compact_));
+  m.impl("adamw_gathered_", TORCH_BOX(&sk::cuda::adamw_gathered_));
+}

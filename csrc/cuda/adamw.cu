@@ -1,0 +1,291 @@
+// AdamW over many tensors at once: elementwise, one thread for 16 bytes of each compact array.
+//
+// The tensors of a launch travel as its argument, some 35 of them in 4 kB: no table has to reach the device, nothing
+// has to outlive the call, and a CUDA graph records it as it is. More tensors take more launches.
+#include "adamw.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "../rules/adamw.h"
+#include "device.cuh"
+
+namespace sk::cuda {
+namespace {
+
+constexpr size_t kArgumentBytes = 4096;  // that every driver takes
+
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);  // elements a thread
+
+template <typename T>
+struct Entry {
+  void* values;
+  const void* grad;
+  void *exp_avg, *exp_avg_sq, *maximum;
+  void* weight;
+  const void* positions;
+  const T* scales;  // step_size and inv_sqrt_bias2 on the device, or null
+  T step_size, inv_sqrt_bias2;
+  int64_t numel, width, limit;
+  int64_t first_block;
+  bool aligned;   // whole vectors of the compact arrays may be read
+  bool together;  // a vector lies in one row, and whole vectors of the weight may be read
+};
+
+template <typename T>
+constexpr int kTensors = (kArgumentBytes - sizeof(AdamwStep<T>) - 8) / sizeof(Entry<T>);  // of a launch
+
+template <typename T>
+struct Table {
+  AdamwStep<T> step;  // but for step_size and inv_sqrt_bias2, which differ where tensors have been stepped less often
+  int count;
+  Entry<T> entries[kTensors<T>];
+};
+
+template <typename P, int N>
+struct alignas(sizeof(P) * N < 16 ? sizeof(P) * N : 16) Vector {
+  P at[N];
+};
+
+template <int N, typename P>
+__device__ __forceinline__ Vector<P, N> read(const P* from, int64_t n, bool whole) {
+  if (whole) return *reinterpret_cast<const Vector<P, N>*>(from);
+  Vector<P, N> vector{};
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (j < n) vector.at[j] = from[j];
+  }
+  return vector;
+}
+
+template <int N, typename P>
+__device__ __forceinline__ void write(P* to, const Vector<P, N>& vector, int64_t n, bool whole) {
+  if (whole) {
+    *reinterpret_cast<Vector<P, N>*>(to) = vector;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (j < n) to[j] = vector.at[j];
+  }
+}
+
+// a / b for a >= 0, b > 0; a 64-bit division takes several times as long.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
+}
+
+// Where elements [i, i + N) of the compact arrays lie in the weight.
+template <int N, typename T, typename I>
+__device__ __forceinline__ Vector<int64_t, N> locate(const Entry<T>& entry, int64_t i, int64_t n) {
+  const I* positions = static_cast<const I*>(entry.positions);
+  Vector<int64_t, N> at{};
+  if (entry.width == 1) {
+    const auto position = read<N>(positions + i, n, entry.aligned && n == N);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (j < n) at.at[j] = checked(position.at[j], entry.limit);
+    }
+  } else if (entry.together) {
+    const int64_t slot = divide(i, entry.width);
+    const int64_t first = checked(positions[slot], entry.limit) * entry.width + (i - slot * entry.width);
+#pragma unroll
+    for (int j = 0; j < N; ++j) at.at[j] = first + j;
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int64_t slot = divide(i + j, entry.width);
+      if (j < n) at.at[j] = checked(positions[slot], entry.limit) * entry.width + (i + j - slot * entry.width);
+    }
+  }
+  return at;
+}
+
+template <int N, typename W>
+__device__ __forceinline__ Vector<W, N> read_at(const W* from, const Vector<int64_t, N>& at, int64_t n, bool together) {
+  if (together) return read<N>(from + at.at[0], n, true);
+  Vector<W, N> vector{};
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (j < n) vector.at[j] = from[at.at[j]];
+  }
+  return vector;
+}
+
+template <int N, typename W>
+__device__ __forceinline__ void write_at(
+    W* to, const Vector<int64_t, N>& at, const Vector<W, N>& vector, int64_t n, bool together) {
+  if (together) return write<N>(to + at.at[0], vector, n, true);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (j < n) to[at.at[j]] = vector.at[j];
+  }
+}
+
+// The rule of rules/adamw.h for N elements a thread; blocks are dealt to the tensors in order.
+template <typename T, typename W, typename I, bool compact, bool amsgrad>
+__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table<T> table) {
+  constexpr int N = kVector<T>;
+  int low = 0, high = table.count;  // the entry of this block is in [low, high)
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (table.entries[middle].first_block <= int64_t(blockIdx.x)) low = middle; else high = middle;
+  }
+  const Entry<T>& entry = table.entries[low];
+  const int64_t i = ((int64_t(blockIdx.x) - entry.first_block) * kThreads + threadIdx.x) * N;
+  const int64_t n = entry.numel - i;
+  if (n <= 0) return;
+  const bool whole = entry.aligned && n >= N;
+
+  AdamwStep<T> step = table.step;
+  step.step_size = entry.scales ? entry.scales[0] : entry.step_size;
+  step.inv_sqrt_bias2 = entry.scales ? entry.scales[1] : entry.inv_sqrt_bias2;
+  W* weight = static_cast<W*>(entry.weight);
+  T* exp_avg = static_cast<T*>(entry.exp_avg) + i;
+  T* exp_avg_sq = static_cast<T*>(entry.exp_avg_sq) + i;
+  T* maximum = static_cast<T*>(entry.maximum) + i;
+
+  const auto at = locate<N, T, I>(entry, i, n);
+  Vector<T, N> x, g, largest{};
+  if constexpr (compact) {
+    x = read<N>(static_cast<const T*>(entry.values) + i, n, whole);
+    g = read<N>(static_cast<const T*>(entry.grad) + i, n, whole);
+  } else {
+    const auto dense_x = read_at<N>(static_cast<const W*>(weight), at, n, entry.together);
+    const auto dense_g = read_at<N>(static_cast<const W*>(entry.grad), at, n, entry.together);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      x.at[j] = static_cast<T>(dense_x.at[j]);
+      g.at[j] = static_cast<T>(dense_g.at[j]);
+    }
+  }
+  auto m = read<N>(static_cast<const T*>(exp_avg), n, whole);
+  auto v = read<N>(static_cast<const T*>(exp_avg_sq), n, whole);
+  if constexpr (amsgrad) largest = read<N>(static_cast<const T*>(maximum), n, whole);
+
+  Vector<W, N> rounded;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], step);
+    rounded.at[j] = static_cast<W>(x.at[j]);
+  }
+  write<N>(exp_avg, m, n, whole);
+  write<N>(exp_avg_sq, v, n, whole);
+  if constexpr (amsgrad) write<N>(maximum, largest, n, whole);
+  if constexpr (compact) write<N>(static_cast<T*>(entry.values) + i, x, n, whole);
+  write_at<N>(weight, at, rounded, n, entry.together);
+}
+
+constexpr int kSteps = 256;
+
+struct Steps {
+  const float* at[kSteps];
+};
+
+// scales[2 t], scales[2 t + 1] = step_size, inv_sqrt_bias2 of tensor t: one thread a tensor, so that the pow of fp64 is
+// not done again for every element.
+template <typename T>
+__global__ void scale_kernel(
+    const __grid_constant__ Steps steps, int count, T* scales, double lr, double beta1, double beta2) {
+  const int t = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (t >= count || !steps.at[t]) return;
+  const auto step = adamw_step<T>(*steps.at[t], lr, beta1, beta2, 0, 0, false);
+  scales[2 * t] = step.step_size;
+  scales[2 * t + 1] = step.inv_sqrt_bias2;
+}
+
+template <typename T>
+const char* launch_scales(const AdamwTensor* tensors, int64_t count, const AdamwCall& call, cudaStream_t stream) {
+  for (int64_t first = 0; first < count; first += kSteps) {
+    Steps steps{};
+    const int n = int(std::min<int64_t>(kSteps, count - first));
+    for (int t = 0; t < n; ++t) steps.at[t] = tensors[first + t].device_step;
+    scale_kernel<T><<<1, kSteps, 0, stream>>>(
+        steps, n, static_cast<T*>(call.scales) + 2 * first, call.lr, call.beta1, call.beta2);
+    if (const char* error = launch_error()) return error;
+  }
+  return nullptr;
+}
+
+template <typename T>
+Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& call, size_t weight_size) {
+  constexpr int N = kVector<T>;
+  const bool compact = call.compact;
+  Entry<T> entry{};
+  entry.values = tensor.values;
+  entry.grad = tensor.grad;
+  entry.exp_avg = tensor.exp_avg;
+  entry.exp_avg_sq = tensor.exp_avg_sq;
+  entry.maximum = tensor.maximum;
+  entry.weight = tensor.weight;
+  entry.positions = tensor.positions.data;
+  entry.limit = tensor.positions.limit;
+  entry.numel = tensor.numel;
+  entry.width = tensor.width;
+  if (tensor.device_step) {
+    entry.scales = static_cast<const T*>(call.scales) + 2 * number;
+  } else {
+    const auto step =
+        adamw_step<T>(tensor.step, call.lr, call.beta1, call.beta2, call.weight_decay, call.eps, call.maximize);
+    entry.step_size = step.step_size;
+    entry.inv_sqrt_bias2 = step.inv_sqrt_bias2;
+  }
+  entry.aligned = is_aligned(tensor.exp_avg, 16) && is_aligned(tensor.exp_avg_sq, 16) &&
+                  is_aligned(tensor.maximum, 16) && is_aligned(tensor.values, 16) &&
+                  (!compact || is_aligned(tensor.grad, 16)) &&
+                  (tensor.width > 1 || is_aligned(tensor.positions.data, 16));
+  entry.together = tensor.width % N == 0 && is_aligned(tensor.weight, N * weight_size) &&
+                   (compact || is_aligned(tensor.grad, N * weight_size));
+  return entry;
+}
+
+template <typename T, typename W, typename I>
+void launch_table(const Table<T>& table, int64_t blocks, const AdamwCall& call, cudaStream_t stream) {
+  const unsigned grid = unsigned(blocks);
+  if (call.compact && call.amsgrad) adamw_kernel<T, W, I, true, true><<<grid, kThreads, 0, stream>>>(table);
+  if (call.compact && !call.amsgrad) adamw_kernel<T, W, I, true, false><<<grid, kThreads, 0, stream>>>(table);
+  if (!call.compact && call.amsgrad) adamw_kernel<T, W, I, false, true><<<grid, kThreads, 0, stream>>>(table);
+  if (!call.compact && !call.amsgrad) adamw_kernel<T, W, I, false, false><<<grid, kThreads, 0, stream>>>(table);
+}
+
+template <typename T, typename W, typename I>
+const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& call, cudaStream_t stream) {
+  static_assert(sizeof(Table<T>) <= kArgumentBytes);
+  static_assert(sizeof(Steps) + 64 <= kArgumentBytes);
+  if (call.scales) {
+    if (const char* error = launch_scales<T>(tensors, count, call, stream)) return error;
+  }
+  Table<T> table{};
+  // Any step does: what depends on it stands in the entries.
+  table.step = adamw_step<T>(1, call.lr, call.beta1, call.beta2, call.weight_decay, call.eps, call.maximize);
+  int64_t blocks = 0;
+  for (int64_t number = 0; number < count; ++number) {
+    if (tensors[number].numel > 0) {
+      Entry<T>& entry = table.entries[table.count++];
+      entry = make_entry<T>(tensors[number], number, call, sizeof(W));
+      entry.first_block = blocks;
+      blocks += divide_up(entry.numel, int64_t(kThreads) * kVector<T>);
+    }
+    if (table.count == kTensors<T> || (table.count > 0 && number + 1 == count)) {
+      launch_table<T, W, I>(table, blocks, call, stream);
+      if (const char* error = launch_error()) return error;
+      table.count = 0;
+      blocks = 0;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* launch_adamw(const AdamwTensor* tensors, int64_t count, const AdamwCall& call, void* stream) {
+  return with_dtype(call.dtype, [&](auto weight, auto number) {
+    return with_positions(call.wide, [&](auto index) {
+      return launch<decltype(number), decltype(weight), decltype(index)>(
+          tensors, count, call, static_cast<cudaStream_t>(stream));
+    });
+  });
+}
+
+}  // namespace sk::cuda

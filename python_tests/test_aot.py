@@ -1,0 +1,176 @@
+"""Every Triton kernel, compiled for sm_80 and sm_90 without a GPU, just as its launcher would have it compiled.
+
+The compiling is done by this file run as a script, in a process of its own: where Triton interprets, it cannot compile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsekernels
+from sparsekernels.ops import OPS, backend
+
+ARCHITECTURES = (80, 90)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+FAMILIES = sorted({op.family for op in OPS})
+SHARED_BYTES = 48 * 1024  # what a kernel gets without asking
+
+
+def missing_tools() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "triton is not installed"
+    tools = Path(spec.origin).parent / "backends/nvidia/bin"
+    missing = [name for name in ("ptxas", "cuobjdump") if not (tools / name).exists()]
+    return f"this triton comes without {' and '.join(missing)}" if missing else None
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """What became of every kernel, for each way that its launcher calls it."""
+    reason = missing_tools()
+    if reason is not None:
+        pytest.skip(reason)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(sparsekernels.__file__).parents[1])
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_kernel_is_compiled(compiled: list[dict[str, Any]]) -> None:
+    kernels = {
+        name
+        for family in FAMILIES
+        for name in vars(importlib.import_module(f"sparsekernels.ops.{family}.triton"))
+        if name.endswith("_kernel")
+    }
+    for architecture in ARCHITECTURES:
+        assert {each["kernel"] for each in compiled if each["architecture"] == architecture} == kernels
+
+
+def test_no_register_spills(compiled: list[dict[str, Any]]) -> None:
+    assert all(each["registers"] > 0 for each in compiled)
+    assert [each for each in compiled if each["local"] or each["stack"]] == []
+
+
+def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
+    assert [each for each in compiled if each["shared"] > SHARED_BYTES] == []
+    assert max(each["shared"] for each in compiled) > 0, "topk shares histograms: nothing was read"
+
+
+def test_double_precision_only_where_it_was_asked_for(compiled: list[dict[str, Any]]) -> None:
+    """fp64 runs at a 64th of the speed on most GPUs: a Python float must not pull a kernel up to it."""
+    assert [each for each in compiled if each["double"] and each["dtype"] != "torch.float64"] == []
+    assert any(each["double"] for each in compiled)
+
+
+def test_compact_arrays_move_in_vectors(compiled: list[dict[str, Any]]) -> None:
+    """16 bytes a thread, for elements as for rows."""
+    for each in compiled:
+        if each["kernel"] == "adamw_kernel" and each["dtype"] == "torch.float32":
+            assert each["vectors"] >= 2, each  # of both moments at the least
+
+
+def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """One call for each way to launch a kernel; nothing runs, so the numbers do not matter."""
+    kernel = backend.triton_kernel
+    dense = torch.zeros(64, 2048, dtype=dtype)
+    options = (1e-3, 0.9, 0.999, 0.1, 1e-8, False)
+    elements = torch.arange(2048, dtype=torch.int32)
+    selections = [(torch.arange(3, dtype=torch.int32), True), (elements, False)]
+    if dtype == torch.float32:
+        selections.append((elements.long(), False))
+    for positions, rows in selections:
+        moments = torch.zeros((3, 2048) if rows else 2048, dtype=torch.promote_types(dtype, torch.float32))
+        yield lambda p=positions, r=rows: kernel("gather")(dense, p, r)
+        yield lambda p=positions, r=rows, v=moments: kernel("scatter_")(dense, p, v, r)
+        yield lambda p=positions, r=rows, v=moments: kernel("scatter_add_")(dense, p, v, r)
+        for maximum in ([], [moments]):
+            state = ([moments], [moments], maximum, [torch.tensor(1.0)])
+            yield lambda p=positions, v=moments, s=state: kernel("adamw_compact_")([v], [v], *s, [dense], [p], *options)
+            yield lambda p=positions, s=state: kernel("adamw_gathered_")([dense], [dense], *s, [p], *options)
+        tokens = torch.zeros(32, 2048, dtype=dtype), torch.arange(32)
+        yield lambda p=positions, r=rows, t=tokens: kernel("masked_grad_embedding")(*t, p, r, 0)
+    yield lambda: kernel("masked_grad_linear")(
+        torch.zeros(32, 64, dtype=dtype), torch.zeros(32, 2048, dtype=dtype), elements
+    )
+    yield lambda: kernel("topk")([dense, dense[:, :7].contiguous()], 5, False)
+    yield lambda: kernel("topk")([dense], 5, True)
+
+
+class Target:
+    """A driver for a GPU that is not there: enough for Triton to compile for it."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_everything() -> list[dict[str, Any]]:
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    made: dict[str, dict[str, Any]] = {}
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, **options):
+        kernel = run(self, *arguments, **{**options, "warmup": True})
+        made.setdefault(kernel.hash, {"kernel": self.__name__, **label, **facts_of(kernel)})
+        return kernel
+
+    JITFunction.run = compile_only
+    for architecture in ARCHITECTURES:
+        triton.runtime.driver.set_active(Target(architecture))
+        for dtype in DTYPES:
+            label = {"architecture": architecture, "dtype": str(dtype)}
+            for call in calls(dtype):
+                call()
+    return list(made.values())
+
+
+def facts_of(kernel: Any) -> dict[str, Any]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "local": int(found[3]),
+        "shared": kernel.metadata.shared,
+        "double": ".f64" in ptx,
+        "vectors": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_everything()))
