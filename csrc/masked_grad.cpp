@@ -91,7 +91,7 @@ Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const 
       check_bounds(index, count, m * n);
       split_positions(index, count, n, row.get(), column.get());
     });
-    if (count == 0) return;
+    if (count == 0 || tokens == 0) return;
     sum_tokens<S>(
         static_cast<const T*>(grad_output.const_data_ptr()), static_cast<const T*>(input.const_data_ptr()), tokens, m, n,
         row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);

@@ -37,7 +37,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Index) -> Tensor:
-        ctx.save_for_backward(input if ctx.needs_input_grad[3] else None, weight, index.positions)
+        # A weight that backward will not read is saved all the same, for its version: unless it is autocast's copy.
+        keep_weight = ctx.needs_input_grad[0] or isinstance(weight, nn.Parameter)
+        ctx.save_for_backward(
+            input if ctx.needs_input_grad[3] else None, weight if keep_weight else None, index.positions
+        )
         ctx.shape, ctx.rows, ctx.dtype = index.shape, index.rows, values.dtype
         return F.linear(input, weight, bias)
 
@@ -50,7 +54,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = grad @ weight
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.flatten(0, -2).sum(0)
+            grad_bias = _matrix(grad).sum(0)
         if ctx.needs_input_grad[3]:
             index = Index.trusted(positions, ctx.shape, ctx.rows)
             grad_values = masked_grad_linear(_matrix(grad), _matrix(input), index).to(ctx.dtype)

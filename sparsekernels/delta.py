@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import is_sparsified
-from .files import load_tensors, save_tensors
+from .files import load_tensors, reading, save_tensors
 from .ops import gather, scatter_
 from .selection import Index, Selection
 
@@ -90,12 +90,13 @@ class Delta:
         """
         tensors, metadata = load_tensors(path, "delta")
         changes = {}
-        for name, kind in json.loads(metadata["tensors"]).items():
-            index = Index(tensors[f"{name}.indices"], kind["shape"], kind["rows"])
-            values = tensors[f"{name}.values"]
-            if values.shape != index.compact_shape:
-                raise ValueError(f"{path} is damaged: {name!r} has {list(values.shape)} values for {index}")
-            changes[name] = Change(index, values, kind["base"])
+        with reading(path):
+            for name, kind in json.loads(metadata["tensors"]).items():
+                index = Index(tensors[f"{name}.indices"], kind["shape"], kind["rows"])
+                values = tensors[f"{name}.values"]
+                if values.shape != index.compact_shape:
+                    raise ValueError(f"{path} is damaged: {name!r} has {list(values.shape)} values for {index}")
+                changes[name] = Change(index, values, kind["base"])
         return cls(changes)
 
     def apply(self, model: nn.Module) -> Applied:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,7 +20,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     os.close(handle)
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, dict(metadata))
+        # Copies, for safetensors refuses tensors that share memory, as one Index under two names does.
+        save_file(
+            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, dict(metadata)
+        )
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -43,6 +48,15 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """What goes wrong while the contents of a file are put together is the fault of the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
 def _umask() -> int:

@@ -29,6 +29,10 @@ class _Plan:
         self.dense = [p for p in params if p not in self.slots and p not in self.index]
         self.lists: dict[str, list[list[Tensor]]] = {}
 
+    def holds(self, group: dict[str, Any]) -> bool:
+        """Whether it still describes the group: no parameter came, and no model was given back."""
+        return self.size == len(group["params"]) and all(SLOT in p.__dict__ for p in self.compact)
+
 
 class SparseAdamW(torch.optim.AdamW):
     r"""AdamW over compact Parameters, over index sets of dense parameters, and over dense parameters.
@@ -60,6 +64,8 @@ class SparseAdamW(torch.optim.AdamW):
         ValueError: as `torch.optim.AdamW`; indices that do not fit their parameters; differentiable with kinds 1 or 2;
             a state_dict made for another selection. TypeError: indices that are not `Index`.
     """
+
+    writes_weights = True  # steps write the dense weights, too: nothing is left to do after them
 
     def __init__(
         self,
@@ -165,7 +171,7 @@ class SparseAdamW(torch.optim.AdamW):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             plan = self._plans.get(number)
-            if plan is None or plan.size != len(group["params"]):
+            if plan is None or not plan.holds(group):
                 plan = self._plans[number] = _Plan(group)
             if plan.compact or plan.gathered:
                 with torch.no_grad():
@@ -204,6 +210,7 @@ class SparseAdamW(torch.optim.AdamW):
         if kind == "compact":
             torch.ops.sparsekernels.adamw_compact_.default(values, grads, *state, steps, dense, positions, *options)
         else:
+            grads = [grad.contiguous() for grad in grads if grad is not None]
             torch.ops.sparsekernels.adamw_gathered_.default(values, grads, *state, steps, positions, *options)
         # Ops do not bump versions by themselves; a backward over weights that changed since its forward must fail.
         torch.autograd.graph.increment_version(mutated)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import load_tensors, save_tensors
+from .files import load_tensors, reading, save_tensors
 
 
 class Index:
@@ -130,10 +130,10 @@ def _validated(positions: Tensor, limit: int, rows: bool) -> Tensor:
     if positions.dim() != 1:
         raise ValueError(f"positions must have one dimension, got shape {list(positions.shape)}")
     if positions.numel():
-        step = positions[1:] - positions[:-1]
-        if bool((step <= 0).any()):
-            at = int((step <= 0).nonzero()[0])
-            problem = "duplicated" if int(step[at]) == 0 else "not sorted"
+        wrong = positions[1:] <= positions[:-1]
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            problem = "duplicated" if positions[at] == positions[at + 1] else "not sorted"
             raise ValueError(
                 f"positions must be sorted and unique: {what} {int(positions[at + 1])} at entry {at + 1} is {problem}; "
                 "pass positions.unique()"
@@ -141,7 +141,7 @@ def _validated(positions: Tensor, limit: int, rows: bool) -> Tensor:
         first, last = int(positions[0]), int(positions[-1])
         if first < 0 or last >= limit:
             raise ValueError(f"positions must lie in [0, {limit}), got {what} {first if first < 0 else last}")
-    return positions.to(_dtype_for(limit)).contiguous()
+    return positions.to(_dtype_for(limit), copy=True).contiguous()
 
 
 class Selection(Mapping[str, Index]):
@@ -295,8 +295,9 @@ class Selection(Mapping[str, Index]):
     def load(cls, path: str | Path) -> Selection:
         """Read what `save` wrote. Raises ValueError for a file that is damaged or is something else."""
         tensors, metadata = load_tensors(path, "selection")
-        kinds = json.loads(metadata["tensors"])
-        return cls({name: Index(tensors[name], kind["shape"], kind["rows"]) for name, kind in kinds.items()})
+        with reading(path):
+            kinds = json.loads(metadata["tensors"])
+            return cls({name: Index(tensors[name], kind["shape"], kind["rows"]) for name, kind in kinds.items()})
 
     def summary(self) -> str:
         """A table, one line a tensor: positions, kind, shape, share of the tensor."""

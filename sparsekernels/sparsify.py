@@ -7,7 +7,7 @@ gathered as soon as autograd has it, and freed.
 
 from __future__ import annotations
 
-import weakref
+import copy
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,14 +28,29 @@ VALUES, POSITIONS, ORIGINALS = "_values", "_positions", "_originals"
 SLOT = "_sparse_slot"
 
 
-_live: weakref.WeakSet[Slot] = weakref.WeakSet()
 STEP_HOOKS: list[Any] = []  # what this package has among torch's global optimizer hooks: none, or one
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """After a step of any torch optimizer the weights hold its result, whoever reads them next."""
-    for slot in list(_live):
-        slot.sync_()
+    if getattr(optimizer, "writes_weights", False):
+        return
+    for group in optimizer.param_groups:
+        for values in group["params"]:
+            if SLOT in values.__dict__:
+                # Not sync_(): torch's fused steps change parameters without a new version.
+                torch.autograd.graph.increment_version(values)
+                values.__dict__[SLOT].sync_()
+
+
+class CompactParameter(nn.Parameter):
+    """The values of a Slot. A copy knows the copied slot, so that copies of a model train as the model does."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
+        copied: CompactParameter = super().__deepcopy__(memo)
+        if SLOT in self.__dict__:
+            copied.__dict__[SLOT] = copy.deepcopy(self.__dict__[SLOT], memo)
+        return copied
 
 
 class Slot:
@@ -153,7 +168,6 @@ class SparseModel:
 
     def _leave(self) -> None:
         assert self._found is not None
-        _live.difference_update(self.slots.values())
         self._found.put_back()
         self._found = None
 
@@ -182,7 +196,9 @@ class _Found:
         for module, cls in self.classes:
             module.__class__ = cls
         for module, name in self.registered:
-            del module._parameters[name + VALUES]
+            values = module._parameters.pop(name + VALUES)
+            assert values is not None
+            values.__dict__.pop(SLOT, None)  # an optimizer that outlives this finds nothing to write any more
             for suffix in (POSITIONS, ORIGINALS):
                 del module._buffers[name + suffix]
                 module._non_persistent_buffers_set.discard(name + suffix)
@@ -223,7 +239,6 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
     except BaseException:
         found.put_back()
         raise
-    _live.update(slots.values())
     if not STEP_HOOKS:
         STEP_HOOKS.append(register_optimizer_step_post_hook(_after_step))
     return SparseModel(model, slots, found)
@@ -250,7 +265,12 @@ def _owners(model: nn.Module, weights: dict[str, nn.Parameter]) -> Owners:
             raise ValueError(f"{name!r} is {weight.dtype}; only floating-point weights can be trained")
         if not weight.is_contiguous():
             raise ValueError(f"{name!r} is not contiguous; assign a contiguous copy to it first")
-        for module, _ in holders[id(weight)]:
+        for module, attribute in holders[id(weight)]:
+            taken = [
+                attribute + suffix for suffix in (VALUES, POSITIONS, ORIGINALS) if hasattr(module, attribute + suffix)
+            ]
+            if taken:
+                raise ValueError(f"{name!r}: its module has something called {taken[0]!r} already")
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 raise ValueError(f"{name!r}: an Embedding with max_norm rewrites its weight in forward")
             if isinstance(module, NonDynamicallyQuantizableLinear):
@@ -264,7 +284,7 @@ def _give_values(holders: list[tuple[nn.Module, str]], index: Index, found: _Fou
     slot = Slot(owner, name, index)
     originals = gather(slot.weight.detach(), index)
     wide = torch.promote_types(originals.dtype, torch.float32)
-    owner.register_parameter(name + VALUES, nn.Parameter(originals.to(wide, copy=True)))
+    owner.register_parameter(name + VALUES, CompactParameter(originals.to(wide, copy=True)))
     owner.register_buffer(name + POSITIONS, index.positions, persistent=False)
     owner.register_buffer(name + ORIGINALS, originals, persistent=False)
     found.registered.append((owner, name))

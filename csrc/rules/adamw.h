@@ -11,7 +11,7 @@ template <typename T>
 struct AdamwStep {
   T beta2;
   T rest1, rest2;    // 1 - beta1 and 1 - beta2: formed in fp64, for 1 - 0.999f is off by 1e-5
-  T decay;           // 1 - lr * weight_decay
+  T decay;           // lr * weight_decay; 1 - decay would round the same way at every step
   T step_size;       // lr / (1 - beta1^step)
   T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^step)
   T eps;
@@ -25,7 +25,7 @@ SK_RULE AdamwStep<T> adamw_step(
       T(beta2),
       T(1 - beta1),
       T(1 - beta2),
-      T(1 - lr * weight_decay),
+      T(lr * weight_decay),
       T(lr / (1 - pow(beta1, step))),
       T(1 / sqrt(1 - pow(beta2, step))),
       T(eps),
@@ -35,7 +35,7 @@ SK_RULE AdamwStep<T> adamw_step(
 SK_RULE float sqrt_of(float x) { return sqrtf(x); }
 SK_RULE double sqrt_of(double x) { return sqrt(x); }
 
-// m <- m + (1-b1)(g-m);  v <- b2 v + (1-b2) g^2;  returns x decay - step_size m / (sqrt(v)/sqrt(bias2) + eps).
+// m <- m + (1-b1)(g-m);  v <- b2 v + (1-b2) g^2;  returns x - decay x - step_size m / (sqrt(v)/sqrt(bias2) + eps).
 // `maximum` points to the running maximum of v (amsgrad) or is null.
 template <bool amsgrad, typename T>
 SK_RULE T adamw(T x, T g, T& m, T& v, T* maximum, const AdamwStep<T>& s) {
@@ -47,7 +47,8 @@ SK_RULE T adamw(T x, T g, T& m, T& v, T* maximum, const AdamwStep<T>& s) {
     // NaN wins, as in torch.maximum.
     second = *maximum = v > *maximum || v != v ? v : *maximum;
   }
-  return x * s.decay - s.step_size * m / (sqrt_of(second) * s.inv_sqrt_bias2 + s.eps);
+  x -= s.decay * x;
+  return x - s.step_size * m / (sqrt_of(second) * s.inv_sqrt_bias2 + s.eps);
 }
 
 }  // namespace sk

@@ -87,7 +87,7 @@ def sift(
         curve.add(grad)
         bar.update()
 
-    with tqdm(total=len(chosen), desc="SIFT: selecting", unit="tensor", disable=not progress) as bar:
+    with tqdm(total=len(chosen), desc="SIFT: selecting", unit="tensor", disable=not progress, leave=False) as bar:
         for group in _groups(chosen, names, max_gradient_bytes) if num_batches > 1 else [chosen]:
             _gradients(model, {name: names[name] for name in group}, first, loss or default_loss, take)
     missing = [name for name in chosen if name not in found]

@@ -56,7 +56,7 @@ def scatter_add_(target: Tensor, index: Index, values: Tensor, *, backend: Backe
 
     Equivalent to `target.view(-1)[index.positions] += values`, with the sum rounded once.
 
-    Args and Raises as `scatter_`. Deterministic: positions are unique, so no two additions meet.
+    Args and Raises as `scatter_`. Deterministic: positions are unique, so no two additions meet. Cost: as `scatter_`.
     """
     _check("target", target, index)
     _check_values(values, target, index)

@@ -83,6 +83,8 @@ def masked_grad_embedding(
             f"grad_output must be [{ids.shape[0]} tokens, {list(index.shape)[-1:]} columns] for this index, "
             f"got {list(grad_output.shape)}"
         )
+    if ids.dtype not in (torch.int32, torch.int64) or ids.device != grad_output.device:
+        raise ValueError(f"ids must be int32 or int64 on {grad_output.device}, got {ids.dtype} on {ids.device}")
     _check_device(grad_output, index)
     run = select("masked_grad_embedding", ids.device.type, backend)
     padding = -1 if padding_idx is None else padding_idx

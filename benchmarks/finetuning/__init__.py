@@ -1,0 +1,1 @@
+"""The parts of benchmarks/finetune.py and benchmarks/accuracy.py."""

@@ -1,0 +1,155 @@
+"""Samples of the AdamW ops; the oracle is torch.optim.AdamW itself, in fp64, on the compact copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from samples import BF16, BY_NAME, FP16, FP32, FP64, LAYOUTS, Case, Layout, Maker, Sample, put, short, take
+from torch import Tensor
+
+from sparsekernels import ops
+
+
+@dataclass(frozen=True)
+class Options:
+    lr: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.1
+    eps: float = 1e-8
+    maximize: bool = False
+
+    def keywords(self) -> dict[str, float]:
+        return dict(self.__dict__)
+
+    def positional(self) -> tuple[float, ...]:
+        return (self.lr, self.beta1, self.beta2, self.weight_decay, self.eps, self.maximize)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One multi-tensor step: what each tensor looks like, and the options they share."""
+
+    layouts: tuple[Layout, ...]
+    dtypes: tuple[torch.dtype, ...] = (FP32,)  # of the dense tensors, in turn
+    steps: tuple[int, ...] = (3,)
+    options: Options = Options()
+    amsgrad: bool = False
+    fresh: bool = False  # moments are zero, as before the first step
+    grads: tuple[float, ...] = ()  # put into the gradients: inf, NaN, 0, denormal, huge
+
+    @property
+    def special(self) -> bool:
+        return bool(self.grads)
+
+
+def oracle(
+    x: Tensor, grad: Tensor, moments: list[Tensor], step: int, options: Options, dtype: torch.dtype
+) -> list[Tensor]:
+    """The new weights and moments (two, or three for amsgrad) that torch.optim.AdamW computes in `dtype`."""
+    parameter = torch.nn.Parameter(x.to("cpu", dtype, copy=True))
+    parameter.grad = grad.to("cpu", dtype, copy=True)
+    o = options
+    optimizer = torch.optim.AdamW(
+        [parameter],
+        o.lr,
+        (o.beta1, o.beta2),
+        o.eps,
+        o.weight_decay,
+        amsgrad=len(moments) == 3,
+        maximize=o.maximize,
+        foreach=False,
+    )
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    state = dict(zip(names, (m.to("cpu", dtype, copy=True) for m in moments), strict=False))
+    optimizer.state[parameter] = {"step": torch.tensor(float(step - 1)), **state}
+    optimizer.step()
+    return [parameter.detach(), *(state[name] for name in names[: len(moments)])]
+
+
+def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
+    def make(maker: Maker) -> Case:
+        n = len(plan.layouts)
+        dtypes = [plan.dtypes[i % len(plan.dtypes)] for i in range(n)]
+        masters = [torch.promote_types(dtype, FP32) for dtype in dtypes]
+        steps = [plan.steps[i % len(plan.steps)] for i in range(n)]
+        indices = [maker.index(layout) for layout in plan.layouts]
+        dense = [maker.randn(*lay.shape, dtype=d) for lay, d in zip(plan.layouts, dtypes, strict=True)]
+        values, grads, moments, expected = [], [], [], []
+        for index, weight, master in zip(indices, dense, masters, strict=True):
+            shape = index.compact_shape
+            # What lies in the weight may be older than the master: the step must not read it.
+            values.append(maker.randn(*shape, dtype=master))
+            grad = maker.randn(*shape, dtype=master) if compact else maker.randn(*weight.shape, dtype=weight.dtype)
+            if plan.grads:
+                grad.view(-1)[: len(plan.grads)] = torch.tensor(plan.grads, dtype=grad.dtype, device=grad.device)
+            grads.append(grad)
+            scale = 0 if plan.fresh else 1
+            moments.append([maker.randn(*shape, dtype=master, scale=scale * 0.1)])
+            moments[-1] += [maker.put(maker.randn(*shape, dtype=master, scale=scale).square().cpu())]
+            if plan.amsgrad:
+                moments[-1] += [maker.put(maker.randn(*shape, dtype=master, scale=scale).square().cpu())]
+        for i in range(n):
+            x, grad = (values[i], grads[i]) if compact else (take(dense[i], indices[i]), take(grads[i], indices[i]))
+            wide = masters[i] if plan.special else FP64
+            expected.append(oracle(x, grad, moments[i], steps[i], plan.options, wide))
+        exp_avgs, exp_avg_sqs = [m[0] for m in moments], [m[1] for m in moments]
+        maxima = [m[2] for m in moments] if plan.amsgrad else []
+        step_tensors = [torch.tensor(float(step), device="cpu") for step in steps]
+        positions = [index.positions for index in indices]
+        state = (grads, exp_avgs, exp_avg_sqs, maxima, step_tensors)
+        args = (values, *state, dense, positions) if compact else (dense, *state, positions)
+        mutated = [*(values if compact else dense), *exp_avgs, *exp_avg_sqs, *maxima]
+        results = [e[0] for e in expected]
+        if not compact:
+            results = [put(w.to(FP64), i, e) for w, i, e in zip(dense, indices, results, strict=True)]
+        columns = [[e[j] for e in expected] for j in range(1, 4 if plan.amsgrad else 3)]
+        return Case(
+            ops.adamw_compact_ if compact else ops.adamw_gathered_,
+            args,
+            (*args, *plan.options.positional()),
+            [*results, *(tensor for column in columns for tensor in column)],
+            kwargs=plan.options.keywords(),
+            mutated=mutated,
+            inside=list(zip(dense, indices, strict=True)),
+            written=list(zip(dense, indices, values, strict=True)) if compact else (),
+        )
+
+    return make
+
+
+SMALL = tuple(BY_NAME[name] for name in ("some", "rows-int64", "rows-3d"))
+DEFAULT = Options()
+
+
+def plans() -> Iterator[tuple[str, Plan]]:
+    for layout in LAYOUTS:
+        yield layout.name, Plan((layout,))
+    yield "all-together", Plan(LAYOUTS, steps=(1, 2, 1000))
+    yield "first-step", Plan(SMALL, steps=(1,), fresh=True)
+    yield "step-1e6", Plan(SMALL, steps=(10**6,))
+    yield "amsgrad", Plan(SMALL, amsgrad=True)
+    yield "amsgrad-many", Plan((BY_NAME["many"], BY_NAME["rows-many"]), amsgrad=True)
+    yield "maximize", Plan(SMALL, options=replace(DEFAULT, maximize=True))
+    yield "maximize-amsgrad", Plan(SMALL, options=replace(DEFAULT, maximize=True), amsgrad=True)
+    yield "no-decay", Plan(SMALL, options=replace(DEFAULT, weight_decay=0.0))
+    yield "lr-0", Plan(SMALL, options=replace(DEFAULT, lr=0.0))
+    yield "betas-0", Plan(SMALL, options=replace(DEFAULT, beta1=0.0, beta2=0.0), fresh=True)
+    yield "betas-near-1", Plan(SMALL, options=replace(DEFAULT, beta1=0.99, beta2=0.99999))
+    yield "eps-large", Plan(SMALL, options=replace(DEFAULT, eps=0.5))
+    yield "no-tensors", Plan(())
+    for dtype in (BF16, FP16, FP64):
+        yield short(dtype), Plan((*SMALL, BY_NAME["none"], BY_NAME["many"]), dtypes=(dtype,))
+        yield f"{short(dtype)}-amsgrad", Plan(SMALL, dtypes=(dtype,), amsgrad=True)
+    yield "mixed-dtypes", Plan(SMALL * 2, dtypes=(BF16, FP32, FP16, FP64))
+    specials = (float("nan"), float("inf"), -float("inf"), 0.0, 1e-40, 1e30)
+    yield "special", Plan((BY_NAME["all"],), grads=specials, fresh=True, steps=(1,))
+    yield "special-amsgrad", Plan((BY_NAME["all"],), grads=specials, amsgrad=True)
+
+
+def adamw_samples() -> Iterator[Sample]:
+    for name, plan in plans():
+        yield Sample("adamw_compact_", name, adamw(plan, compact=True))
+        yield Sample("adamw_gathered_", name, adamw(plan, compact=False))

@@ -1,0 +1,64 @@
+"""DistributedDataParallel over gloo: two processes on half a batch each are one process on the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sparsekernels as sk
+from sparsekernels import Index, Selection
+
+STEPS, BATCH = 3, 8
+
+
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Embedding(13, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def selection(of: nn.Module) -> Selection:
+    rows = Selection({"0.weight": Index(torch.arange(0, 13, 2), (13, 8), rows=True)})
+    return rows | Selection.random(of, 0.3, names=["1.weight", "2.weight", "3.weight", "3.bias"])
+
+
+def inputs(step: int) -> Tensor:
+    return torch.randint(0, 13, (BATCH,), generator=torch.Generator().manual_seed(step))
+
+
+def train(run: nn.Module, tuned: sk.SparseModel, rank: int, world: int, forwards: int) -> None:
+    """`forwards`: how many micro-batches go into one loss, so into one backward."""
+    optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.05, weight_decay=0.1)
+    for step in range(STEPS):
+        mine = inputs(step).chunk(world)[rank]
+        loss = sum(run(part).square().sum() for part in mine.chunk(forwards)) / mine.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    try:
+        for forwards in (1, 2):
+            tuned = sk.sparsify(model(), selection(model()))
+            train(DistributedDataParallel(tuned.model), tuned, rank, world, forwards)
+            torch.save(tuned.model.state_dict(), f"{folder}/rank{rank}-{forwards}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Also with two forwards before a backward: what DDP sends round between them is no change of the weights."""
+    torch.multiprocessing.spawn(work, args=(2, str(tmp_path)), nprocs=2)
+    for forwards in (1, 2):
+        tuned = sk.sparsify(model(), selection(model()))
+        train(tuned.model, tuned, 0, 1, forwards)
+        states = [torch.load(tmp_path / f"rank{rank}-{forwards}.pt", weights_only=True) for rank in range(2)]
+        for key, value in tuned.model.state_dict().items():
+            assert torch.equal(states[0][key], states[1][key]), f"{key} differs between the processes"
+            assert torch.allclose(states[0][key], value, rtol=1e-5, atol=1e-6), key

@@ -1,0 +1,134 @@
+"""A weight that changes between a forward and its backward is an error, never a wrong gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import Zoo, ids
+from torch import nn
+
+import sparsekernels as sk
+from sparsekernels import Selection
+
+MESSAGE = "modified by an inplace operation"
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+
+def stepped(optimizer: Callable) -> Callable[[nn.Module, sk.SparseModel], None]:
+    def change(model: nn.Module, tuned: sk.SparseModel) -> None:
+        step = optimizer(tuned.parameters(), lr=0.1)
+        for values in tuned.parameters():
+            values.grad = torch.ones_like(values)
+        step.step()
+
+    return change
+
+
+def in_place(model: nn.Module, tuned: sk.SparseModel) -> None:
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+
+
+def synced(model: nn.Module, tuned: sk.SparseModel) -> None:
+    with torch.no_grad():
+        for values in tuned.parameters():
+            values.add_(1)
+    model(torch.ones(1, 6))  # a forward brings the weights up to date
+
+
+CHANGES: dict[str, Callable[[nn.Module, sk.SparseModel], object]] = {
+    "SparseAdamW": stepped(sk.SparseAdamW),
+    "AdamW": stepped(torch.optim.AdamW),
+    "AdamW fused": stepped(lambda params, lr: torch.optim.AdamW(params, lr, fused=True)),
+    "SGD": stepped(torch.optim.SGD),
+    "next forward": synced,
+    "restore": lambda model, tuned: tuned.restore(),
+    "load_state_dict": lambda model, tuned: model.load_state_dict(model.state_dict()),
+    "in place": in_place,
+}
+
+
+@pytest.mark.parametrize("names", [["0.weight", "1.weight"], ["0.weight", "1.weight", "1.bias"]], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_backward_after_a_change_raises(change: str, names: list[str]) -> None:
+    model = two_layers()
+    tuned = sk.sparsify(model, Selection.random(model, 0.5, names=names))
+    loss = model(torch.randn(3, 6)).square().sum()
+    CHANGES[change](model, tuned)
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        loss.backward()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_where_backward_does_not_read_the_weight_its_gradient_is_right(change: str) -> None:
+    """The gradient of the first trained layer is made of activations alone, so torch lets the weight change."""
+    x = torch.randn(3, 6)
+    model = two_layers()
+    selection = Selection.random(model, 0.5, names=["1.weight"])
+    tuned = sk.sparsify(model, selection)
+    (values,) = tuned.parameters()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), values)
+    loss = model(x).square().sum()
+    CHANGES[change](model, tuned)
+    (found,) = torch.autograd.grad(loss, values)
+    assert torch.equal(found, expected)
+
+
+def test_gathered_form_too() -> None:
+    """Dense parameters with indices are mutated by an op of ours: their version must tell."""
+    model = two_layers()
+    stepper = sk.SparseAdamW(Selection.random(model, 0.5).param_groups(model))
+    model(torch.randn(3, 6)).square().sum().backward()
+    loss = model(torch.randn(3, 6, requires_grad=True)).square().sum()
+    stepper.step()
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        loss.backward()
+
+
+def test_delta_apply_and_revert_too() -> None:
+    model = two_layers()
+    with sk.sparsify(model, Selection.random(model, 0.5)) as tuned:
+        delta = tuned.delta()
+    loss = model(torch.randn(3, 6)).square().sum()
+    applied = delta.apply(model)
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        loss.backward()
+    loss = model(torch.randn(3, 6)).square().sum()
+    applied.revert()
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        loss.backward()
+
+
+@pytest.mark.parametrize("optimizer", [sk.SparseAdamW, torch.optim.AdamW])
+def test_the_usual_order_does_not_raise(optimizer: type) -> None:
+    """Two forwards, two backwards, a step, evaluation, and again: nothing of it is a change in between."""
+    model = Zoo()
+    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    stepper = optimizer(tuned.parameters(), lr=0.01)
+    for seed in range(3):
+        losses = [model(ids(2, 5, seed=seed + i)).square().sum() for i in range(2)]
+        for loss in losses:
+            loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+        with torch.no_grad():
+            model(ids(2, 5))
+        model.state_dict()
+
+
+def test_values_read_out_of_a_graph_stay_as_they_were() -> None:
+    """Reading state, a delta or the parameters in between is harmless."""
+    model = Zoo()
+    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    loss = model(ids(2, 5)).square().sum()
+    model.state_dict()
+    tuned.delta()
+    tuned.sync_()
+    list(tuned.parameters())
+    loss.backward()
+    assert all(values.grad is not None for values in tuned.parameters())
