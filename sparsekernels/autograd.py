@@ -37,11 +37,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Index) -> Tensor:
-        # A weight that backward will not read is saved all the same, for its version: unless it is autocast's copy.
-        keep_weight = ctx.needs_input_grad[0] or isinstance(weight, nn.Parameter)
-        ctx.save_for_backward(
-            input if ctx.needs_input_grad[3] else None, weight if keep_weight else None, index.positions
-        )
+        input_needed, values_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        ctx.save_for_backward(input if values_needed else None, weight if input_needed else None, index.positions)
         ctx.shape, ctx.rows, ctx.dtype = index.shape, index.rows, values.dtype
         return F.linear(input, weight, bias)
 

@@ -39,7 +39,8 @@ class Delta:
     """Positions, the absolute values that belong there, and a fingerprint of the values they replace.
 
     The fingerprint covers the selected positions only: two deltas of one base that do not overlap can be applied one on
-    the other, in any order; a base with other weights at any selected position is refused.
+    the other, in any order; a base with other weights at any selected position is refused. A tensor that is replaced as
+    a whole has no fingerprint: it fits any base, as a fresh task head must.
 
     The file is safetensors: `<name>.indices` (int32, or int64 past 2^31 elements), `<name>.values`, and metadata.
     """
@@ -122,7 +123,7 @@ class Delta:
         return self.selection & other.selection
 
     def merge(self, other: Delta) -> Delta:
-        """One delta that does what both do. Raises ValueError where they overlap; see `overlap`."""
+        """One delta that does what both do. Raises ValueError where they change one tensor both."""
         shared = self.overlap(other)
         if shared.numel:
             raise ValueError(f"the deltas overlap in {shared.numel} positions, first in {next(iter(shared))!r}")
@@ -167,7 +168,7 @@ class Applied:
         self.revert()
         try:
             return other.apply(self.model)
-        except ValueError:
+        except BaseException:
             self._originals = self.delta.apply(self.model)._originals
             raise
 

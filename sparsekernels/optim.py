@@ -20,8 +20,9 @@ class _Plan:
     """The parameters of one group by kind, and the tensor lists of a step, kept while the group stays as it is."""
 
     def __init__(self, group: dict[str, Any]) -> None:
-        params = group["params"]
-        self.size = len(params)
+        self.params = params = list(group["params"])
+        self.indices = group.get("indices")
+        self.amsgrad = group["amsgrad"]
         self.index: dict[Tensor, Index] = dict(zip(params, group.get("indices") or (), strict=False))
         self.slots: dict[Tensor, Slot] = {p: p.__dict__[SLOT] for p in params if SLOT in p.__dict__}
         self.compact = list(self.slots)
@@ -30,8 +31,14 @@ class _Plan:
         self.lists: dict[str, list[list[Tensor]]] = {}
 
     def holds(self, group: dict[str, Any]) -> bool:
-        """Whether it still describes the group: no parameter came, and no model was given back."""
-        return self.size == len(group["params"]) and all(SLOT in p.__dict__ for p in self.compact)
+        """Whether it still describes the group: its parameters, their indices, and models that were not given back."""
+        return (
+            len(self.params) == len(group["params"])
+            and all(a is b for a, b in zip(self.params, group["params"], strict=True))
+            and self.indices is group.get("indices")
+            and self.amsgrad == group["amsgrad"]
+            and all(SLOT in p.__dict__ for p in self.compact)
+        )
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -62,7 +69,8 @@ class SparseAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: as `torch.optim.AdamW`; indices that do not fit their parameters; differentiable with kinds 1 or 2;
-            a state_dict made for another selection. TypeError: indices that are not `Index`.
+            a state_dict made for a selection of another size, or for other indices. TypeError: indices that are no
+            `Index`.
     """
 
     writes_weights = True  # steps write the dense weights, too: nothing is left to do after them
@@ -143,6 +151,9 @@ class SparseAdamW(torch.optim.AdamW):
         for p, state in moments.items():
             if state:
                 self.state[p].update(state)  # torch casts state to the dtype of the parameter; this is wider
+        for group, p, _ in own:
+            if (group.get("indices") or SLOT in p.__dict__) and "step" in self.state.get(p, {}):
+                self.state[p]["step"] = self.state[p]["step"].float()  # fp64 under an fp64 default dtype
         self._plans = {}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -192,7 +203,12 @@ class SparseAdamW(torch.optim.AdamW):
         if not params:
             return
         lists = plan.lists.get(kind) if complete else None
-        if lists is None:
+        # State that somebody cleared or replaced, and weights that load_state_dict(assign=True) exchanged, count.
+        if (
+            lists is None
+            or any(self.state[p].get("exp_avg") is not m for p, m in zip(params, lists[1], strict=True))
+            or any(plan.slots[p].weight is not w for p, w in zip(params, lists[5], strict=False))
+        ):
             lists = self._lists(kind, group, plan, params)
             if complete:
                 plan.lists[kind] = lists
@@ -207,11 +223,15 @@ class SparseAdamW(torch.optim.AdamW):
             group["maximize"],
         )
         torch._foreach_add_(steps, 1)
-        if kind == "compact":
-            torch.ops.sparsekernels.adamw_compact_.default(values, grads, *state, steps, dense, positions, *options)
-        else:
-            grads = [grad.contiguous() for grad in grads if grad is not None]
-            torch.ops.sparsekernels.adamw_gathered_.default(values, grads, *state, steps, positions, *options)
+        try:
+            if kind == "compact":
+                torch.ops.sparsekernels.adamw_compact_.default(values, grads, *state, steps, dense, positions, *options)
+            else:
+                grads = [grad.contiguous() for grad in grads if grad is not None]
+                torch.ops.sparsekernels.adamw_gathered_.default(values, grads, *state, steps, positions, *options)
+        except BaseException:
+            torch._foreach_sub_(steps, 1)
+            raise
         # Ops do not bump versions by themselves; a backward over weights that changed since its forward must fail.
         torch.autograd.graph.increment_version(mutated)
         if kind == "compact":
@@ -300,6 +320,10 @@ def _checked_indices(group: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(index, Index):
             raise TypeError(f"indices[{i}] must be an Index, got {type(index).__name__}")
         p = entry[1] if isinstance(entry, tuple) else entry
+        if SLOT in p.__dict__:
+            raise ValueError(
+                f"params[{i}] is a compact Parameter of sparsify, which knows its positions; leave out indices"
+            )
         if index.shape != p.shape:
             raise ValueError(f"indices[{i}] was made for shape {list(index.shape)}, its parameter has {list(p.shape)}")
         if not p.is_floating_point() or not p.is_contiguous():

@@ -275,9 +275,11 @@ class Selection(Mapping[str, Index]):
         )
         generator = torch.Generator().manual_seed(seed)
         out: dict[str, Index] = {}
-        for name in shapes if names is None else names:
+        for name in shapes if names is None else [names] if isinstance(names, str) else names:
             if name not in shapes:
                 raise ValueError(f"names holds {name!r}, which is not among the {len(shapes)} tensors given")
+            if not shapes[name].numel():
+                continue
             scores = torch.rand(shapes[name], generator=generator)
             out.update(cls.top_k({name: scores}, density=density))
         return cls(out)

@@ -7,7 +7,7 @@ gathered as soon as autograd has it, and freed.
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -44,13 +44,10 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 class CompactParameter(nn.Parameter):
-    """The values of a Slot. A copy knows the copied slot, so that copies of a model train as the model does."""
+    """The values of a Slot. Saved as a plain Parameter; the slot of a copied model finds its copy in `sync_`."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
-        copied: CompactParameter = super().__deepcopy__(memo)
-        if SLOT in self.__dict__:
-            copied.__dict__[SLOT] = copy.deepcopy(self.__dict__[SLOT], memo)
-        return copied
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
 
 
 class Slot:
@@ -91,15 +88,17 @@ class Slot:
         """Write the values into the weight, if they changed since the last time."""
         if torch.compiler.is_compiling():
             return  # SparseAdamW writes through by itself; a version number is no part of a graph
-        version = self.values._version
-        if version != self.written:
-            with torch.no_grad():
-                self.write_(self.values)
-            self.written = version
+        values = self.values
+        values.__dict__.setdefault(SLOT, self)
+        if values._version != self.written:
+            self.write_(values)
+            self.written = values._version
 
     def write_(self, values: Tensor) -> None:
         scatter_(self.weight.detach(), self.index, values.detach())
-        torch.autograd.graph.increment_version(self.weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "written": -1}  # versions of a copy count from its own beginning
 
 
 class SparseModel:
@@ -126,6 +125,7 @@ class SparseModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name of the weight, its compact Parameter): [K] for elements, [R, *row] for rows; fp32 (fp64 for fp64)."""
+        self._check_in_use()
         for name, slot in self.slots.items():
             yield name, slot.values
 
@@ -137,8 +137,8 @@ class SparseModel:
     def sync_(self) -> None:
         """Write changed values into the weights now.
 
-        Needed only to read a weight directly after values were changed by hand: steps of torch optimizers, forward,
-        state_dict, save_pretrained and delta do it by themselves.
+        Needed only where values were changed by hand, and a weight is then read directly or by a compiled forward:
+        steps of torch optimizers, forward, state_dict, save_pretrained and delta do it by themselves.
         """
         for slot in self.slots.values():
             slot.sync_()
@@ -147,6 +147,7 @@ class SparseModel:
         """The trained weights as a file to ship; see `Delta`."""
         from .delta import Delta
 
+        self._check_in_use()
         self.sync_()
         return Delta.from_slots(self.slots)
 
@@ -154,8 +155,7 @@ class SparseModel:
         """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
         if self._found is not None:
             for slot in self.slots.values():
-                with torch.no_grad():
-                    slot.write_(slot.originals)
+                slot.write_(slot.originals)
             self._leave()
         return self.model
 
@@ -165,6 +165,10 @@ class SparseModel:
             self.sync_()
             self._leave()
         return self.model
+
+    def _check_in_use(self) -> None:
+        if self._found is None:
+            raise RuntimeError("the model was given back by restore() or merge(); ask for deltas and parameters before")
 
     def _leave(self) -> None:
         assert self._found is not None
@@ -181,10 +185,10 @@ class SparseModel:
 
 
 class _Found:
-    """How the model was found: requires_grad of every parameter, classes of modules, hooks to take off."""
+    """How the model was found: requires_grad and grad of every parameter, classes of modules, hooks to take off."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self.hooks: list[Any] = []
         self.registered: list[tuple[nn.Module, str]] = []
@@ -204,8 +208,9 @@ class _Found:
                 module._non_persistent_buffers_set.discard(name + suffix)
         for module in self.carriers:
             del module.__dict__[SLOTS]
-        for parameter, flag in self.requires_grad:
+        for parameter, flag, grad in self.parameters:
             parameter.requires_grad_(flag)
+            parameter.grad = grad
 
 
 def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
@@ -227,13 +232,16 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
             contiguous or not floating point, an Embedding with max_norm, the out_proj of nn.MultiheadAttention, or a
             model that is sparsified already. The model is unchanged then.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("sparsify makes Parameters to train; call it outside torch.inference_mode()")
     weights = selection.check(model)
     owners = _owners(model, weights)
     found = _Found(model)
     slots: dict[str, Slot] = {}
     try:
-        for parameter, _ in found.requires_grad:
+        for parameter, _, _ in found.parameters:
             parameter.requires_grad_(False)
+            parameter.grad = None
         for name, weight in weights.items():
             slots[name] = _give_values(owners[name], selection[name].to(weight.device), found)
     except BaseException:
@@ -273,6 +281,10 @@ def _owners(model: nn.Module, weights: dict[str, nn.Parameter]) -> Owners:
                 raise ValueError(f"{name!r}: its module has something called {taken[0]!r} already")
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 raise ValueError(f"{name!r}: an Embedding with max_norm rewrites its weight in forward")
+            if type(module) in (nn.Linear, nn.Embedding) and attribute not in ("weight", "bias"):
+                raise ValueError(
+                    f"{name!r}: the weight is computed from it (weight_norm, pruning); that is not supported"
+                )
             if isinstance(module, NonDynamicallyQuantizableLinear):
                 raise ValueError(f"{name!r} is read by its nn.MultiheadAttention past its own forward; leave it out")
     return {name: holders[id(weight)] for name, weight in weights.items()}
@@ -299,7 +311,9 @@ def _give_values(holders: list[tuple[nn.Module, str]], index: Index, found: _Fou
                 module.register_state_dict_post_hook(_after_save),
                 module.register_load_state_dict_pre_hook(_before_load),
             ]
-            if type(module) is nn.Linear:
+            if "forward" in module.__dict__:  # accelerate's hooks, say: the class's forward is not what runs
+                found.hooks += attach(module)
+            elif type(module) is nn.Linear:
                 found.classes.append((module, nn.Linear))
                 module.__class__ = SparseLinear
             elif type(module) is nn.Embedding and not module.scale_grad_by_freq:
@@ -325,11 +339,11 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     """Loaded weights bring the values along, so that the two never disagree."""
     for attribute, slot in slots_of(module).items():
         weight = state_dict.get(prefix + attribute)
-        key = prefix + attribute + VALUES
-        if slot.owner is not module or key in state_dict:
-            continue
+        found = slot.values.detach()  # should the weight not fit, torch reports it
         if weight is not None and weight.shape == slot.shape:
-            found = gather(weight.detach().contiguous(), slot.index.to(weight.device))
-            state_dict[key] = found.to(slot.values.dtype)
+            found = gather(weight.detach().contiguous(), slot.index.to(weight.device)).to(slot.values)
+        if slot.owner is module:
+            state_dict.setdefault(prefix + attribute + VALUES, found)
         else:
-            state_dict[key] = slot.values.detach()  # the weight's own mismatch is reported by torch
+            with torch.no_grad():
+                slot.values.copy_(found)

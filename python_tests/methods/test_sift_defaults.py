@@ -188,6 +188,6 @@ def test_curve_of_nothing() -> None:
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     run(Zoo(), progress=True, targets=["up.weight", "down.weight"])
-    assert "2/2" in capsys.readouterr().err
+    assert "0/2" in capsys.readouterr().err
     run(Zoo(), progress=False)
     assert capsys.readouterr().err == ""

@@ -37,7 +37,7 @@ def sift(
 
     Per tensor: k = min(int(density * numel) + 1, numel); the gradient is that of the loss summed over the first
     `num_batches` batches. The model's weights, gradients, requires_grad flags and mode are left as they were; the mode
-    it is in (train or eval) is the one that is used.
+    it is in (train or eval) is the one that is used, and buffers that a forward updates (BatchNorm) are updated.
 
     Args:
         model: any torch model.
@@ -107,6 +107,7 @@ def default_targets(model: nn.Module) -> list[str]:
         name
         for name, parameter in model.named_parameters()
         if parameter.dim() >= 2
+        and parameter.is_floating_point()
         and id(parameter) not in embeddings
         and any(part.isdigit() for part in name.split("."))
         and not _in_head(name)

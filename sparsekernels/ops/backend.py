@@ -58,7 +58,7 @@ def has_native(name: str, device: str) -> bool:
 
 
 def _say_once(device: str, rung: str) -> None:
-    if device not in _said:
+    if device not in _said and (device in _load_errors or rung != "Triton"):
         _said.add(device)
         why = _load_errors.get(device, "the op has no kernel for this device")
         warnings.warn(
@@ -98,6 +98,7 @@ def triton_kernel(name: str) -> Callable[..., Any]:
 
 def _triton_dispatch(op: Op) -> Callable[..., Any]:
     def launch(*args: Any, **kwargs: Any) -> Any:
+        _say_once("cuda", "Triton")
         return triton_kernel(op.name)(*args, **kwargs)
 
     return launch

@@ -37,7 +37,7 @@ def adamw_compact_(
         max_exp_avg_sqs: empty, or one a tensor for amsgrad; updated.
         steps (0-d): the number of this step, counted from 1.
         weights (any floating dtype, contiguous): written at positions, rounding to nearest even.
-        positions ([K] or [R]): as in an Index of the weight.
+        positions ([K] or [R]): as in an Index of the weight, and not checked again: take them from one.
 
     Numerics: fp32 arithmetic (fp64 for fp64 values), moments as torch's. Deterministic.
     Cost: 32 B * K (weights fp32, int32 positions) plus a read and a write of every touched 64-byte line.

@@ -46,8 +46,9 @@ def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend |
     """
     _check("target", target, index)
     _check_values(values, target, index)
-    values = values.to(target.dtype).contiguous()
-    select("scatter_", target.device.type, backend)(target, index.positions, values, index.rows)
+    values = values.detach().to(target.dtype).contiguous()
+    select("scatter_", target.device.type, backend)(target.detach(), index.positions, values, index.rows)
+    torch.autograd.graph.increment_version(target)
     return target
 
 
@@ -60,8 +61,9 @@ def scatter_add_(target: Tensor, index: Index, values: Tensor, *, backend: Backe
     """
     _check("target", target, index)
     _check_values(values, target, index)
-    values = values.to(torch.promote_types(target.dtype, torch.float32)).contiguous()
-    select("scatter_add_", target.device.type, backend)(target, index.positions, values, index.rows)
+    values = values.detach().to(torch.promote_types(target.dtype, torch.float32)).contiguous()
+    select("scatter_add_", target.device.type, backend)(target.detach(), index.positions, values, index.rows)
+    torch.autograd.graph.increment_version(target)
     return target
 
 
@@ -79,3 +81,5 @@ def _check_values(values: Tensor, target: Tensor, index: Index) -> None:
         raise ValueError(f"values must have shape {list(index.compact_shape)}, got {list(values.shape)}")
     if values.device != target.device:
         raise ValueError(f"values are on {values.device}, target on {target.device}")
+    if target.requires_grad and torch.is_grad_enabled():
+        raise ValueError("target requires grad and autograd does not see this write; use torch.no_grad() or detach()")

@@ -49,7 +49,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     if index.rows:
         selected = grad_output if len(index) == index.shape[0] else grad_output.index_select(1, index.positions)
         return (selected.T @ input).to(accumulation_dtype(input.dtype))
-    if backend is None and len(index) > DENSE_ABOVE * index.shape.numel():
+    if backend is None and input.device.type == "cpu" and len(index) > DENSE_ABOVE * index.shape.numel():
         backend = "reference"
     run = select("masked_grad_linear", input.device.type, backend)
     return run(grad_output.contiguous(), input.contiguous(), index.positions)

@@ -17,13 +17,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:
     n = input.shape[1]
+    wide = input.to(accumulation_dtype(input.dtype))
     out = input.new_zeros(positions.shape[0], dtype=accumulation_dtype(input.dtype))
     starts = torch.arange(0, grad_output.shape[1] + ROWS_AT_ONCE, ROWS_AT_ONCE, device=positions.device)
     bounds = torch.searchsorted(positions, (starts * n).to(positions.dtype)).tolist()
     for block, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             first = block * ROWS_AT_ONCE
-            dense = grad_output[:, first : first + ROWS_AT_ONCE].to(out.dtype).T @ input.to(out.dtype)
+            dense = grad_output[:, first : first + ROWS_AT_ONCE].to(out.dtype).T @ wide
             out[begin:end] = dense.reshape(-1)[positions[begin:end].long() - first * n]
     return out
 
