@@ -90,6 +90,21 @@ def test_going_on_from_a_file(form: str, options: dict[str, Any], dtype: torch.d
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_going_back_within_a_run(form: str) -> None:
+    """The optimizer that loads has stepped already: what it kept from those steps must not be used any more."""
+    m, optimizer = prepared(form)
+    train(m, optimizer, 0, 3)
+    weights, state = copy.deepcopy(m.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(m, optimizer, 3, 6)
+    expected = copy.deepcopy(m.state_dict())
+    m.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    train(m, optimizer, 3, 6)
+    assert all(torch.equal(value, expected[key]) for key, value in m.state_dict().items())
+    assert all(float(entry["step"]) == 6 for entry in optimizer.state.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_state_dict_has_the_layout_of_adamw(form: str) -> None:
     m, optimizer = prepared(form)
     train(m, optimizer, 0, 1)

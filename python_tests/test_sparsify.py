@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,24 @@ def test_an_error_leaves_the_model_as_it_was(case: str) -> None:
     before = found(model)
     with pytest.raises((ValueError, KeyError), match=words):
         sk.sparsify(model, Selection({name: Index.full(shape) for name, shape in shapes.items()}))
+    assert found(model) == before
+
+
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_a_failure_half_way_leaves_the_model_as_it_was(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, say, after some tensors have their values already."""
+    model = zoo()
+    before, selection = found(model), some(model)
+    calls = itertools.count()
+
+    def gather(*args: Any) -> torch.Tensor:
+        if next(calls) == at:
+            raise MemoryError
+        return sk.ops.gather(*args)
+
+    monkeypatch.setattr("sparsekernels.sparsify.gather", gather)
+    with pytest.raises(MemoryError):
+        sk.sparsify(model, selection)
     assert found(model) == before
 
 

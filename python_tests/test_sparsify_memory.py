@@ -79,6 +79,14 @@ def test_backward_makes_no_dense_gradient(kind: str, rows: bool, measure: Callab
     assert 0 < found < limit / 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_makes_no_copy_of_the_weight(kind: str) -> None:
+    model, x = KINDS[kind]()
+    assert largest_allocation(lambda: model(x) + (model.weight + 1).sum()) >= WEIGHT_BYTES
+    sk.sparsify(model, Selection.random(model, 0.01))
+    assert largest_allocation(lambda: model(x)) < WEIGHT_BYTES // 4
+
+
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
     """Bytes that a graph keeps beside the parameters and buffers of the model; every storage once."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

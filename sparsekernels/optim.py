@@ -21,6 +21,7 @@ class _Plan:
 
     def __init__(self, group: dict[str, Any]) -> None:
         self.params = params = list(group["params"])
+        self.ids = list(map(id, params))
         self.indices = group.get("indices")
         self.amsgrad = group["amsgrad"]
         self.index: dict[Tensor, Index] = dict(zip(params, group.get("indices") or (), strict=False))
@@ -32,13 +33,14 @@ class _Plan:
 
     def holds(self, group: dict[str, Any]) -> bool:
         """Whether it still describes the group: its parameters, their indices, and models that were not given back."""
-        return (
-            len(self.params) == len(group["params"])
-            and all(a is b for a, b in zip(self.params, group["params"], strict=True))
-            and self.indices is group.get("indices")
-            and self.amsgrad == group["amsgrad"]
-            and all(SLOT in p.__dict__ for p in self.compact)
-        )
+        if self.indices is not group.get("indices") or self.amsgrad != group["amsgrad"]:
+            return False
+        if self.ids != list(map(id, group["params"])):
+            return False
+        for p in self.compact:  # noqa: SIM110 - a generator costs more than it looks for
+            if SLOT not in p.__dict__:
+                return False
+        return True
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -186,8 +188,10 @@ class SparseAdamW(torch.optim.AdamW):
                 plan = self._plans[number] = _Plan(group)
             if plan.compact or plan.gathered:
                 with torch.no_grad():
-                    self._step_sparse("compact", group, plan, plan.compact)
-                    self._step_sparse("gathered", group, plan, plan.gathered)
+                    if plan.compact:
+                        self._step_sparse("compact", group, plan, plan.compact)
+                    if plan.gathered:
+                        self._step_sparse("gathered", group, plan, plan.gathered)
             if plan.dense:
                 self._step_dense(group, plan.dense)
         return loss
@@ -203,12 +207,7 @@ class SparseAdamW(torch.optim.AdamW):
         if not params:
             return
         lists = plan.lists.get(kind) if complete else None
-        # State that somebody cleared or replaced, and weights that load_state_dict(assign=True) exchanged, count.
-        if (
-            lists is None
-            or any(self.state[p].get("exp_avg") is not m for p, m in zip(params, lists[1], strict=True))
-            or any(plan.slots[p].weight is not w for p, w in zip(params, lists[5], strict=False))
-        ):
+        if lists is None or not self._current(plan, params, lists):
             lists = self._lists(kind, group, plan, params)
             if complete:
                 plan.lists[kind] = lists
@@ -237,6 +236,16 @@ class SparseAdamW(torch.optim.AdamW):
         if kind == "compact":
             for p in params:
                 plan.slots[p].written = p._version
+
+    def _current(self, plan: _Plan, params: list[Tensor], lists: list[list[Tensor]]) -> bool:
+        """Whether nobody cleared or replaced the state, or exchanged weights by load_state_dict(assign=True)."""
+        for p, exp_avg in zip(params, lists[1]):  # noqa: B905 - strict costs time here
+            if self.state[p].get("exp_avg") is not exp_avg:
+                return False
+        for p, weight in zip(params, lists[5]):  # noqa: B905, SIM110 - lists[5] is empty for the gathered kind
+            if plan.slots[p].weight is not weight:
+                return False
+        return True
 
     def _lists(self, kind: str, group: dict[str, Any], plan: _Plan, params: list[Tensor]) -> list[list[Tensor]]:
         """values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, dense weights, positions, and all that is mutated."""
