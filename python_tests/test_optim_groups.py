@@ -164,3 +164,42 @@ def test_gathered_gradient_need_not_be_contiguous() -> None:
         optimizer.step()
         runs.append(parameter.detach())
     assert torch.equal(*runs)
+
+
+def test_step_inside_compiled_code_breaks_the_graph() -> None:
+    model = torch.nn.Linear(6, 5)
+    tuned = sk.sparsify(model, Selection.random(model, 0.5))
+    optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)
+    model(torch.randn(3, 6)).sum().backward()
+    before = model.weight.detach().clone()
+    torch.compile(lambda: optimizer.step(), backend="aot_eager")()
+    assert not torch.equal(model.weight, before)
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_groups_that_change_are_stepped_as_they_are() -> None:
+    """A plan of an earlier step must not outlive the parameters it was made for."""
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = sk.SparseAdamW([{"params": [a]}, {"params": [b]}], lr=0.1)
+    a.grad = b.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups.pop(0)
+    kept = a.detach().clone()
+    optimizer.step()
+    assert torch.equal(a, kept)
+    assert optimizer.state[b]["step"] == 2
+    optimizer.param_groups[0]["params"] = [a]
+    optimizer.step()
+    assert not torch.equal(a, kept)
+
+
+def test_cleared_state_starts_afresh() -> None:
+    model = torch.nn.Linear(6, 5)
+    tuned = sk.sparsify(model, Selection.random(model, 0.5))
+    optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(3, 6)).sum().backward()
+        optimizer.step()
+    optimizer.state.clear()
+    optimizer.step()
+    assert all(state["step"] == 1 for state in optimizer.state.values())

@@ -164,6 +164,8 @@ class SparseAdamW(torch.optim.AdamW):
         Args:
             closure: re-evaluates the model and returns the loss, which is returned.
         """
+        if torch.compiler.is_compiling():
+            return self._uncompiled_step(closure)
         # torch wraps step() in a profiler scope and hook calls, which cost more than stepping a few rows does.
         if (
             self._optimizer_step_pre_hooks
@@ -196,6 +198,7 @@ class SparseAdamW(torch.optim.AdamW):
                 self._step_dense(group, plan.dense)
         return loss
 
+    _uncompiled_step = torch.compiler.disable(_plain_step)
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
     def _step_sparse(self, kind: str, group: dict[str, Any], plan: _Plan, params: list[Tensor]) -> None:
