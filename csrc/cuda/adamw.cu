@@ -125,7 +125,7 @@ __device__ __forceinline__ void write_at(
 
 // The rule of rules/adamw.h for N elements a thread; blocks are dealt to the tensors in order.
 template <typename T, typename W, typename I, bool compact, bool amsgrad>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table<T> table) {
+__global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constant__ Table<T> table) {
   constexpr int N = kVector<T>;
   int low = 0, high = table.count;  // the entry of this block is in [low, high)
   while (high - low > 1) {
