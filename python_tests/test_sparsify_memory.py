@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
+from sparsekernels.ops import backend
 
 OUT, IN, TOKENS = 640, 512, 8  # 1.3 MB of weight, 20 kB of activations
 WEIGHT_BYTES = OUT * IN * 4
@@ -77,6 +78,22 @@ def test_backward_makes_no_dense_gradient(kind: str, rows: bool, measure: Callab
     assert next(tuned.parameters()).grad is not None
     # The reference works through rows of the weight in blocks; a native kernel copies activations alone.
     assert 0 < found < limit / 2
+
+
+@pytest.mark.parametrize("name", ["reference", "triton", "native"])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("op", [sk.ops.masked_grad_linear, sk.ops.masked_grad_embedding])
+def test_no_backend_makes_a_dense_gradient(op: Callable[..., Tensor], rows: bool, name: str) -> None:
+    if reason := backend.why_not(op.__name__, name, "cpu"):
+        pytest.skip(reason)
+    index = Index(torch.arange(0, OUT if rows else OUT * IN, 100), (OUT, IN), rows)
+    linear = op is sk.ops.masked_grad_linear
+    x, grad = (
+        (torch.randn(TOKENS, IN), torch.randn(TOKENS, OUT))
+        if linear
+        else (torch.arange(TOKENS), torch.randn(TOKENS, IN))
+    )
+    assert 0 < largest_allocation(lambda: op(grad, x, index, backend=name)) < WEIGHT_BYTES / 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

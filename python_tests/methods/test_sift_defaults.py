@@ -46,7 +46,7 @@ def test_a_classifier_under_other_names() -> None:
     class Classifier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(3, 4)])
             self.score = nn.Linear(4, 2, bias=False)
             self.scored_by = nn.Linear(2, 2)
 
@@ -161,6 +161,13 @@ def test_curve(dtype: torch.dtype) -> None:
         assert carried == pytest.approx(exact(grads, share), rel=1 / 128)
     assert curve.points([0.01])[0][1] > 0.4  # not a straight line
     assert curve.points([1.0]) == [(1.0, pytest.approx(1.0))]
+
+
+def test_resolution_of_the_curve() -> None:
+    """Magnitudes 5 % apart are told apart: the larger half carries more than half of the energy."""
+    curve = GradientCurve()
+    curve.add(torch.tensor([1.0, -1.05] * 500))
+    assert curve.points([0.5])[0][1] == pytest.approx((1.05**2 / (1 + 1.05**2)) ** 0.5, rel=1e-3)
 
 
 def test_curve_of_a_model() -> None:

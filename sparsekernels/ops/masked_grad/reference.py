@@ -36,15 +36,15 @@ def masked_grad_embedding(grad_output: Tensor, ids: Tensor, positions: Tensor, r
         return grad_output.new_zeros((0, width) if rows else (0,), dtype=dtype)
     positions = positions.long()
     row_of = positions if rows else positions // width
-    table_rows = torch.unique(row_of)
-    slot = torch.searchsorted(table_rows, ids)
-    slot = slot.clamp_(max=table_rows.shape[0] - 1)
-    hit = (table_rows[slot] == ids) & (ids != padding_idx)
-    dense = grad_output.new_zeros((table_rows.shape[0], width), dtype=dtype)
-    dense.index_add_(0, slot[hit], grad_output[hit].to(dtype))
-    if rows:
-        return dense
-    return dense[torch.searchsorted(table_rows, row_of), positions % width]
+    hit = torch.isin(ids, row_of) & (ids != padding_idx)
+    hit_rows, slot = torch.unique(ids[hit], return_inverse=True)
+    sums = grad_output.new_zeros((hit_rows.shape[0], width), dtype=dtype)
+    sums.index_add_(0, slot, grad_output[hit].to(dtype))
+    chosen = torch.isin(row_of, hit_rows)
+    sums_of = torch.searchsorted(hit_rows, row_of[chosen])
+    out = grad_output.new_zeros((positions.shape[0], width) if rows else positions.shape, dtype=dtype)
+    out[chosen] = sums[sums_of] if rows else sums[sums_of, positions[chosen] % width]
+    return out
 
 
 def masked_grad_linear_fake(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:
