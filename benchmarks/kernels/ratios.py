@@ -6,8 +6,9 @@
 
 All contenders of a case take turns within one process (A, B, ours, A, B, ours, ...): what slows the machine down slows
 all of them. A ratio is formed within each round; its median over the rounds counts, beside it stand the 10 % and 90 %
-quantiles. What `warm` and `cold` mean is said in compare.py; a warm turn begins with one call that is not timed, for
-the turn before was somebody else's. Turns do not help where threads lack cores: a call that waits for a thread without
+quantiles. What `warm` and `cold` mean is said in compare.py; a warm turn begins with 5 ms of calls that are not timed, for
+the turn before was somebody else's: after a dense step has filled the caches with lines that must be written back, a
+sparse step takes about ten calls to reach its pace. Turns do not help where threads lack cores: a call that waits for a thread without
 one takes milliseconds, a call that needs no second thread does not. Hence the warning if the machine is busy.
 
 Every contender's result is checked before; a wrong one ends the program. Tables are printed in markdown. A whole run
@@ -41,6 +42,7 @@ from sparsekernels.ops.backend import build_facts
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("adamw", "masked_grad", "topk", "gather_scatter")
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
+WARM_UP = 5e-3  # seconds
 BUSY = 0.5  # load average over the last minute above which other programs are in the way
 
 
@@ -66,7 +68,9 @@ def take_turns(calls: dict[str, Callable[[], Any]], state: str, budget: float) -
                 evict()
                 times[name].append(seconds(call))
             else:
-                call()
+                begin = time.perf_counter()
+                while time.perf_counter() - begin < WARM_UP:
+                    call()
                 times[name].append(seconds(call, repeats[name]))
     return times
 
