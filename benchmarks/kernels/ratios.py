@@ -6,10 +6,11 @@
 
 All contenders of a case take turns within one process (A, B, ours, A, B, ours, ...): what slows the machine down slows
 all of them. A ratio is formed within each round; its median over the rounds counts, beside it stand the 10 % and 90 %
-quantiles. What `warm` and `cold` mean is said in compare.py; a warm turn begins with 5 ms of calls that are not timed, for
-the turn before was somebody else's: after a dense step has filled the caches with lines that must be written back, a
-sparse step takes about ten calls to reach its pace. Turns do not help where threads lack cores: a call that waits for a thread without
-one takes milliseconds, a call that needs no second thread does not. Hence the warning if the machine is busy.
+quantiles. What `warm` and `cold` mean is said in compare.py; a warm turn begins with 5 ms of calls that are not timed,
+for the turn before was somebody else's: after a dense step has filled the caches with lines that must be written back,
+a sparse step takes about ten calls to reach its pace. Turns do not help where threads lack cores: a call that waits for
+a thread without one takes milliseconds, a call that needs no second thread does not. Hence the warning if the machine
+is busy.
 
 Every contender's result is checked before; a wrong one ends the program. Tables are printed in markdown. A whole run
 writes benchmarks/results/kernels_<device>.json, at once or not at all; a part of it only what --out names.

@@ -10,37 +10,8 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .selection import Index
-from .sparsify import SLOT, STEP_HOOKS, Slot
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-
-class _Plan:
-    """The parameters of one group by kind, and the tensor lists of a step, kept while the group stays as it is."""
-
-    def __init__(self, group: dict[str, Any]) -> None:
-        self.params = params = list(group["params"])
-        self.ids = list(map(id, params))
-        self.indices = group.get("indices")
-        self.amsgrad = group["amsgrad"]
-        self.index: dict[Tensor, Index] = dict(zip(params, group.get("indices") or (), strict=False))
-        self.slots: dict[Tensor, Slot] = {p: p.__dict__[SLOT] for p in params if SLOT in p.__dict__}
-        self.compact = list(self.slots)
-        self.gathered = list(self.index)
-        self.dense = [p for p in params if p not in self.slots and p not in self.index]
-        self.lists: dict[str, list[list[Tensor]]] = {}
-
-    def holds(self, group: dict[str, Any]) -> bool:
-        """Whether it still describes the group: its parameters, their indices, and models that were not given back."""
-        if self.indices is not group.get("indices") or self.amsgrad != group["amsgrad"]:
-            return False
-        if self.ids != list(map(id, group["params"])):
-            return False
-        for p in self.compact:  # noqa: SIM110 - a generator costs more than it looks for
-            if SLOT not in p.__dict__:
-                return False
-        return True
+from ..sparsify import SLOT, STEP_HOOKS
+from .plan import MOMENTS, Plan, checked_indices, fresh_state, state_dtype
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -92,7 +63,7 @@ class SparseAdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
         super().__init__(
             params,
             lr,
@@ -116,7 +87,7 @@ class SparseAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; the group may hold `indices`."""
         if param_group.get("indices") is not None:
-            param_group = {**param_group, **_checked_indices(param_group)}
+            param_group = {**param_group, **checked_indices(param_group)}
             if param_group.get("differentiable", self.defaults["differentiable"]):
                 raise ValueError("differentiable=True is not possible for parameters with indices")
         super().add_param_group(param_group)
@@ -132,7 +103,7 @@ class SparseAdamW(torch.optim.AdamW):
                 shape, dtype = p.shape, p.dtype
             else:
                 index = group["indices"][i]
-                shape, dtype = index.compact_shape, _state_dtype(p)
+                shape, dtype = index.compact_shape, state_dtype(p)
                 if old.get("indices") and old["indices"][j] != index:
                     raise ValueError(f"state_dict was made for other indices of parameter {key}")
             found = {name: value for name, value in state_dict["state"].get(key, {}).items() if name in MOMENTS}
@@ -187,7 +158,7 @@ class SparseAdamW(torch.optim.AdamW):
         for number, group in enumerate(self.param_groups):
             plan = self._plans.get(number)
             if plan is None or not plan.holds(group):
-                plan = self._plans[number] = _Plan(group)
+                plan = self._plans[number] = Plan(group)
             if plan.compact or plan.gathered:
                 with torch.no_grad():
                     if plan.compact:
@@ -201,7 +172,7 @@ class SparseAdamW(torch.optim.AdamW):
     _uncompiled_step = torch.compiler.disable(_plain_step)
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
-    def _step_sparse(self, kind: str, group: dict[str, Any], plan: _Plan, params: list[Tensor]) -> None:
+    def _step_sparse(self, kind: str, group: dict[str, Any], plan: Plan, params: list[Tensor]) -> None:
         grads = [p.grad for p in params]
         complete = all(grad is not None for grad in grads)
         if not complete:
@@ -240,7 +211,7 @@ class SparseAdamW(torch.optim.AdamW):
             for p in params:
                 plan.slots[p].written = p._version
 
-    def _current(self, plan: _Plan, params: list[Tensor], lists: list[list[Tensor]]) -> bool:
+    def _current(self, plan: Plan, params: list[Tensor], lists: list[list[Tensor]]) -> bool:
         """Whether nobody cleared or replaced the state, or exchanged weights by load_state_dict(assign=True)."""
         for p, exp_avg in zip(params, lists[1]):  # noqa: B905 - strict costs time here
             if self.state[p].get("exp_avg") is not exp_avg:
@@ -250,14 +221,14 @@ class SparseAdamW(torch.optim.AdamW):
                 return False
         return True
 
-    def _lists(self, kind: str, group: dict[str, Any], plan: _Plan, params: list[Tensor]) -> list[list[Tensor]]:
+    def _lists(self, kind: str, group: dict[str, Any], plan: Plan, params: list[Tensor]) -> list[list[Tensor]]:
         """values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, dense weights, positions, and all that is mutated."""
         if group["differentiable"]:
             raise ValueError("differentiable=True is not possible for compact Parameters or parameters with indices")
         for p in params:
             if not self.state[p]:
                 shape = p.shape if kind == "compact" else plan.index[p].compact_shape
-                self.state[p].update(_fresh_state(p, shape, group["amsgrad"], group["capturable"]))
+                self.state[p].update(fresh_state(p, shape, group["amsgrad"], group["capturable"]))
         states = [self.state[p] for p in params]
         dense: list[Tensor] = []
         if kind == "compact":
@@ -310,35 +281,3 @@ class SparseAdamW(torch.optim.AdamW):
                 fused=group["fused"],
                 decoupled_weight_decay=True,
             )
-
-
-def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)
-
-
-def _fresh_state(param: Tensor, shape: torch.Size, amsgrad: bool, capturable: bool) -> dict[str, Tensor]:
-    names = MOMENTS if amsgrad else MOMENTS[:2]
-    state = {name: torch.zeros(shape, dtype=_state_dtype(param), device=param.device) for name in names}
-    return {"step": torch.zeros((), device=param.device if capturable else "cpu", dtype=torch.float32), **state}
-
-
-def _checked_indices(group: dict[str, Any]) -> dict[str, Any]:
-    """The group's params and indices as lists that fit each other."""
-    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    indices = [group["indices"]] if isinstance(group["indices"], Index) else list(group["indices"])
-    if len(params) != len(indices):
-        raise ValueError(f"indices must have one Index for each parameter, got {len(indices)} for {len(params)}")
-    for i, (entry, index) in enumerate(zip(params, indices, strict=True)):
-        if not isinstance(index, Index):
-            raise TypeError(f"indices[{i}] must be an Index, got {type(index).__name__}")
-        p = entry[1] if isinstance(entry, tuple) else entry
-        if SLOT in p.__dict__:
-            raise ValueError(
-                f"params[{i}] is a compact Parameter of sparsify, which knows its positions; leave out indices"
-            )
-        if index.shape != p.shape:
-            raise ValueError(f"indices[{i}] was made for shape {list(index.shape)}, its parameter has {list(p.shape)}")
-        if not p.is_floating_point() or not p.is_contiguous():
-            raise ValueError(f"params[{i}] must be floating point and contiguous to be stepped at indices")
-        indices[i] = index.to(p.device)
-    return {"params": params, "indices": indices}
