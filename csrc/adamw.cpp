@@ -2,6 +2,7 @@
 #include "cpu/adamw.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "common.h"
 
@@ -10,14 +11,25 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread: about 10 us of work
 
-double read_step(const Tensor& step) {
+using MaybeTensor = std::optional<Tensor>;
+
+float number(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(
-      step.numel() == 1 && step.is_cpu() && step.scalar_type() == ScalarType::Float, "steps must be 0-d fp32 CPU tensors");
-  return *static_cast<const float*>(step.const_data_ptr());
+      tensor.numel() == 1 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float, name,
+      " must be a 0-d fp32 CPU tensor");
+  return *static_cast<const float*>(tensor.const_data_ptr());
 }
 
-// One parallel region over the elements of all tensors.
-void run(const std::vector<cpu::AdamwTask>& tasks) {
+AdamwOptions make_options(
+    double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize, const MaybeTensor& lr_tensor,
+    const MaybeTensor& grad_scale) {
+  if (lr_tensor) lr = number(*lr_tensor, "lr");
+  return {lr, beta1, beta2, weight_decay, eps, maximize, grad_scale ? number(*grad_scale, "grad_scale") : 1.0};
+}
+
+// One parallel region over the elements of all tensors; nothing, where a gradient is not finite.
+void run(const std::vector<cpu::AdamwTask>& tasks, const MaybeTensor& found_inf) {
+  if (found_inf && number(*found_inf, "found_inf") != 0) return;
   std::vector<int64_t> ends;
   int64_t total = 0;
   for (const auto& task : tasks) ends.push_back(total += task.numel);
@@ -39,7 +51,7 @@ void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxim
 template <typename T>
 cpu::AdamwTask make_task(
     const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& dense,
-    const Tensor& positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize) {
+    const Tensor& positions, const AdamwOptions& options) {
   check_same(exp_avg, exp_avg_sq, "exp_avg_sq");
   if (maximum) check_same(exp_avg, *maximum, "max_exp_avg_sq");
   STD_TORCH_CHECK(dense.is_contiguous(), "dense parameters must be contiguous");
@@ -57,27 +69,40 @@ cpu::AdamwTask make_task(
   with_positions(positions, [&](const auto* index) {
     check_bounds(index, count, task.width == 0 ? dense.size(0) : dense.numel() / task.width);
   });
-  const auto scalars = adamw_step<T>(read_step(step), lr, beta1, beta2, weight_decay, eps, maximize);
+  STD_TORCH_CHECK(
+      step.is_cpu() && step.scalar_type() == ScalarType::Float && step.is_contiguous() &&
+          (step.numel() == 1 || (step.dim() == 1 && step.numel() == count)),
+      "steps must be fp32 CPU tensors, 0-d or with one entry for each position");
+  const auto* steps = static_cast<const float*>(step.const_data_ptr());
+  const bool aged = step.numel() != 1;
+  task.ages = aged ? steps : nullptr;
+  task.options = &options;
+  const auto scalars = adamw_step<T>(aged ? kNoBias : *steps, options);
   if constexpr (std::is_same_v<T, double>) task.step64 = scalars; else task.step32 = scalars;
   return task;
 }
 
+// Calls f with a value of the positions' dtype, whether there are maxima, and whether positions differ in age.
 template <typename F>
-void with_index_and_amsgrad(const Tensor& positions, bool amsgrad, const F& f) {
+void with_kind(const Tensor& positions, const cpu::AdamwTask& task, const F& f) {
   with_positions(positions, [&](const auto* index) {
     using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
-    if (amsgrad) f(I{}, std::true_type{}); else f(I{}, std::false_type{});
+    const auto with_ages = [&](auto amsgrad) {
+      if (task.ages) f(I{}, amsgrad, std::true_type{}); else f(I{}, amsgrad, std::false_type{});
+    };
+    if (task.maximum) with_ages(std::true_type{}); else with_ages(std::false_type{});
   });
 }
 
 void adamw_compact_(
     Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
     Tensors weights, Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps,
-    bool maximize) {
+    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf) {
   check_lists(
       values.size(),
       {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), weights.size(), positions.size()},
       max_exp_avg_sqs.size());
+  const auto options = make_options(lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale);
   std::vector<cpu::AdamwTask> tasks;
   for (size_t i = 0; i < values.size(); ++i) {
     const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
@@ -88,26 +113,27 @@ void adamw_compact_(
       using scalar_t = decltype(zero);
       using T = opmath_t<scalar_t>;
       STD_TORCH_CHECK(values[i].scalar_type() == scalar_type<T>(), "values must be fp32 (fp64 for fp64 weights)");
-      auto task = make_task<T>(
-          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], lr, beta1, beta2, weight_decay, eps,
-          maximize);
+      auto task =
+          make_task<T>(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], options);
       task.values = values[i].mutable_data_ptr();
       task.grad = grads[i].const_data_ptr();
-      with_index_and_amsgrad(positions[i], maximum != nullptr, [&](auto index, auto amsgrad) {
-        task.run = cpu::adamw_compact<T, scalar_t, decltype(index), decltype(amsgrad)::value>;
+      with_kind(positions[i], task, [&](auto index, auto amsgrad, auto aged) {
+        task.run = cpu::adamw_compact<T, scalar_t, decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
       });
       tasks.push_back(task);
     });
   }
-  run(tasks);
+  run(tasks, found_inf);
 }
 
 void adamw_gathered_(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-    Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize) {
+    Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize,
+    MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf) {
   check_lists(
       params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
       max_exp_avg_sqs.size());
+  const auto options = make_options(lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale);
   std::vector<cpu::AdamwTask> tasks;
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
@@ -118,17 +144,15 @@ void adamw_gathered_(
       STD_TORCH_CHECK(
           exp_avgs[i].is_contiguous() && exp_avgs[i].scalar_type() == scalar_type<T>(),
           "exp_avgs must be fp32 (fp64 for fp64 parameters)");
-      auto task = make_task<T>(
-          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], lr, beta1, beta2, weight_decay, eps,
-          maximize);
+      auto task = make_task<T>(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], options);
       task.grad = grads[i].const_data_ptr();
-      with_index_and_amsgrad(positions[i], maximum != nullptr, [&](auto index, auto amsgrad) {
-        task.run = cpu::adamw_gathered<T, scalar_t, decltype(index), decltype(amsgrad)::value>;
+      with_kind(positions[i], task, [&](auto index, auto amsgrad, auto aged) {
+        task.run = cpu::adamw_gathered<T, scalar_t, decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
       });
       tasks.push_back(task);
     });
   }
-  run(tasks);
+  run(tasks, found_inf);
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ class Case:
     mutated: Sequence[Tensor] = ()
     exact: bool = False
     rounds_to: torch.dtype | None = None  # a result is rounded to this before it is widened to its own dtype
+    stochastic: bool = False  # rounded to either neighbour
     inside: Sequence[tuple[Tensor, Index]] = ()  # dense tensors that may change at the index only
     # (weight, index, values): afterwards the weight holds the new values at the index, rounded, bit for bit.
     written: Sequence[tuple[Tensor, Index, Tensor]] = ()
@@ -232,6 +233,7 @@ def strided_values(add: bool) -> Callable[[Maker], Case]:
 
 def all_samples() -> dict[str, list[Sample]]:
     from samples_adamw import adamw_samples
+    from samples_adamw_rows import adamw_rows_samples
     from samples_masked_grad import masked_grad_samples
     from samples_topk import topk_samples
 
@@ -240,6 +242,7 @@ def all_samples() -> dict[str, list[Sample]]:
         Sample("scatter_", "strided-values", strided_values(add=False)),
         Sample("scatter_add_", "strided-values", strided_values(add=True)),
         *adamw_samples(),
+        *adamw_rows_samples(),
         *masked_grad_samples(),
         *topk_samples(),
     ]

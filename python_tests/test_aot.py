@@ -102,7 +102,15 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
             state = ([moments], [moments], maximum, [torch.tensor(1.0)])
             yield lambda p=positions, v=moments, s=state: kernel("adamw_compact_")([v], [v], *s, [dense], [p], *options)
             yield lambda p=positions, s=state: kernel("adamw_gathered_")([dense], [dense], *s, [p], *options)
+        one, ages = torch.tensor(1.0), torch.ones(len(positions))
+        for step, rest in ((ages, ()), (one, (one, one, one)), (ages, (one, one, one))):
+            state = ([moments], [moments], [], [step], [dense], [positions], *options, *rest)
+            yield lambda v=moments, s=state: kernel("adamw_compact_")([v], [v], *s)
         tokens = torch.zeros(32, 2048, dtype=dtype), torch.arange(32)
+        for slots, maximum, lines in ((None, None, 1), (torch.arange(32).int(), moments, 32)):
+            scales = torch.ones(lines, 2, dtype=moments.dtype)
+            listed = (*tokens, tokens[1], slots, moments, moments, maximum, scales, 0.9, 0.999, 1e-8, False)
+            yield lambda a=listed: kernel("adamw_rows_")(torch.zeros(64, 2048, dtype=dtype), *a)
         yield lambda p=positions, r=rows, t=tokens: kernel("masked_grad_embedding")(*t, p, r, 0)
     yield lambda: kernel("masked_grad_linear")(
         torch.zeros(32, 64, dtype=dtype), torch.zeros(32, 2048, dtype=dtype), elements

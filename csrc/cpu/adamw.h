@@ -1,7 +1,9 @@
 // AdamW over elements [begin, end) of one tensor's compact state.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "../common.h"
 #include "../rules/adamw.h"
@@ -9,12 +11,51 @@
 
 namespace sk::cpu {
 
+// The steps of tensors whose positions differ in age. Ages take few distinct values, and a power costs as much as many
+// elements: what was made for an age is kept where the next position of that age looks for it.
+template <typename T>
+class Ages {
+ public:
+  Ages(const float* ages, const AdamwOptions& options) : ages_(ages), options_(options) {
+    std::fill(known_, known_ + kKept, NAN);  // equal to no age
+  }
+
+  // Sets what depends on age, for the position in this slot.
+  void set(int64_t slot, T& step_size, T& inv_sqrt_bias2) {
+    const float age = ages_[slot];
+    uint32_t bits;
+    std::memcpy(&bits, &age, sizeof(bits));
+    const uint32_t at = (bits * 0x9E3779B1u) >> (32 - kBits);
+    if (known_[at] != age) {
+      const auto step = adamw_step<T>(age, options_);
+      known_[at] = age;
+      step_size_[at] = step.step_size;
+      inv_sqrt_bias2_[at] = step.inv_sqrt_bias2;
+    }
+    step_size = step_size_[at];
+    inv_sqrt_bias2 = inv_sqrt_bias2_[at];
+  }
+
+ private:
+  static constexpr int kBits = 6, kKept = 1 << kBits;
+  const float* ages_;
+  const AdamwOptions& options_;
+  float known_[kKept];
+  T step_size_[kKept], inv_sqrt_bias2_[kKept];
+};
+
+struct NoAges {
+  NoAges(const float*, const AdamwOptions&) {}
+};
+
 struct AdamwTask {
   void* values;      // [K * width], compact form only
   const void* grad;  // compact [K * width], or dense
   void *exp_avg, *exp_avg_sq, *maximum;  // [K * width]; maximum may be null
   void* dense;                           // the weight
   const void* positions;                 // [K]
+  const float* ages;                     // [K], or null: all positions have taken the same steps
+  const AdamwOptions* options;           // for ages
   int64_t numel, width;
   AdamwStep<float> step32;
   AdamwStep<double> step64;
@@ -37,15 +78,30 @@ inline __attribute__((always_inline)) void adamw_run(
   for (int64_t i = 0; i < n; ++i) out[i] = adamw<amsgrad>(x[i], g[i], m[i], v[i], amsgrad ? maximum + i : nullptr, step);
 }
 
-// Calls f(first, position, column, n) for every run of elements that lies in one row.
-template <typename I, typename F>
-inline __attribute__((always_inline)) void for_rows(
-    const I* positions, int64_t width, int64_t begin, int64_t end, const F& f) {
+// The same for n single elements, at most kBlock, that differ in age; the first lies in slot `first`.
+template <bool amsgrad, typename T>
+inline __attribute__((always_inline)) void adamw_run_aged(
+    const T* x, const T* __restrict__ g, T* __restrict__ m, T* __restrict__ v, T* __restrict__ maximum, T* out,
+    int64_t n, const AdamwStep<T>& step, Ages<T>& ages, int64_t first) {
+  alignas(64) T step_size[kBlock], inv_sqrt_bias2[kBlock];
+  for (int64_t i = 0; i < n; ++i) ages.set(first + i, step_size[i], inv_sqrt_bias2[i]);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    AdamwStep<T> own = step;
+    own.step_size = step_size[i];
+    own.inv_sqrt_bias2 = inv_sqrt_bias2[i];
+    out[i] = adamw<amsgrad>(x[i], g[i], m[i], v[i], amsgrad ? maximum + i : nullptr, own);
+  }
+}
+
+// Calls f(first, slot, column, n) for every run of elements that lies in one row.
+template <typename F>
+inline __attribute__((always_inline)) void for_rows(int64_t width, int64_t begin, int64_t end, const F& f) {
   for (int64_t i = begin; i < end;) {
     const int64_t slot = i / width;
     const int64_t column = i - slot * width;
     const int64_t n = std::min(end - i, width - column);
-    f(i, int64_t(positions[slot]), column, n);
+    f(i, slot, column, n);
     i += n;
   }
 }
@@ -57,7 +113,7 @@ inline __attribute__((always_inline)) void prefetch_block(const P* dense, const 
 }
 
 // values step in place; the dense weight W receives them, rounded.
-template <typename T, typename W, typename I, bool amsgrad>
+template <typename T, typename W, typename I, bool amsgrad, bool aged>
 SK_CLONES void adamw_compact(const AdamwTask& task, int64_t begin, int64_t end) {
   T* __restrict__ x = static_cast<T*>(task.values);
   const T* __restrict__ g = static_cast<const T*>(task.grad);
@@ -67,10 +123,13 @@ SK_CLONES void adamw_compact(const AdamwTask& task, int64_t begin, int64_t end) 
   W* __restrict__ dense = static_cast<W*>(task.dense);
   const I* positions = static_cast<const I*>(task.positions);
   const AdamwStep<T> step = step_of<T>(task);
+  std::conditional_t<aged, Ages<T>, NoAges> ages(task.ages, *task.options);
   if (task.width != 1) {
-    for_rows(positions, task.width, begin, end, [&](int64_t i, int64_t row, int64_t column, int64_t n) {
-      adamw_run<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, step);
-      W* to = dense + row * task.width + column;
+    for_rows(task.width, begin, end, [&](int64_t i, int64_t slot, int64_t column, int64_t n) {
+      AdamwStep<T> own = step;
+      if constexpr (aged) ages.set(slot, own.step_size, own.inv_sqrt_bias2);
+      adamw_run<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, own);
+      W* to = dense + int64_t(positions[slot]) * task.width + column;
       for (int64_t j = 0; j < n; ++j) to[j] = W(x[i + j]);
     });
     return;
@@ -78,13 +137,17 @@ SK_CLONES void adamw_compact(const AdamwTask& task, int64_t begin, int64_t end) 
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(end - i, kBlock);
     prefetch_block(dense, positions, i, end);
-    adamw_run<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, step);
+    if constexpr (aged) {
+      adamw_run_aged<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, step, ages, i);
+    } else {
+      adamw_run<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, step);
+    }
     for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(x[i + j]);
   }
 }
 
 // The weight and its gradient are read where they lie, stepped, and the weight written back.
-template <typename T, typename W, typename I, bool amsgrad>
+template <typename T, typename W, typename I, bool amsgrad, bool aged>
 SK_CLONES void adamw_gathered(const AdamwTask& task, int64_t begin, int64_t end) {
   const W* __restrict__ grad = static_cast<const W*>(task.grad);
   T* __restrict__ m = static_cast<T*>(task.exp_avg);
@@ -93,14 +156,17 @@ SK_CLONES void adamw_gathered(const AdamwTask& task, int64_t begin, int64_t end)
   W* __restrict__ dense = static_cast<W*>(task.dense);
   const I* positions = static_cast<const I*>(task.positions);
   const AdamwStep<T> step = step_of<T>(task);
+  std::conditional_t<aged, Ages<T>, NoAges> ages(task.ages, *task.options);
   alignas(64) T x[kBlock], g[kBlock];
   if (task.width != 1) {
-    for_rows(positions, task.width, begin, end, [&](int64_t i, int64_t row, int64_t column, int64_t count) {
+    for_rows(task.width, begin, end, [&](int64_t i, int64_t slot, int64_t column, int64_t count) {
+      AdamwStep<T> own = step;
+      if constexpr (aged) ages.set(slot, own.step_size, own.inv_sqrt_bias2);
       for (int64_t done = 0; done < count; done += kBlock) {
         const int64_t n = std::min(count - done, kBlock);
-        const int64_t at = row * task.width + column + done;
+        const int64_t at = int64_t(positions[slot]) * task.width + column + done;
         for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[at + j]); g[j] = T(grad[at + j]); }
-        adamw_run<amsgrad>(x, g, m + i + done, v + i + done, maximum + i + done, x, n, step);
+        adamw_run<amsgrad>(x, g, m + i + done, v + i + done, maximum + i + done, x, n, own);
         for (int64_t j = 0; j < n; ++j) dense[at + j] = W(x[j]);
       }
     });
@@ -111,7 +177,11 @@ SK_CLONES void adamw_gathered(const AdamwTask& task, int64_t begin, int64_t end)
     prefetch_block(dense, positions, i, end);
     prefetch_block(grad, positions, i, end);
     for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[positions[i + j]]); g[j] = T(grad[positions[i + j]]); }
-    adamw_run<amsgrad>(x, g, m + i, v + i, maximum + i, x, n, step);
+    if constexpr (aged) {
+      adamw_run_aged<amsgrad>(x, g, m + i, v + i, maximum + i, x, n, step, ages, i);
+    } else {
+      adamw_run<amsgrad>(x, g, m + i, v + i, maximum + i, x, n, step);
+    }
     for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(x[j]);
   }
 }

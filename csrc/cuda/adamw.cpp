@@ -1,10 +1,31 @@
 // adamw_compact_ and adamw_gathered_ on CUDA: checks, one launch for all tensors of one kind, registrations.
 #include "adamw.h"
 
+#include <optional>
+
 #include "host.h"
 
 namespace sk::cuda {
 namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+const float* number(const Tensor& tensor, int32_t device, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, name, " must be a 0-d fp32 tensor");
+  check_device(tensor, device, name);
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+AdamwCall make_call(
+    const AdamwOptions& options, const MaybeTensor& lr, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+    int32_t device) {
+  AdamwCall call{options};
+  if (lr) call.lr = number(*lr, device, "lr");
+  if (grad_scale) call.grad_scale = number(*grad_scale, device, "grad_scale");
+  if (found_inf) call.found_inf = number(*found_inf, device, "found_inf");
+  return call;
+}
 
 void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxima) {
   for (size_t size : sizes) STD_TORCH_CHECK(size == count, "all lists must have one entry for each parameter");
@@ -40,9 +61,16 @@ AdamwTensor make_tensor(
   tensor.maximum = maximum ? maximum->mutable_data_ptr() : nullptr;
   tensor.weight = weight.mutable_data_ptr();
 
-  STD_TORCH_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Float, "steps must be 0-d fp32 tensors");
+  STD_TORCH_CHECK(
+      step.scalar_type() == ScalarType::Float && step.is_contiguous() &&
+          (step.numel() == 1 || (step.dim() == 1 && step.numel() == count)),
+      "steps must be fp32 tensors, 0-d or with one entry for each position");
   const float* at = static_cast<const float*>(step.const_data_ptr());
-  if (step.is_cpu()) {
+  if (step.numel() != 1) {
+    check_device(step, device, "steps with one entry for each position");
+    tensor.ages = at;
+    tensor.step = kNoBias;
+  } else if (step.is_cpu()) {
     tensor.step = *at;
   } else {
     check_device(step, device, "steps");
@@ -63,17 +91,17 @@ void run(
     call.wide = tensors[first].positions.wide;
     call.scales = nullptr;
     std::vector<AdamwTensor> alike;
-    bool device_steps = false;
+    bool on_device = call.lr || call.grad_scale;
     for (size_t i = first; i < tensors.size(); ++i) {
       if (done[i] || dtype_of(weights[i]) != call.dtype || tensors[i].positions.wide != call.wide) continue;
       done[i] = true;
       alike.push_back(tensors[i]);
-      device_steps |= tensors[i].device_step != nullptr;
+      on_device |= tensors[i].device_step != nullptr;
     }
-    Tensor scales;
-    if (device_steps) {
-      scales = torch::stable::new_empty(exp_avgs[first], {2 * int64_t(alike.size())});
-      call.scales = scales.mutable_data_ptr();
+    Tensor room;
+    if (on_device) {
+      room = torch::stable::new_empty(exp_avgs[first], {kScales * int64_t(alike.size())});
+      call.scales = room.mutable_data_ptr();
     }
     check_launch(name, launch_adamw(alike.data(), int64_t(alike.size()), call, current_stream(device)));
   }
@@ -82,7 +110,7 @@ void run(
 void adamw_compact_(
     Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
     Tensors weights, Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps,
-    bool maximize) {
+    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf) {
   check_lists(
       values.size(),
       {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), weights.size(), positions.size()},
@@ -100,7 +128,8 @@ void adamw_compact_(
     tensor.grad = grads[i].const_data_ptr();
     tensors.push_back(tensor);
   }
-  AdamwCall call{lr, beta1, beta2, weight_decay, eps, maximize};
+  auto call =
+      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, device);
   call.compact = true;
   call.amsgrad = amsgrad;
   run("adamw_compact_", tensors, weights, exp_avgs, call, device);
@@ -108,7 +137,8 @@ void adamw_compact_(
 
 void adamw_gathered_(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-    Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize) {
+    Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize,
+    MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf) {
   check_lists(
       params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
       max_exp_avg_sqs.size());
@@ -124,7 +154,8 @@ void adamw_gathered_(
     tensor.grad = grads[i].const_data_ptr();
     tensors.push_back(tensor);
   }
-  AdamwCall call{lr, beta1, beta2, weight_decay, eps, maximize};
+  auto call =
+      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, device);
   call.amsgrad = amsgrad;
   run("adamw_gathered_", tensors, params, exp_avgs, call, device);
 }

@@ -1,6 +1,6 @@
 // AdamW over many tensors at once: elementwise, one thread for 16 bytes of each compact array.
 //
-// The tensors of a launch travel as its argument, some 35 of them in 4 kB: no table has to reach the device, nothing
+// The tensors of a launch travel as its argument, some 30 of them in 4 kB: no table has to reach the device, nothing
 // has to outlive the call, and a CUDA graph records it as it is. More tensors take more launches.
 #include "adamw.h"
 
@@ -9,6 +9,7 @@
 
 #include "../rules/adamw.h"
 #include "device.cuh"
+#include "vector.cuh"
 
 namespace sk::cuda {
 namespace {
@@ -18,6 +19,12 @@ constexpr size_t kArgumentBytes = 4096;  // that every driver takes
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);  // elements a thread
 
+// Of a step, what may depend on numbers on the device.
+template <typename T>
+struct alignas(4 * sizeof(T)) Scales {
+  T decay, step_size, inv_sqrt_bias2, sign;
+};
+
 template <typename T>
 struct Entry {
   void* values;
@@ -25,7 +32,8 @@ struct Entry {
   void *exp_avg, *exp_avg_sq, *maximum;
   void* weight;
   const void* positions;
-  const T* scales;  // step_size and inv_sqrt_bias2 on the device, or null
+  const float* ages;         // of the positions, or null
+  const Scales<T>* scales;   // on the device, or null: then the step is that of the table, but for
   T step_size, inv_sqrt_bias2;
   int64_t numel, width, limit;
   int64_t first_block;
@@ -34,42 +42,20 @@ struct Entry {
 };
 
 template <typename T>
-constexpr int kTensors = (kArgumentBytes - sizeof(AdamwStep<T>) - 8) / sizeof(Entry<T>);  // of a launch
+struct Shared {
+  AdamwStep<T> step;  // but for step_size and inv_sqrt_bias2, which differ where tensors have been stepped less often
+  T log_beta1, log_beta2;
+  const float* found_inf;
+  int count;
+};
 
 template <typename T>
-struct Table {
-  AdamwStep<T> step;  // but for step_size and inv_sqrt_bias2, which differ where tensors have been stepped less often
-  int count;
+constexpr int kTensors = (kArgumentBytes - sizeof(Shared<T>)) / sizeof(Entry<T>);  // of a launch
+
+template <typename T>
+struct Table : Shared<T> {
   Entry<T> entries[kTensors<T>];
 };
-
-template <typename P, int N>
-struct alignas(sizeof(P) * N < 16 ? sizeof(P) * N : 16) Vector {
-  P at[N];
-};
-
-template <int N, typename P>
-__device__ __forceinline__ Vector<P, N> read(const P* from, int64_t n, bool whole) {
-  if (whole) return *reinterpret_cast<const Vector<P, N>*>(from);
-  Vector<P, N> vector{};
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (j < n) vector.at[j] = from[j];
-  }
-  return vector;
-}
-
-template <int N, typename P>
-__device__ __forceinline__ void write(P* to, const Vector<P, N>& vector, int64_t n, bool whole) {
-  if (whole) {
-    *reinterpret_cast<Vector<P, N>*>(to) = vector;
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (j < n) to[j] = vector.at[j];
-  }
-}
 
 // a / b for a >= 0, b > 0; a 64-bit division takes several times as long.
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
@@ -102,29 +88,9 @@ __device__ __forceinline__ Vector<int64_t, N> locate(const Entry<T>& entry, int6
   return at;
 }
 
-template <int N, typename W>
-__device__ __forceinline__ Vector<W, N> read_at(const W* from, const Vector<int64_t, N>& at, int64_t n, bool together) {
-  if (together) return read<N>(from + at.at[0], n, true);
-  Vector<W, N> vector{};
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (j < n) vector.at[j] = from[at.at[j]];
-  }
-  return vector;
-}
-
-template <int N, typename W>
-__device__ __forceinline__ void write_at(
-    W* to, const Vector<int64_t, N>& at, const Vector<W, N>& vector, int64_t n, bool together) {
-  if (together) return write<N>(to + at.at[0], vector, n, true);
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (j < n) to[at.at[j]] = vector.at[j];
-  }
-}
-
-// The rule of rules/adamw.h for N elements a thread; blocks are dealt to the tensors in order.
-template <typename T, typename W, typename I, bool compact, bool amsgrad>
+// The rule of rules/adamw.h for N elements a thread; blocks are dealt to the tensors in order. `plain` launches know all
+// numbers on the host and one step for each tensor: they are not to pay in registers for what others need.
+template <typename T, typename W, typename I, bool compact, bool amsgrad, bool plain>
 __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constant__ Table<T> table) {
   constexpr int N = kVector<T>;
   int low = 0, high = table.count;  // the entry of this block is in [low, high)
@@ -139,8 +105,18 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
   const bool whole = entry.aligned && n >= N;
 
   AdamwStep<T> step = table.step;
-  step.step_size = entry.scales ? entry.scales[0] : entry.step_size;
-  step.inv_sqrt_bias2 = entry.scales ? entry.scales[1] : entry.inv_sqrt_bias2;
+  step.step_size = entry.step_size;
+  step.inv_sqrt_bias2 = entry.inv_sqrt_bias2;
+  if constexpr (!plain) {
+    if (table.found_inf && *table.found_inf != 0) return;
+    if (entry.scales) {
+      const Scales<T> scales = *entry.scales;
+      step.decay = scales.decay;
+      step.step_size = scales.step_size;
+      step.inv_sqrt_bias2 = scales.inv_sqrt_bias2;
+      step.sign = scales.sign;
+    }
+  }
   W* weight = static_cast<W*>(entry.weight);
   T* exp_avg = static_cast<T*>(entry.exp_avg) + i;
   T* exp_avg_sq = static_cast<T*>(entry.exp_avg_sq) + i;
@@ -167,7 +143,15 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
   Vector<W, N> rounded;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], step);
+    if constexpr (plain) {
+      x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], step);
+    } else {
+      AdamwStep<T> own = step;
+      if (entry.ages && j < n) {
+        set_age<T>(own, step, entry.ages[divide(i + j, entry.width)], table.log_beta1, table.log_beta2);
+      }
+      x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], own);
+    }
     rounded.at[j] = static_cast<W>(x.at[j]);
   }
   write<N>(exp_avg, m, n, whole);
@@ -180,19 +164,21 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
 constexpr int kSteps = 256;
 
 struct Steps {
-  const float* at[kSteps];
+  const float* at[kSteps];  // or null: then
+  float number[kSteps];
 };
 
-// scales[2 t], scales[2 t + 1] = step_size, inv_sqrt_bias2 of tensor t: one thread a tensor, so that the pow of fp64 is
-// not done again for every element.
+// One thread a tensor makes its scales, so that the pow of fp64 is not done again for every element.
 template <typename T>
 __global__ void scale_kernel(
-    const __grid_constant__ Steps steps, int count, T* scales, double lr, double beta1, double beta2) {
+    const __grid_constant__ Steps steps, int count, Scales<T>* out, AdamwOptions options, const float* lr,
+    const float* grad_scale) {
   const int t = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (t >= count || !steps.at[t]) return;
-  const auto step = adamw_step<T>(*steps.at[t], lr, beta1, beta2, 0, 0, false);
-  scales[2 * t] = step.step_size;
-  scales[2 * t + 1] = step.inv_sqrt_bias2;
+  if (t >= count) return;
+  if (lr) options.lr = *lr;
+  if (grad_scale) options.grad_scale = *grad_scale;
+  const auto step = adamw_step<T>(steps.at[t] ? *steps.at[t] : steps.number[t], options);
+  out[t] = {step.decay, step.step_size, step.inv_sqrt_bias2, step.sign};
 }
 
 template <typename T>
@@ -200,9 +186,12 @@ const char* launch_scales(const AdamwTensor* tensors, int64_t count, const Adamw
   for (int64_t first = 0; first < count; first += kSteps) {
     Steps steps{};
     const int n = int(std::min<int64_t>(kSteps, count - first));
-    for (int t = 0; t < n; ++t) steps.at[t] = tensors[first + t].device_step;
+    for (int t = 0; t < n; ++t) {
+      steps.at[t] = tensors[first + t].device_step;
+      steps.number[t] = float(tensors[first + t].step);
+    }
     scale_kernel<T><<<1, kSteps, 0, stream>>>(
-        steps, n, static_cast<T*>(call.scales) + 2 * first, call.lr, call.beta1, call.beta2);
+        steps, n, static_cast<Scales<T>*>(call.scales) + first, call.options, call.lr, call.grad_scale);
     if (const char* error = launch_error()) return error;
   }
   return nullptr;
@@ -223,11 +212,11 @@ Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& 
   entry.limit = tensor.positions.limit;
   entry.numel = tensor.numel;
   entry.width = tensor.width;
-  if (tensor.device_step) {
-    entry.scales = static_cast<const T*>(call.scales) + 2 * number;
+  entry.ages = tensor.ages;
+  if (call.scales) {
+    entry.scales = static_cast<const Scales<T>*>(call.scales) + number;
   } else {
-    const auto step =
-        adamw_step<T>(tensor.step, call.lr, call.beta1, call.beta2, call.weight_decay, call.eps, call.maximize);
+    const auto step = adamw_step<T>(tensor.step, call.options);
     entry.step_size = step.step_size;
     entry.inv_sqrt_bias2 = step.inv_sqrt_bias2;
   }
@@ -240,38 +229,49 @@ Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& 
   return entry;
 }
 
-template <typename T, typename W, typename I>
+template <typename T, typename W, typename I, bool plain>
 void launch_table(const Table<T>& table, int64_t blocks, const AdamwCall& call, cudaStream_t stream) {
   const unsigned grid = unsigned(blocks);
-  if (call.compact && call.amsgrad) adamw_kernel<T, W, I, true, true><<<grid, kThreads, 0, stream>>>(table);
-  if (call.compact && !call.amsgrad) adamw_kernel<T, W, I, true, false><<<grid, kThreads, 0, stream>>>(table);
-  if (!call.compact && call.amsgrad) adamw_kernel<T, W, I, false, true><<<grid, kThreads, 0, stream>>>(table);
-  if (!call.compact && !call.amsgrad) adamw_kernel<T, W, I, false, false><<<grid, kThreads, 0, stream>>>(table);
+  if (call.compact && call.amsgrad) adamw_kernel<T, W, I, true, true, plain><<<grid, kThreads, 0, stream>>>(table);
+  if (call.compact && !call.amsgrad) adamw_kernel<T, W, I, true, false, plain><<<grid, kThreads, 0, stream>>>(table);
+  if (!call.compact && call.amsgrad) adamw_kernel<T, W, I, false, true, plain><<<grid, kThreads, 0, stream>>>(table);
+  if (!call.compact && !call.amsgrad) adamw_kernel<T, W, I, false, false, plain><<<grid, kThreads, 0, stream>>>(table);
 }
 
 template <typename T, typename W, typename I>
 const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& call, cudaStream_t stream) {
   static_assert(sizeof(Table<T>) <= kArgumentBytes);
-  static_assert(sizeof(Steps) + 64 <= kArgumentBytes);
+  static_assert(sizeof(Steps) + sizeof(AdamwOptions) + 64 <= kArgumentBytes);
+  static_assert(sizeof(Scales<T>) == kScales * sizeof(T));
   if (call.scales) {
     if (const char* error = launch_scales<T>(tensors, count, call, stream)) return error;
   }
   Table<T> table{};
   // Any step does: what depends on it stands in the entries.
-  table.step = adamw_step<T>(1, call.lr, call.beta1, call.beta2, call.weight_decay, call.eps, call.maximize);
+  table.step = adamw_step<T>(1, call.options);
+  table.log_beta1 = T(std::log(call.options.beta1));
+  table.log_beta2 = T(std::log(call.options.beta2));
+  table.found_inf = call.found_inf;
   int64_t blocks = 0;
+  bool plain = !call.found_inf;
   for (int64_t number = 0; number < count; ++number) {
     if (tensors[number].numel > 0) {
       Entry<T>& entry = table.entries[table.count++];
       entry = make_entry<T>(tensors[number], number, call, sizeof(W));
       entry.first_block = blocks;
+      plain = plain && !entry.ages && !entry.scales;
       blocks += divide_up(entry.numel, int64_t(kThreads) * kVector<T>);
     }
     if (table.count == kTensors<T> || (table.count > 0 && number + 1 == count)) {
-      launch_table<T, W, I>(table, blocks, call, stream);
+      if (plain) {
+        launch_table<T, W, I, true>(table, blocks, call, stream);
+      } else {
+        launch_table<T, W, I, false>(table, blocks, call, stream);
+      }
       if (const char* error = launch_error()) return error;
       table.count = 0;
       blocks = 0;
+      plain = !call.found_inf;
     }
   }
   return nullptr;

@@ -1,5 +1,6 @@
 // Launcher of the AdamW step, compact and gathered, over many tensors.
 #pragma once
+#include "../rules/adamw.h"
 #include "types.h"
 
 namespace sk::cuda {
@@ -15,18 +16,23 @@ struct AdamwTensor {
   Positions positions;
   int64_t numel, width;       // numel = positions.count * width
   double step;                // the number of this step,
-  const float* device_step;   // unless it is here, on the device
+  const float* device_step;   // unless it is here, on the device,
+  const float* ages;          // or, there too, one for each position. Either may be null
 };
 
 // What the tensors of one call share.
 struct AdamwCall {
-  double lr, beta1, beta2, weight_decay, eps;
-  bool maximize;
+  AdamwOptions options;
+  // Of 0-d tensors on the device, or null: they stand for what `options` says, which is not read then.
+  const float *lr = nullptr, *grad_scale = nullptr;
+  const float* found_inf = nullptr;  // nothing changes where it is not 0
   bool compact = false, amsgrad = false;
   Dtype dtype = Dtype::fp32;  // of the weights
   bool wide = false;          // positions are int64
-  void* scales = nullptr;     // [2 * tensors], M: room for what is made of steps on the device; null if none is there
+  void* scales = nullptr;     // [tensors, kScales], M: room for what is made of numbers on the device; null if none is
 };
+
+constexpr int kScales = 4;
 
 // Returns what went wrong, or null.
 const char* launch_adamw(const AdamwTensor* tensors, int64_t count, const AdamwCall& call, void* stream);

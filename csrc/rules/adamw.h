@@ -15,25 +15,44 @@ struct AdamwStep {
   T step_size;       // lr / (1 - beta1^step)
   T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^step)
   T eps;
-  T sign;  // -1 to maximise
+  T sign;  // of gradients: -1 to maximise; over grad_scale where gradients come scaled
 };
 
+// What the steps of a call are made of. On the CPU all of it is known, on CUDA some of it may lie on the device only.
+struct AdamwOptions {
+  double lr, beta1, beta2, weight_decay, eps;
+  bool maximize;
+  double grad_scale = 1;
+};
+
+// An age at which nothing is left of the zeros that the moments began with: step_size is lr, inv_sqrt_bias2 is 1.
+constexpr double kNoBias = INFINITY;
+
 template <typename T>
-SK_RULE AdamwStep<T> adamw_step(
-    double step, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize) {
+SK_RULE AdamwStep<T> adamw_step(double step, const AdamwOptions& o) {
   return {
-      T(beta2),
-      T(1 - beta1),
-      T(1 - beta2),
-      T(lr * weight_decay),
-      T(lr / (1 - pow(beta1, step))),
-      T(1 / sqrt(1 - pow(beta2, step))),
-      T(eps),
-      T(maximize ? -1 : 1)};
+      T(o.beta2),
+      T(1 - o.beta1),
+      T(1 - o.beta2),
+      T(o.lr * o.weight_decay),
+      T(o.lr / (1 - pow(o.beta1, step))),
+      T(1 / sqrt(1 - pow(o.beta2, step))),
+      T(o.eps),
+      T((o.maximize ? -1 : 1) / o.grad_scale)};
 }
 
 SK_RULE float sqrt_of(float x) { return sqrtf(x); }
 SK_RULE double sqrt_of(double x) { return sqrt(x); }
+SK_RULE float expm1_of(float x) { return expm1f(x); }
+SK_RULE double expm1_of(double x) { return expm1(x); }
+
+// The step of one position, made from that of kNoBias. 1 - beta^age = -expm1(age log(beta)) loses no digits in fp32,
+// where the difference of 1 and a power would lose them all: fp64, slow on most GPUs, is not needed.
+template <typename T>
+SK_RULE void set_age(AdamwStep<T>& s, const AdamwStep<T>& no_bias, T age, T log_beta1, T log_beta2) {
+  s.step_size = no_bias.step_size / -expm1_of(age * log_beta1);
+  s.inv_sqrt_bias2 = T(1) / sqrt_of(-expm1_of(age * log_beta2));
+}
 
 // m <- m + (1-b1)(g-m);  v <- b2 v + (1-b2) g^2;  returns x - decay x - step_size m / (sqrt(v)/sqrt(bias2) + eps).
 // `maximum` points to the running maximum of v (amsgrad) or is null.

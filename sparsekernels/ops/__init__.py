@@ -2,6 +2,7 @@
 
 from . import backend as _backend
 from .adamw import adamw_compact_, adamw_gathered_
+from .adamw_rows import adamw_rows_
 from .gather_scatter import gather, scatter_, scatter_add_
 from .masked_grad import masked_grad_embedding, masked_grad_linear
 from .table import OPS
@@ -13,6 +14,7 @@ __all__ = [
     "OPS",
     "adamw_compact_",
     "adamw_gathered_",
+    "adamw_rows_",
     "gather",
     "masked_grad_embedding",
     "masked_grad_linear",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adamw import reference as adamw
+from .adamw_rows import reference as adamw_rows
 from .gather_scatter import reference as gather_scatter
 from .masked_grad import reference as masked_grad
 from .topk import reference as topk
@@ -32,7 +33,10 @@ class Op:
     fake: Callable[..., Any]
 
 
-ADAMW_OPTIONS = "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize"
+ADAMW_OPTIONS = (
+    "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize, "
+    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None"
+)
 
 OPS: tuple[Op, ...] = (
     Op(
@@ -76,6 +80,16 @@ OPS: tuple[Op, ...] = (
         f"Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor[] positions, {ADAMW_OPTIONS}) -> ()",
         "AdamW at the selected positions of dense parameters with dense gradients",
         adamw.adamw_gathered_,
+        gather_scatter.nothing,
+    ),
+    Op(
+        "adamw_rows_",
+        "adamw_rows",
+        "(Tensor(a!) param, Tensor grad_values, Tensor ids, Tensor order, Tensor? slots, Tensor(b!) exp_avg, "
+        "Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor scales, float beta1, float beta2, float eps, "
+        "bool maximize, int[] rounding) -> ()",
+        "AdamW on the rows that a sparse gradient lists, duplicates summed on the way",
+        adamw_rows.adamw_rows_,
         gather_scatter.nothing,
     ),
     Op(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -19,12 +20,14 @@ def adamw_compact_(
     weights: Sequence[Tensor],
     positions: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     weight_decay: float,
     eps: float,
     maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
     """Step compact values and write them through into the dense weights they stand for.
@@ -35,11 +38,16 @@ def adamw_compact_(
         values ([K] or [R, *row], fp32, fp64 for fp64 weights): the master copy of the selected weights; updated.
         grads: gradients, shaped and typed as values. exp_avgs, exp_avg_sqs: moments, likewise; updated.
         max_exp_avg_sqs: empty, or one a tensor for amsgrad; updated.
-        steps (0-d): the number of this step, counted from 1.
+        steps (fp32): the number of this step, counted from 1: 0-d, or ([K] or [R]) one for each position where they
+            have been trained for different times. On the CPU, or where the values are; one a position: there.
         weights (any floating dtype, contiguous): written at positions, rounding to nearest even.
         positions ([K] or [R]): as in an Index of the weight, and not checked again: take them from one.
+        lr: a number, or a 0-d fp32 tensor on the device of the values, which the kernel reads.
+        grad_scale (0-d, fp32, there too): gradients are taken for `grad_scale` times what they are. They are only read:
+            they stay scaled.
+        found_inf (0-d, fp32, there too): nothing at all changes where it is not 0. `steps` is the caller's to put back.
 
-    Numerics: fp32 arithmetic (fp64 for fp64 values), moments as torch's. Deterministic.
+    Numerics: fp32 arithmetic (fp64 for fp64 values), moments as torch's. Deterministic. On a GPU nothing waits for it.
     Cost: 32 B * K (weights fp32, int32 positions) plus a read and a write of every touched 64-byte line.
 
     Raises:
@@ -54,12 +62,15 @@ def adamw_compact_(
         list(steps),
         list(weights),
         list(positions),
-        lr,
+        math.nan if isinstance(lr, Tensor) else lr,
         beta1,
         beta2,
         weight_decay,
         eps,
         maximize,
+        lr if isinstance(lr, Tensor) else None,
+        grad_scale,
+        found_inf,
     )
 
 
@@ -72,12 +83,14 @@ def adamw_gathered_(
     steps: Sequence[Tensor],
     positions: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     weight_decay: float,
     eps: float,
     maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
     """Step dense parameters at selected positions only: gather, AdamW and scatter in one pass.
@@ -101,12 +114,15 @@ def adamw_gathered_(
         list(max_exp_avg_sqs),
         list(steps),
         list(positions),
-        lr,
+        math.nan if isinstance(lr, Tensor) else lr,
         beta1,
         beta2,
         weight_decay,
         eps,
         maximize,
+        lr if isinstance(lr, Tensor) else None,
+        grad_scale,
+        found_inf,
     )
 
 

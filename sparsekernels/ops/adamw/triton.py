@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import device_of, tile_grid, tile_offsets
+from ..gather_scatter.triton import compact_tile, device_of, tile_grid, tile_offsets
 
 Tensors = Sequence[Tensor]
 
+NO_BIAS = math.inf  # the age at which step_size is lr and inv_sqrt_bias2 is 1
+SCALARS, ROW = 10, 12  # scalars of a step, and the row that holds them in memory: every row starts at 16 bytes
 TILE_BYTES = 2048  # a program's share of each compact array: 16 a thread, or so many arrays would fill its registers
 
 
@@ -34,17 +38,31 @@ def quotient(x, y):
 
 
 @triton.jit
+def bias(age, log_beta):
+    """1 - beta^age = 1 - e^y with y = age log(beta): near zero the series, where the difference would lose digits."""
+    y = age * log_beta
+    near = tl.maximum(y, -0.5)
+    series = tl.full(y.shape, 1.0, y.dtype)
+    for i in tl.static_range(15):  # the next term is below 0.5^16 / 17!: less than fp64 sees
+        series = 1 + series * (near * (1.0 / (16 - i)))
+    return tl.where(y > -0.5, -near * series, 1 - tl.exp(y))
+
+
+@triton.jit
 def adamw_kernel(
-    values, dense, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, positions, scalars, count, width,
-    rest1, beta2, rest2, decay, step_size, inv_sqrt_bias2, eps,
-    COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, SCALARS_IN_MEMORY: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    values, dense, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, positions, ages, scalars, found_inf, count, width,
+    rest1, beta2, rest2, decay, step_size, inv_sqrt_bias2, eps, sign, log_beta1, log_beta2,
+    COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, AGED: tl.constexpr, SCALARS_IN_MEMORY: tl.constexpr,
+    SKIPPABLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_K positions by BLOCK_D columns of one tensor.
 
-        m <- m + rest1 (g - m);  v <- beta2 v + rest2 g^2;  x <- decay x - step_size m / (sqrt(v) inv_sqrt_bias2 + eps)
+        g <- sign g;  m <- m + rest1 (g - m);  v <- beta2 v + rest2 g^2
+        x <- decay x - step_size m / (sqrt(v) inv_sqrt_bias2 + eps)
 
     rest1 and rest2 are 1 - beta1 and 1 - beta2, which come ready made: the difference of fp32 betas loses digits.
+    AGED: each position has taken `ages` steps, and step_size comes as lr. SKIPPABLE: nothing is done if found_inf is
+    not 0.
     COMPACT: x is in `values` and written through into `dense`; else x and g are read where they lie, in the dense
     tensors. Arithmetic in the dtype of the moments. Positions are unique: no two programs share an address.
     """
@@ -56,7 +74,13 @@ def adamw_kernel(
         step_size = tl.load(scalars + 4)
         inv_sqrt_bias2 = tl.load(scalars + 5)
         eps = tl.load(scalars + 6)
+        sign = tl.load(scalars + 7)
+        if AGED:
+            log_beta1 = tl.load(scalars + 8)
+            log_beta2 = tl.load(scalars + 9)
     compact, scattered, inside = tile_offsets(positions, count, width, BLOCK_K, BLOCK_D)
+    if SKIPPABLE:
+        inside = inside & (tl.load(found_inf + tl.zeros((1, 1), tl.int32)) == 0)
     m = tl.load(exp_avgs + compact, mask=inside, other=0)
     v = tl.load(exp_avg_sqs + compact, mask=inside, other=0)
     if COMPACT:
@@ -66,8 +90,12 @@ def adamw_kernel(
         x = tl.load(dense + scattered, mask=inside, other=0).to(m.dtype)
         g = tl.load(grads + scattered, mask=inside, other=0).to(m.dtype)
 
-    if MAXIMIZE:
-        g = -g
+    if AGED:
+        slots, _, _ = compact_tile(count, width, BLOCK_K, BLOCK_D)
+        age = tl.load(ages + slots, mask=slots < count, other=1).to(m.dtype)[:, None]
+        step_size = step_size / bias(age, log_beta1)
+        inv_sqrt_bias2 = 1 / square_root(bias(age, log_beta2))
+    g *= sign
     m += rest1 * (g - m)
     v = beta2 * v + rest2 * g * g
     tl.store(exp_avgs + compact, m, mask=inside)
@@ -84,27 +112,27 @@ def adamw_kernel(
 
 def adamw_compact_(
     values: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
-    weights: Tensors, positions: Tensors, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float,
-    maximize: bool,
+    weights: Tensors, positions: Tensors, *options: Any,
 ) -> None:  # fmt: skip
-    state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, positions)
-    _step_all(values, weights, grads, *state, lr, beta1, beta2, weight_decay, eps, maximize)
+    _step_all(values, weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, positions, *options)
 
 
 def adamw_gathered_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
-    positions: Tensors, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
+    positions: Tensors, *options: Any,
 ) -> None:  # fmt: skip
-    state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, positions)
-    _step_all(None, params, grads, *state, lr, beta1, beta2, weight_decay, eps, maximize)
+    _step_all(None, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, positions, *options)
 
 
 def _step_all(
     values: Tensors | None, dense: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors,
     max_exp_avg_sqs: Tensors, steps: Tensors, positions: Tensors,
-    lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
+    lr: float | Tensor, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
+    lr_tensor: Tensor | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
 ) -> None:  # fmt: skip
-    options = (lr, beta1, beta2, weight_decay, eps)
+    sign = -1.0 if maximize else 1.0
+    options = (lr if lr_tensor is None else lr_tensor.double(), beta1, beta2, weight_decay, eps,
+               sign if grad_scale is None else sign / grad_scale.double())  # fmt: skip
     table = _scalar_table(exp_avgs, steps, *options)
     for i, exp_avg in enumerate(exp_avgs):
         count = positions[i].shape[0]
@@ -112,7 +140,10 @@ def _step_all(
             continue
         width = exp_avg.numel() // count
         grid, block_k, block_d = tile_grid(count, width, TILE_BYTES // exp_avg.itemsize)
-        numbers = [0.0] * 7 if i in table else [float(x) for x in _scalars(steps[i].item(), *options)]
+        aged = steps[i].dim() > 0
+        numbers = [0.0] * SCALARS
+        if i not in table:
+            numbers = [float(x) for x in _scalars(NO_BIAS if aged else steps[i].item(), *options)]
         with device_of(exp_avg):
             adamw_kernel[grid](
                 values[i] if values is not None else None,
@@ -122,41 +153,50 @@ def _step_all(
                 exp_avg_sqs[i],
                 max_exp_avg_sqs[i] if max_exp_avg_sqs else None,
                 positions[i],
+                steps[i].to(exp_avg.device) if aged else None,
                 table.get(i),
+                found_inf,
                 count,
                 width,
                 *numbers,
                 COMPACT=values is not None,
                 AMSGRAD=len(max_exp_avg_sqs) > 0,
-                MAXIMIZE=maximize,
+                AGED=aged,
                 SCALARS_IN_MEMORY=i in table,
+                SKIPPABLE=found_inf is not None,
                 BLOCK_K=block_k,
                 BLOCK_D=block_d,
             )
 
 
-def _scalars(step, lr, beta1, beta2, weight_decay, eps):
-    """What the kernel calls rest1 ... eps; `step` is a number, or a tensor of one number for each parameter."""
+def _scalars(step, lr, beta1, beta2, weight_decay, eps, sign):
+    """What the kernel calls rest1 ... log_beta2; `step` is a number, or a tensor of one number for each parameter."""
     decay = 1 - lr * weight_decay
-    return 1 - beta1, beta2, 1 - beta2, decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps
+    biased = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    logarithms = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
+    return 1 - beta1, beta2, 1 - beta2, decay, *biased, eps, sign, *logarithms
 
 
-def _scalars_in_memory(exp_avg: Tensor, step: Tensor) -> bool:
-    """A Triton float argument is fp32, and a step on the device must stay there: both then travel through memory."""
-    return step.is_cuda or exp_avg.dtype == torch.float64
+def _scalars_in_memory(exp_avg: Tensor, step: Tensor, lr: float | Tensor, sign: float | Tensor) -> bool:
+    """A Triton float argument is fp32, and what is on the device must stay there: both then travel through memory."""
+    on_device = isinstance(lr, Tensor) or isinstance(sign, Tensor) or (step.is_cuda and step.dim() == 0)
+    return on_device or exp_avg.dtype == torch.float64
 
 
-def _scalar_table(exp_avgs: Tensors, steps: Tensors, *options: float) -> dict[int, Tensor]:
+def _scalar_table(exp_avgs: Tensors, steps: Tensors, *options: Any) -> dict[int, Tensor]:
     """The scalars of the parameters that need them in memory, made on their device without waiting for it.
 
     Only fp64 parameters with steps on the host make it wait, for a copy of each.
     """
-    wanted = [i for i, exp_avg in enumerate(exp_avgs) if _scalars_in_memory(exp_avg, steps[i])]
+    lr, *_, sign = options
+    wanted = [i for i, exp_avg in enumerate(exp_avgs) if _scalars_in_memory(exp_avg, steps[i], lr, sign)]
     if not wanted:
         return {}
     device = exp_avgs[wanted[0]].device
-    step = torch.stack([steps[i].to(device, torch.float64) for i in wanted])
-    columns = [x if isinstance(x, Tensor) else torch.full_like(step, x) for x in _scalars(step, *options)]
-    rows = torch.stack([*columns, torch.zeros_like(step)], dim=1)  # eight wide: every row starts at 16 bytes
+    no_bias = torch.full((), NO_BIAS, device=device, dtype=torch.float64)
+    step = torch.stack([steps[i].to(no_bias) if steps[i].dim() == 0 else no_bias for i in wanted])
+    columns = [x.to(step).expand_as(step) if isinstance(x, Tensor) else torch.full_like(step, x)
+               for x in _scalars(step, *options)]  # fmt: skip
+    rows = torch.stack(columns + [torch.zeros_like(step)] * (ROW - SCALARS), dim=1)
     by_dtype = {exp_avgs[i].dtype: rows.to(exp_avgs[i].dtype) for i in wanted}
     return {i: by_dtype[exp_avgs[i].dtype][row] for row, i in enumerate(wanted)}

@@ -1,0 +1,95 @@
+// adamw_rows_: checks and CPU registration.
+#include "cpu/adamw_rows.h"
+
+#include <optional>
+
+#include "common.h"
+
+namespace sk {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread: about 10 us of work
+
+void check_list(const Tensor& list, int64_t count, int64_t limit, const char* name, bool ascending) {
+  STD_TORCH_CHECK(
+      list.dim() == 1 && list.is_contiguous() && list.scalar_type() == ScalarType::Long && list.numel() == count, name,
+      " must be contiguous int64 with one entry for each row of grad_values");
+  const auto* entries = static_cast<const int64_t*>(list.const_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(entries[i] >= 0 && entries[i] < limit, name, " has an entry out of range for a size of ", limit);
+    STD_TORCH_CHECK(!ascending || i == 0 || entries[i - 1] <= entries[i], name, " must ascend");
+  }
+}
+
+void* check_state(const Tensor& state, const Tensor& first, const Tensor& param, int64_t width, const char* name) {
+  STD_TORCH_CHECK(
+      state.is_contiguous() && state.scalar_type() == first.scalar_type() && state.dim() == param.dim() &&
+          state.size(0) == first.size(0) && state.numel() == state.size(0) * width,
+      name, " must be contiguous, of the dtype and size of exp_avg, with rows as long as the parameter's");
+  return state.mutable_data_ptr();
+}
+
+void adamw_rows_(
+    Tensor param, Tensor grad_values, Tensor ids, Tensor order, std::optional<Tensor> slots, Tensor exp_avg,
+    Tensor exp_avg_sq, std::optional<Tensor> max_exp_avg_sq, Tensor scales, double beta1, double beta2, double eps,
+    bool maximize, std::vector<int64_t> rounding) {
+  STD_TORCH_CHECK(param.dim() > 0 && param.is_contiguous(), "param must be contiguous, of at least one dimension");
+  const int64_t rows = param.size(0), count = ids.numel();
+  if (count == 0) return;
+  const int64_t width = rows == 0 ? 0 : param.numel() / rows;
+  STD_TORCH_CHECK(
+      grad_values.is_contiguous() && grad_values.scalar_type() == param.scalar_type() &&
+          grad_values.dim() == param.dim() && grad_values.size(0) == count && grad_values.numel() == count * width,
+      "grad_values must be contiguous [T, *row] with the dtype of param");
+  check_list(ids, count, rows, "ids", true);
+  check_list(order, count, count, "order", false);
+  const int64_t lines = exp_avg.size(0);
+  cpu::AdamwRowsTask task{};
+  task.param = param.mutable_data_ptr();
+  task.grad_values = grad_values.const_data_ptr();
+  task.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  task.order = static_cast<const int64_t*>(order.const_data_ptr());
+  task.count = count;
+  task.width = width;
+  if (slots) {
+    STD_TORCH_CHECK(
+        slots->scalar_type() == ScalarType::Int && slots->is_contiguous() && slots->numel() == rows,
+        "slots must be contiguous int32 with one entry for each row of param");
+    task.slots = static_cast<const int32_t*>(slots->const_data_ptr());
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t slot = task.slots[task.ids[i]];
+      STD_TORCH_CHECK(slot >= 0 && slot < lines, "slots has an entry out of range for a state of ", lines, " rows");
+    }
+  } else {
+    STD_TORCH_CHECK(lines == rows, "without slots the state must have the rows of param");
+  }
+  task.step = {beta2, 1 - beta1, 1 - beta2, 0, 0, 1, eps, maximize ? -1.0 : 1.0};
+  STD_TORCH_CHECK(rounding.empty() || rounding.size() == 3, "rounding must be empty, or seed, step and stream");
+  if (!rounding.empty()) task.rounding = {uint64_t(rounding[0]), uint32_t(rounding[1]), uint32_t(rounding[2]), true};
+  task.exp_avg = check_state(exp_avg, exp_avg, param, width, "exp_avg");
+  task.exp_avg_sq = check_state(exp_avg_sq, exp_avg, param, width, "exp_avg_sq");
+  if (max_exp_avg_sq) task.maximum = check_state(*max_exp_avg_sq, exp_avg, param, width, "max_exp_avg_sq");
+  task.scales_each = scales.dim() == 2 && scales.size(0) > 1;
+  with_floating(param.scalar_type(), "adamw_rows_", [&](auto zero) {
+    using W = decltype(zero);
+    using T = opmath_t<W>;
+    STD_TORCH_CHECK(
+        scales.dim() == 2 && scales.size(1) == 2 && scales.is_contiguous() && scales.scalar_type() == scalar_type<T>() &&
+            (scales.size(0) == 1 || scales.size(0) == count),
+        "scales must be contiguous [1, 2] or [T, 2], fp32 (fp64 for fp64 parameters)");
+    task.scales = scales.const_data_ptr();
+    void (*run)(const cpu::AdamwRowsTask&, int64_t, int64_t) = nullptr;
+    if (exp_avg.scalar_type() == scalar_type<T>()) {
+      run = task.maximum ? cpu::adamw_rows<T, W, T, true> : cpu::adamw_rows<T, W, T, false>;
+    } else {
+      STD_TORCH_CHECK(exp_avg.scalar_type() == ScalarType::BFloat16, "the state must be fp32, bf16, or fp64 for fp64");
+      run = task.maximum ? cpu::adamw_rows<T, W, BFloat16, true> : cpu::adamw_rows<T, W, BFloat16, false>;
+    }
+    parallel_for(0, count, kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) { run(task, begin, end); });
+  });
+}
+
+}  // namespace
+}  // namespace sk
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) { m.impl("adamw_rows_", TORCH_BOX(&sk::adamw_rows_)); }
