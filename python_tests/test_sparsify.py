@@ -239,7 +239,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(at: int, monkeypatch: pyt
             raise MemoryError
         return sk.ops.gather(*args)
 
-    monkeypatch.setattr(sys.modules["sparsekernels.sparsify"], "gather", gather)  # the name means the function, too
+    monkeypatch.setattr(sys.modules["sparsekernels.slot"], "gather", gather)  # the name means the function, too
     with pytest.raises(MemoryError):
         sk.sparsify(model, selection)
     assert found(model) == before

@@ -2,9 +2,20 @@
 
 from . import methods, ops
 from .delta import Delta
-from .optim import SparseAdamW
+from .optim import SparseAdamW, clip_grad_norm_, clip_grad_value_
 from .selection import Index, Selection
 from .sparsify import SparseModel, sparsify
 
-__all__ = ["Delta", "Index", "Selection", "SparseAdamW", "SparseModel", "methods", "ops", "sparsify"]
+__all__ = [
+    "Delta",
+    "Index",
+    "Selection",
+    "SparseAdamW",
+    "SparseModel",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "methods",
+    "ops",
+    "sparsify",
+]
 __version__ = "0.1.0"

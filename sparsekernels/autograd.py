@@ -16,7 +16,7 @@ from .ops import gather, masked_grad_embedding, masked_grad_linear
 from .selection import Index
 
 if TYPE_CHECKING:
-    from .sparsify import Slot
+    from .slot import Slot
 
 SLOTS = "_sparse_slots"  # where a module keeps {name of its parameter: Slot}
 

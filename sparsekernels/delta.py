@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import is_sparsified
+from .carry import joined
 from .files import load_tensors, reading, save_tensors
 from .ops import gather, scatter_
 from .selection import Index, Selection
 
 if TYPE_CHECKING:
-    from .sparsify import Slot
+    from .reselect import Left
+    from .slot import Slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +64,16 @@ class Delta:
         return f"Delta({self.selection.numel:,} values in {len(self.changes)} tensors, {self.nbytes:,} bytes)"
 
     @classmethod
-    def from_slots(cls, slots: Mapping[str, Slot]) -> Delta:
+    def from_slots(cls, slots: Mapping[str, Slot], left: Mapping[str, Left] | None = None) -> Delta:
         """The trained state of a sparsified model; see `SparseModel.delta`."""
+        found = {name: (slot.weight, (slot.index, slot.originals)) for name, slot in slots.items()}
+        for name, entry in (left or {}).items():
+            part = joined(found[name][1], entry.part) if name in found else entry.part
+            found[name] = (entry.weight, part)
         changes = {}
-        for name, slot in slots.items():
-            index = slot.index
-            values = gather(slot.weight.detach(), index)
-            base = "" if index.numel == index.shape.numel() else fingerprint(slot.originals)
+        for name, (weight, (index, originals)) in found.items():
+            values = gather(weight.detach(), index)
+            base = "" if index.numel == index.shape.numel() else fingerprint(originals)
             changes[name] = Change(index.to("cpu"), values.cpu(), base)
         return cls(changes)
 

@@ -7,8 +7,7 @@ gathered as soon as autograd has it, and freed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +17,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, is_sparsified, slots_of
-from .ops import gather, scatter_
 from .selection import Index, Selection
+from .slot import ORIGINALS, POSITIONS, SLOT, VALUES, CompactParameter, Holders, Slot, compact_copy
 
 if TYPE_CHECKING:
     from .delta import Delta
-
-VALUES, POSITIONS, ORIGINALS = "_values", "_positions", "_originals"
-SLOT = "_sparse_slot"
-
+    from .reselect import Left
 
 STEP_HOOKS: list[Any] = []  # what this package has among torch's global optimizer hooks: none, or one
 
@@ -43,64 +39,6 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
                 values.__dict__[SLOT].sync_()
 
 
-class CompactParameter(nn.Parameter):
-    """The values of a Slot. Saved as a plain Parameter; the slot of a copied model finds its copy in `sync_`."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
-
-
-class Slot:
-    """One selected tensor: finds its weight, values, positions and originals on the module that owns them.
-
-    Tied weights share one slot. `written` is the version of the values that the weight holds.
-    """
-
-    def __init__(self, owner: nn.Module, name: str, index: Index) -> None:
-        self.owner, self.name, self.shape, self.rows = owner, name, index.shape, index.rows
-        self.written = -1
-
-    @property
-    def weight(self) -> nn.Parameter:
-        weight = self.owner._parameters[self.name]
-        assert weight is not None
-        return weight
-
-    @property
-    def values(self) -> nn.Parameter:
-        values = self.owner._parameters[self.name + VALUES]
-        assert values is not None
-        return values
-
-    @property
-    def index(self) -> Index:
-        positions = self.owner._buffers[self.name + POSITIONS]
-        assert positions is not None
-        return Index.trusted(positions, self.shape, self.rows)
-
-    @property
-    def originals(self) -> Tensor:
-        originals = self.owner._buffers[self.name + ORIGINALS]
-        assert originals is not None
-        return originals
-
-    def sync_(self) -> None:
-        """Write the values into the weight, if they changed since the last time."""
-        if torch.compiler.is_compiling():
-            return  # SparseAdamW writes through by itself; a version number is no part of a graph
-        values = self.values
-        values.__dict__.setdefault(SLOT, self)
-        if values._version != self.written:
-            self.write_(values)
-            self.written = values._version
-
-    def write_(self, values: Tensor) -> None:
-        scatter_(self.weight.detach(), self.index, values.detach())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "written": -1}  # versions of a copy count from its own beginning
-
-
 class SparseModel:
     """What `sparsify` returns: the compact Parameters of a model, and the way back.
 
@@ -111,11 +49,13 @@ class SparseModel:
     Attributes:
         model: the model. selection: what is trained.
         slots: parameter name -> Slot, in the order of the selection.
+        left: parameter name -> what `reselect(restore=False)` left as it was trained, with its originals.
     """
 
     def __init__(self, model: nn.Module, slots: dict[str, Slot], found: _Found) -> None:
         self.model = model
         self.slots = slots
+        self.left: dict[str, Left] = {}
         self._found: _Found | None = found
 
     @property
@@ -143,19 +83,56 @@ class SparseModel:
         for slot in self.slots.values():
             slot.sync_()
 
+    def reselect(
+        self, selection: Selection, optimizer: torch.optim.Optimizer | None = None, *, restore: bool = True
+    ) -> None:
+        """Train `selection` from now on, in place of what was trained so far.
+
+        Positions kept keep their values; positions that come in start from the current weight. With `optimizer`, the
+        one that steps `parameters()`, positions kept keep their moments too, and those that come in start without:
+        under SparseAdamW at age 0, each position having its own age where they differ, so that its bias correction is
+        its own; under any other at the age of the tensor. An untouched index changes nothing for its tensor.
+
+        Call it between a step and the next backward. Changed tensors get new compact Parameters, without a gradient:
+        ask `parameters()` again, and wrap again in DistributedDataParallel. In the optimizer they take the places of
+        the old ones, in the order of the selection; a tensor that comes in joins the first group that holds one of this
+        model (or, failing that, the first group without indices), a tensor that leaves takes its state along.
+
+        Args:
+            selection: as for `sparsify`.
+            optimizer: brought along; without it, make a new one.
+            restore: positions that leave get back the weights of before the training, so that `delta()` stays as large
+                as the selection. False: they stay as they are; `restore()` and `delta()` go on knowing them, for 4 B
+                and an original a position. Positions that an earlier call left stay, whatever this one says.
+
+        To go on from a checkpoint in a new process, sparsify the base and repeat the calls of `reselect` before you
+        load, or, if none of them had restore=False, sparsify with the last selection.
+
+        Raises:
+            ValueError: as `sparsify`; the optimizer does not hold the compact Parameters, or keeps state that is not
+                shaped like them; rows of which some elements are kept and others are not, where ages matter.
+            TypeError: optimizer is none. RuntimeError: the model was given back. Nothing has changed then.
+        """
+        from .reselect import reselect
+
+        self._check_in_use()
+        reselect(self, selection, optimizer, restore)
+
     def delta(self) -> Delta:
         """The trained weights as a file to ship; see `Delta`."""
         from .delta import Delta
 
         self._check_in_use()
         self.sync_()
-        return Delta.from_slots(self.slots)
+        return Delta.from_slots(self.slots, self.left)
 
     def restore(self) -> nn.Module:
         """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
         if self._found is not None:
             for slot in self.slots.values():
                 slot.write_(slot.originals)
+            for left in self.left.values():
+                left.restore_()
             self._leave()
         return self.model
 
@@ -174,6 +151,7 @@ class SparseModel:
         assert self._found is not None
         self._found.put_back()
         self._found = None
+        self.left = {}
 
     def __enter__(self) -> SparseModel:
         return self
@@ -189,25 +167,52 @@ class _Found:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-        self.classes: list[tuple[nn.Module, type[nn.Module]]] = []
-        self.hooks: list[Any] = []
-        self.registered: list[tuple[nn.Module, str]] = []
-        self.carriers: list[nn.Module] = []
+        self.modules: dict[nn.Module, tuple[type[nn.Module], list[Any]]] = {}
+        self.slots: list[Slot] = []
+
+    def give(self, slot: Slot, index: Index, values: CompactParameter, originals: Tensor) -> None:
+        """Register a new slot on its owner, and teach every holder of the weight the sparse backward."""
+        self.slots.append(slot)
+        slot.register(index, values, originals)
+        for module, attribute in slot.holders:
+            if module not in self.modules:
+                self._teach(module)
+            slots_of(module)[attribute] = slot
+
+    def _teach(self, module: nn.Module) -> None:
+        module.__dict__[SLOTS] = {}
+        hooks: list[Any] = [
+            module.register_state_dict_pre_hook(_before_save),
+            module.register_state_dict_post_hook(_after_save),
+            module.register_load_state_dict_pre_hook(_before_load),
+        ]
+        self.modules[module] = type(module), hooks
+        if "forward" in module.__dict__:  # accelerate's hooks, say: the class's forward is not what runs
+            hooks += attach(module)
+        elif type(module) is nn.Linear:
+            module.__class__ = SparseLinear
+        elif type(module) is nn.Embedding and not module.scale_grad_by_freq:
+            module.__class__ = SparseEmbedding
+        else:
+            hooks += attach(module)
+
+    def take(self, slot: Slot) -> None:
+        """Undo `give`."""
+        self.slots.remove(slot)
+        slot.unregister()
+        for module, attribute in slot.holders:
+            if module not in self.modules:
+                continue
+            slots_of(module).pop(attribute, None)
+            if not slots_of(module):
+                module.__class__, hooks = self.modules.pop(module)
+                for hook in hooks:
+                    hook.remove()
+                del module.__dict__[SLOTS]
 
     def put_back(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        for module, cls in self.classes:
-            module.__class__ = cls
-        for module, name in self.registered:
-            values = module._parameters.pop(name + VALUES)
-            assert values is not None
-            values.__dict__.pop(SLOT, None)  # an optimizer that outlives this finds nothing to write any more
-            for suffix in (POSITIONS, ORIGINALS):
-                del module._buffers[name + suffix]
-                module._non_persistent_buffers_set.discard(name + suffix)
-        for module in self.carriers:
-            del module.__dict__[SLOTS]
+        for slot in list(self.slots):
+            self.take(slot)
         for parameter, flag, grad in self.parameters:
             parameter.requires_grad_(flag)
             parameter.grad = grad
@@ -234,8 +239,10 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("sparsify makes Parameters to train; call it outside torch.inference_mode()")
+    if any(is_sparsified(module) for module in model.modules()):
+        raise ValueError("the model is sparsified already; call restore() or merge() on its SparseModel first")
     weights = selection.check(model)
-    owners = _owners(model, weights)
+    holders = holders_of(model, weights)
     found = _Found(model)
     slots: dict[str, Slot] = {}
     try:
@@ -243,7 +250,9 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
             parameter.requires_grad_(False)
             parameter.grad = None
         for name, weight in weights.items():
-            slots[name] = _give_values(owners[name], selection[name].to(weight.device), found)
+            index = selection[name].to(weight.device)
+            slots[name] = Slot(name, holders[name], index)
+            found.give(slots[name], index, *compact_copy(weight, index))
     except BaseException:
         found.put_back()
         raise
@@ -252,14 +261,13 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
     return SparseModel(model, slots, found)
 
 
-Owners = dict[str, list[tuple[nn.Module, str]]]
+def holders_of(model: nn.Module, weights: dict[str, nn.Parameter], slots: Iterable[Slot] = ()) -> dict[str, Holders]:
+    """For each selected name every (module, attribute) that holds the parameter; raises for what cannot be trained.
 
-
-def _owners(model: nn.Module, weights: dict[str, nn.Parameter]) -> Owners:
-    """For each selected name every (module, attribute) that holds the parameter; raises for what cannot be trained."""
-    if any(is_sparsified(module) for module in model.modules()):
-        raise ValueError("the model is sparsified already; call restore() or merge() on its SparseModel first")
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    `slots` are those that the model has already.
+    """
+    own = {(id(slot.owner), slot.name) for slot in slots}
+    holders: dict[int, Holders] = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
@@ -269,6 +277,8 @@ def _owners(model: nn.Module, weights: dict[str, nn.Parameter]) -> Owners:
         if id(weight) in seen:
             raise ValueError(f"{name!r} and {seen[id(weight)]!r} are one tied weight; select it under one name")
         seen[id(weight)] = name
+        if SLOT in weight.__dict__:
+            raise ValueError(f"{name!r} is a compact Parameter; select the weight that it stands for")
         if not weight.is_floating_point():
             raise ValueError(f"{name!r} is {weight.dtype}; only floating-point weights can be trained")
         if not weight.is_contiguous():
@@ -277,52 +287,18 @@ def _owners(model: nn.Module, weights: dict[str, nn.Parameter]) -> Owners:
             taken = [
                 attribute + suffix for suffix in (VALUES, POSITIONS, ORIGINALS) if hasattr(module, attribute + suffix)
             ]
-            if taken:
+            if taken and (id(module), attribute) not in own:
                 raise ValueError(f"{name!r}: its module has something called {taken[0]!r} already")
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 raise ValueError(f"{name!r}: an Embedding with max_norm rewrites its weight in forward")
-            if type(module) in (nn.Linear, nn.Embedding) and attribute not in ("weight", "bias"):
+            plain = (nn.Linear, nn.Embedding, SparseLinear, SparseEmbedding)
+            if type(module) in plain and attribute not in ("weight", "bias"):
                 raise ValueError(
                     f"{name!r}: the weight is computed from it (weight_norm, pruning); that is not supported"
                 )
             if isinstance(module, NonDynamicallyQuantizableLinear):
                 raise ValueError(f"{name!r} is read by its nn.MultiheadAttention past its own forward; leave it out")
     return {name: holders[id(weight)] for name, weight in weights.items()}
-
-
-def _give_values(holders: list[tuple[nn.Module, str]], index: Index, found: _Found) -> Slot:
-    """Register values, positions and originals on the first holder, and teach every holder the sparse backward."""
-    owner, name = holders[0]
-    slot = Slot(owner, name, index)
-    originals = gather(slot.weight.detach(), index)
-    wide = torch.promote_types(originals.dtype, torch.float32)
-    owner.register_parameter(name + VALUES, CompactParameter(originals.to(wide, copy=True)))
-    owner.register_buffer(name + POSITIONS, index.positions, persistent=False)
-    owner.register_buffer(name + ORIGINALS, originals, persistent=False)
-    found.registered.append((owner, name))
-    slot.values.__dict__[SLOT] = slot  # how SparseAdamW finds the weight
-    slot.written = slot.values._version
-    for module, attribute in holders:
-        if not is_sparsified(module):
-            module.__dict__[SLOTS] = {}
-            found.carriers.append(module)
-            found.hooks += [
-                module.register_state_dict_pre_hook(_before_save),
-                module.register_state_dict_post_hook(_after_save),
-                module.register_load_state_dict_pre_hook(_before_load),
-            ]
-            if "forward" in module.__dict__:  # accelerate's hooks, say: the class's forward is not what runs
-                found.hooks += attach(module)
-            elif type(module) is nn.Linear:
-                found.classes.append((module, nn.Linear))
-                module.__class__ = SparseLinear
-            elif type(module) is nn.Embedding and not module.scale_grad_by_freq:
-                found.classes.append((module, nn.Embedding))
-                module.__class__ = SparseEmbedding
-            else:
-                found.hooks += attach(module)
-        slots_of(module)[attribute] = slot
-    return slot
 
 
 def _before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -341,7 +317,7 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
         weight = state_dict.get(prefix + attribute)
         found = slot.values.detach()  # should the weight not fit, torch reports it
         if weight is not None and weight.shape == slot.shape:
-            found = gather(weight.detach().contiguous(), slot.index.to(weight.device)).to(slot.values)
+            found = slot.loaded(weight)
         if slot.owner is module:
             state_dict.setdefault(prefix + attribute + VALUES, found)
         else:

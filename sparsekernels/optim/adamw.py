@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ..sparsify import SLOT, STEP_HOOKS
-from .plan import MOMENTS, Plan, checked_indices, fresh_state, state_dtype
+from ..selection import Selection
+from ..sparsify import STEP_HOOKS
+from . import checkpoint
+from .ondevice import GIVEN, NOTHING, Scaling, check_capture, numbers, scaling, step_device, takes_scaling
+from .plan import Plan, check_unchanged, checked_indices, fresh_state, name_of
+from .regroup import reselect_indices
+from .rows import OPTIONS, SeenRows, check_gradient, check_options, step_rows
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -26,27 +31,63 @@ class SparseAdamW(torch.optim.AdamW):
        or written; unselected weights keep their bits, weight decay included;
     3. any other Parameter: exactly `torch.optim.AdamW`.
 
-    The rule, defaults, arguments, errors, hooks and `state_dict` are those of `torch.optim.AdamW`.
+    The rule, defaults, arguments, errors, hooks and `state_dict` are those of `torch.optim.AdamW`. With the gradient
+    :math:`g_t` (negated by `maximize`), for each element that is trained:
+
+    .. math::
+       \begin{aligned}
+            \theta_t & \leftarrow \theta_{t-1} - \gamma \lambda \theta_{t-1}
+                && \gamma \text{ lr}, \: \lambda \text{ weight\_decay}                                \\
+            m_t & \leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t
+                && \text{exp\_avg}, \: m_0 = 0                                                      \\
+            v_t & \leftarrow \beta_2 v_{t-1} + (1 - \beta_2) g_t^2
+                && \text{exp\_avg\_sq}, \: v_0 = 0                                                  \\
+            u_t & \leftarrow \max(u_{t-1}, v_t) \text{ if amsgrad, else } v_t
+                && \text{max\_exp\_avg\_sq}, \: u_0 = 0                                             \\
+            \theta_t & \leftarrow \theta_t - \gamma \, \frac{m_t / (1 - \beta_1^t)}
+                {\sqrt{u_t / (1 - \beta_2^t)} + \epsilon} &&
+       \end{aligned}
+
+    Example::
+
+        >>> model = torch.nn.Linear(4, 3)
+        >>> tuned = sk.sparsify(model, sk.Selection.random(model, density=0.5))
+        >>> optimizer = sk.SparseAdamW(tuned.parameters(), lr=1e-2)
+        >>> model(torch.ones(2, 4)).square().sum().backward()
+        >>> optimizer.step()  # half of the weights moved, the others kept their bits
 
     Args:
-        params: parameters or groups; a group may hold `indices`.
-        lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`; a tensor lr or beta is read on the
-            host for kinds 1 and 2.
+        params: Parameters, (name, Parameter) pairs or groups of them; a group may hold `indices`, one `Index` for each
+            Parameter, of its shape. Parameters at indices are floating point and contiguous, of any shape, empty ones
+            too; complex Parameters are of kind 3.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`. For kinds 1 and 2 a tensor lr stays
+            where it is, in fp32, on a GPU or with capturable; a tensor beta is read on the host.
         foreach, fused: choose the implementation for kind 3 only; kinds 1 and 2 are always fused.
-        capturable: state["step"] lives on the device of the parameter.
+        capturable: state["step"] lives on the device of the parameter (with fused=True, too), and step() reads nothing
+            there on the host: a CUDA graph may hold it.
         differentiable: kind 3 only.
 
     State of kinds 1 and 2: `step` as in AdamW, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) of the size of the
     selection, fp32 (fp64 for fp64 weights) whatever the dtype of the weight. A half-precision weight of kind 2 is
     rounded once a step and loses updates below its resolution; kind 1 keeps an fp32 master and does not.
 
+    Under `torch.amp.GradScaler`, kinds 1 and 2 take the scale and the verdict to their kernel, and nothing waits, if
+    their step is counted where they are; `.grad` stays scaled. Beside a parameter that cannot (kind 3 with a sparse
+    gradient, or without fused=True) GradScaler unscales every `.grad` and reads its verdict, as it does for torch's.
+
+    Kinds 1 and 2 are deterministic: an element's new value depends on nothing but its own state, so the same steps give
+    the same bits on one device, whatever the number of threads and the parameters beside it. `.grad` is read only.
+    Inside `torch.compile` a step is one graph break and runs as it is, hooks included; `fullgraph=True` is refused.
+
     Raises:
         ValueError: as `torch.optim.AdamW`; indices that do not fit their parameters; differentiable with kinds 1 or 2;
+            a Parameter of kind 1 or 2 that changed its shape, strides, dtype or device after it was given;
             a state_dict made for a selection of another size, or for other indices. TypeError: indices that are no
             `Index`.
     """
 
     writes_weights = True  # steps write the dense weights, too: nothing is left to do after them
+    ages_of_positions = True  # state["step"] may have one entry for each position
 
     def __init__(
         self,
@@ -62,8 +103,18 @@ class SparseAdamW(torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        sparse_state: Literal["seen", "all"] = "seen",
+        sparse_decay: Literal["touched", "catch_up"] = "touched",
+        sparse_bias_correction: Literal["global", "row"] = "global",
     ) -> None:
         self._plans: dict[int, Plan] = {}
+        self._seen: dict[Tensor, SeenRows] = {}
+        self._sparse_defaults = {
+            "sparse_state": sparse_state,
+            "sparse_decay": sparse_decay,
+            "sparse_bias_correction": sparse_bias_correction,
+        }
+        check_options(self._sparse_defaults)
         super().__init__(
             params,
             lr,
@@ -77,12 +128,23 @@ class SparseAdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        # GradScaler then unscales the gradients itself, before step, for all kinds alike.
-        self._step_supports_amp_scaling = False
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return takes_scaling(self)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Nothing: torch sets it for fused=True."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
+        self._seen = {}
+        self._sparse_defaults = {name: self.defaults.get(name, allowed[0]) for name, allowed in OPTIONS.items()}
+        for group in self.param_groups:  # a state_dict of torch.optim.AdamW lacks them
+            for name, default in self._sparse_defaults.items():
+                group.setdefault(name, default)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; the group may hold `indices`."""
@@ -90,44 +152,34 @@ class SparseAdamW(torch.optim.AdamW):
             param_group = {**param_group, **checked_indices(param_group)}
             if param_group.get("differentiable", self.defaults["differentiable"]):
                 raise ValueError("differentiable=True is not possible for parameters with indices")
+        self.defaults.update(self._sparse_defaults)
+        check_options({**self._sparse_defaults, **param_group})
         super().add_param_group(param_group)
 
-    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; kinds 1 and 2 carry their positions, and narrow weights a master."""
+        return checkpoint.packed(self)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`; nothing changes if the state belongs to another selection."""
-        own = [(group, p, i) for group in self.param_groups for i, p in enumerate(group["params"])]
-        saved = [(group, key, i) for group in state_dict["param_groups"] for i, key in enumerate(group["params"])]
-        moments: dict[Tensor, dict[str, Tensor]] = {}
-        for (group, p, i), (old, key, j) in zip(own, saved, strict=False):
-            if not group.get("indices"):
-                shape, dtype = p.shape, p.dtype
-            else:
-                index = group["indices"][i]
-                shape, dtype = index.compact_shape, state_dtype(p)
-                if old.get("indices") and old["indices"][j] != index:
-                    raise ValueError(f"state_dict was made for other indices of parameter {key}")
-            found = {name: value for name, value in state_dict["state"].get(key, {}).items() if name in MOMENTS}
-            for name, value in found.items():
-                if value.shape != shape:
-                    raise ValueError(
-                        f"state_dict was made for another selection: {name} of parameter {key} has shape "
-                        f"{list(value.shape)}, this optimizer needs {list(shape)}"
-                    )
-            if group.get("indices"):
-                moments[p] = {name: value.to(p.device, dtype, copy=True) for name, value in found.items()}
-        indices = [group.get("indices") for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, indices, strict=True):
-            group.pop("indices", None)
-            if kept is not None:
-                group["indices"] = kept
-        for p, state in moments.items():
-            if state:
-                self.state[p].update(state)  # torch casts state to the dtype of the parameter; this is wider
-        for group, p, _ in own:
-            if (group.get("indices") or SLOT in p.__dict__) and "step" in self.state.get(p, {}):
-                self.state[p]["step"] = self.state[p]["step"].float()  # fp64 under an fp64 default dtype
-        self._plans = {}
+        """As `torch.optim.Optimizer.load_state_dict`; nothing changes if the state belongs to another selection.
+
+        A master among the state becomes the compact values, and is written into the weight.
+        """
+        checkpoint.load(self, state_dict)
+
+    def reselect(self, selection: Selection, model: nn.Module) -> None:
+        """Step `selection` from now on, in place of the indices that parameters of `model` have in this optimizer.
+
+        The counterpart of `SparseModel.reselect` for kind 2, which calls that with the optimizer for kind 1. Positions
+        kept keep their moments and their age, others start without; no weight changes. A parameter that comes in joins
+        the first group with indices of parameters of the model (or, failing that, the first with indices); one that
+        leaves takes its state along. Parameters without indices stay as they are.
+
+        Raises:
+            ValueError: names or shapes that do not fit the model, a parameter that a group without indices holds, a
+                sparsified model, no group with indices to join. Nothing has changed then.
+        """
+        reselect_indices(self, selection, model)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Perform a single optimization step.
@@ -145,12 +197,15 @@ class SparseAdamW(torch.optim.AdamW):
             or len(_global_optimizer_post_hooks) > len(STEP_HOOKS)
             or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         ):
-            return self._hooked_step(closure)
+            return self._hooked_step() if closure is None else self._hooked_step(closure)  # hooks see what was given
         return self._plain_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # tells torch that step() calls hooks by itself
 
     def _plain_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if torch.cuda.is_initialized():
+            check_capture(self)
+        scale = NOTHING if GIVEN.isdisjoint(self.__dict__) else scaling(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -162,17 +217,24 @@ class SparseAdamW(torch.optim.AdamW):
             if plan.compact or plan.gathered:
                 with torch.no_grad():
                     if plan.compact:
-                        self._step_sparse("compact", group, plan, plan.compact)
+                        self._step_sparse("compact", group, plan, plan.compact, scale)
                     if plan.gathered:
-                        self._step_sparse("gathered", group, plan, plan.gathered)
+                        self._step_sparse("gathered", group, plan, plan.gathered, scale)
             if plan.dense:
-                self._step_dense(group, plan.dense)
+                self._step_dense(group, self._step_listed_rows(group, plan.dense), scale)
         return loss
 
-    _uncompiled_step = torch.compiler.disable(_plain_step)
+    _uncompiled_step = torch.compiler.disable(step, reason="a step of SparseAdamW is a few native calls, and hooks")
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
-    def _step_sparse(self, kind: str, group: dict[str, Any], plan: Plan, params: list[Tensor]) -> None:
+    def _step_sparse(
+        self,
+        kind: str,
+        group: dict[str, Any],
+        plan: Plan,
+        params: list[Tensor],
+        scale: Scaling,
+    ) -> None:
         grads = [p.grad for p in params]
         complete = all(grad is not None for grad in grads)
         if not complete:
@@ -180,20 +242,26 @@ class SparseAdamW(torch.optim.AdamW):
             grads = [p.grad for p in params]
         if not params:
             return
+        if kind == "gathered":
+            for p in params:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise ValueError(f"{name_of(group, p)}: its gradient is sparse; leave out indices")
         lists = plan.lists.get(kind) if complete else None
         if lists is None or not self._current(plan, params, lists):
             lists = self._lists(kind, group, plan, params)
             if complete:
                 plan.lists[kind] = lists
         values, *state, steps, dense, positions, mutated = lists
+        lr, *on_device = numbers(group, params[0], scale)
         beta1, beta2 = group["betas"]
         options = (
-            float(group["lr"]),
+            lr,
             float(beta1),
             float(beta2),
             float(group["weight_decay"]),
             float(group["eps"]),
             group["maximize"],
+            *on_device,
         )
         torch._foreach_add_(steps, 1)
         try:
@@ -204,7 +272,10 @@ class SparseAdamW(torch.optim.AdamW):
                 torch.ops.sparsekernels.adamw_gathered_.default(values, grads, *state, steps, positions, *options)
         except BaseException:
             torch._foreach_sub_(steps, 1)
+            check_unchanged(group, plan, params, self.state)  # names the parameter; the op names the line
             raise
+        if on_device[2] is not None:  # found_inf
+            torch._foreach_sub_(steps, [on_device[2]] * len(steps))
         # Ops do not bump versions by themselves; a backward over weights that changed since its forward must fail.
         torch.autograd.graph.increment_version(mutated)
         if kind == "compact":
@@ -225,10 +296,11 @@ class SparseAdamW(torch.optim.AdamW):
         """values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, dense weights, positions, and all that is mutated."""
         if group["differentiable"]:
             raise ValueError("differentiable=True is not possible for compact Parameters or parameters with indices")
+        check_unchanged(group, plan, params, self.state)
         for p in params:
             if not self.state[p]:
                 shape = p.shape if kind == "compact" else plan.index[p].compact_shape
-                self.state[p].update(fresh_state(p, shape, group["amsgrad"], group["capturable"]))
+                self.state[p].update(fresh_state(p, shape, group["amsgrad"], step_device(p, group)))
         states = [self.state[p] for p in params]
         dense: list[Tensor] = []
         if kind == "compact":
@@ -248,7 +320,30 @@ class SparseAdamW(torch.optim.AdamW):
             [*params, *dense],
         ]
 
-    def _step_dense(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    @torch.no_grad()
+    def _step_listed_rows(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """Step the parameters whose gradient is sparse; return the others."""
+        for p in params:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                check_gradient(p.grad, p, name_of(group, p), group)
+            elif "rows" in self.state.get(p, ()):
+                raise ValueError(
+                    f"{name_of(group, p)}: its gradient is dense, and was sparse before; give its group "
+                    "sparse_state='all', which keeps state for every row"
+                )
+        others = []
+        for p in params:
+            if p.grad is None or not p.grad.is_sparse:
+                others.append(p)
+                continue
+            seen = step_rows(p, p.grad, self.state[p], self._seen.get(p), group)
+            if seen is not None:
+                self._seen[p] = seen
+        return others
+
+    def _step_dense(self, group: dict[str, Any], params: list[Tensor], scale: Scaling) -> None:
         live: list[Tensor] = []
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
@@ -279,5 +374,7 @@ class SparseAdamW(torch.optim.AdamW):
                 capturable=group["capturable"],
                 differentiable=group["differentiable"],
                 fused=group["fused"],
+                grad_scale=scale[0],
+                found_inf=scale[1],
                 decoupled_weight_decay=True,
             )

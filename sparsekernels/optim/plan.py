@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..selection import Index
-from ..sparsify import SLOT, Slot
+from ..slot import SLOT, Slot
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -40,18 +41,52 @@ class Plan:
         return True
 
 
+def name_of(group: dict[str, Any], param: Tensor) -> str:
+    """How an error calls a parameter: by its name if the group was made of named parameters."""
+    i = next(i for i, p in enumerate(group["params"]) if p is param)
+    names = group.get("param_names")
+    if not names and SLOT in param.__dict__:
+        return repr(param.__dict__[SLOT].label)
+    return repr(names[i]) if names else f"params[{i}] of shape {list(param.shape)}"
+
+
 def state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def fresh_state(param: Tensor, shape: torch.Size, amsgrad: bool, capturable: bool) -> dict[str, Tensor]:
+def check_unchanged(group: dict[str, Any], plan: Plan, params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
+    """Raise ValueError for a parameter that is no more what the optimizer was given: after `p.data = ...`, say."""
+    for p in params:
+        problem = _change(p, plan.slots.get(p), plan.index.get(p), state.get(p, {}).get("exp_avg"))
+        if problem is not None:
+            raise ValueError(f"{name_of(group, p)} {problem}")
+
+
+def _change(p: Tensor, slot: Slot | None, index: Index | None, moments: Tensor | None) -> str | None:
+    if slot is not None and p.dtype != state_dtype(slot.weight):
+        return f"became {p.dtype}, but compact values must be wide; change the dtype of a model before sparsify"
+    if index is not None and (p.shape != index.shape or not p.is_contiguous()):
+        found = f"shape {list(p.shape)} and strides {list(p.stride())}"
+        return f"became a tensor of {found}; its indices were made for a contiguous one of shape {list(index.shape)}"
+    place = slot.index if slot is not None else index
+    if place is not None and place.positions.device != p.device:
+        return f"moved to {p.device}, its positions are on {place.positions.device}; make the optimizer after the move"
+    if moments is not None and (moments.dtype != state_dtype(p) or moments.device != p.device):
+        found = f"{p.dtype} on {p.device} after steps with state of {moments.dtype} on {moments.device}"
+        return f"became {found}; save the state_dict before such a change, then make a new optimizer and load it"
+    return None
+
+
+def fresh_state(param: Tensor, shape: torch.Size, amsgrad: bool, step_device: torch.device) -> dict[str, Tensor]:
     names = MOMENTS if amsgrad else MOMENTS[:2]
     state = {name: torch.zeros(shape, dtype=state_dtype(param), device=param.device) for name in names}
-    return {"step": torch.zeros((), device=param.device if capturable else "cpu", dtype=torch.float32), **state}
+    return {"step": torch.zeros((), device=step_device, dtype=torch.float32), **state}
 
 
 def checked_indices(group: dict[str, Any]) -> dict[str, Any]:
-    """The group's params and indices as lists that fit each other."""
+    """The group's params and indices as lists that fit each other; what is no Tensor is left for torch to refuse."""
+    if isinstance(group["params"], set):
+        return {}
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     indices = [group["indices"]] if isinstance(group["indices"], Index) else list(group["indices"])
     if len(params) != len(indices):
@@ -59,14 +94,16 @@ def checked_indices(group: dict[str, Any]) -> dict[str, Any]:
     for i, (entry, index) in enumerate(zip(params, indices, strict=True)):
         if not isinstance(index, Index):
             raise TypeError(f"indices[{i}] must be an Index, got {type(index).__name__}")
-        p = entry[1] if isinstance(entry, tuple) else entry
+        name, p = entry if isinstance(entry, tuple) else (None, entry)
+        if not isinstance(p, Tensor):
+            continue
+        what = f"params[{i}]" if name is None else f"params[{i}] ({name!r})"
         if SLOT in p.__dict__:
-            raise ValueError(
-                f"params[{i}] is a compact Parameter of sparsify, which knows its positions; leave out indices"
-            )
+            raise ValueError(f"{what} is a compact Parameter of sparsify, which knows its positions; leave out indices")
         if index.shape != p.shape:
-            raise ValueError(f"indices[{i}] was made for shape {list(index.shape)}, its parameter has {list(p.shape)}")
+            raise ValueError(f"indices[{i}] was made for shape {list(index.shape)}, {what} has {list(p.shape)}")
         if not p.is_floating_point() or not p.is_contiguous():
-            raise ValueError(f"params[{i}] must be floating point and contiguous to be stepped at indices")
+            got = p.dtype if not p.is_floating_point() else f"strides {list(p.stride())}"
+            raise ValueError(f"{what} must be floating point and contiguous to be stepped at indices, got {got}")
         indices[i] = index.to(p.device)
     return {"params": params, "indices": indices}

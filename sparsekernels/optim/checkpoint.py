@@ -1,0 +1,162 @@
+"""state_dict and load_state_dict of SparseAdamW: in the layout of torch, and bound to the positions they were made for.
+
+Beside what torch saves, a Parameter with positions has, once it was stepped,
+
+    positions   [K] or [R]  where the lines of its state belong; a state_dict without them (torch.optim.AdamW's over
+                            the same compact Parameters) is taken at its word
+    master      as values   the compact values, where their weight is narrower and the model's state_dict rounds them
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..selection import Index
+from ..slot import SLOT
+from .plan import MOMENTS, name_of, state_dtype
+from .regroup import placed_step
+
+POSITIONS, MASTER = "positions", "master"
+OF_ROWS = ("rows", "row_step", "row_decay", "decay_sum")  # of steps with sparse gradients: kept in their own dtypes
+# Whatever torch's state_dict may lack of these, AdamW.__setstate__ fills in.
+FILLED_BY_TORCH = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay", "fused")
+
+
+class _Bare(torch.optim.Optimizer):
+    """Groups and state for torch to pack and unpack, without hooks: ours are called before and after all is done."""
+
+    def __init__(self, param_groups: list[dict[str, Any]], state: Any) -> None:
+        self.param_groups, self.state = param_groups, state
+        for hooks in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            setattr(self, f"_optimizer_{hooks}_hooks", OrderedDict())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state_dict: tensors, numbers, strings, lists and dicts."""
+    for before in optimizer._optimizer_state_dict_pre_hooks.values():
+        before(optimizer)
+    state: dict[Any, Any] = dict(optimizer.state)
+    for group, i, p in _parameters(optimizer):
+        index = _index(group, i, p)
+        if index is None or not state.get(p):
+            continue
+        state[p] = {**state[p], POSITIONS: index.positions}
+        if SLOT in p.__dict__ and p.__dict__[SLOT].weight.dtype != p.dtype:
+            state[p][MASTER] = p.detach()
+    state_dict = _Bare([_without_indices(group) for group in optimizer.param_groups], state).state_dict()
+    for after in optimizer._optimizer_state_dict_post_hooks.values():
+        changed = after(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict
+
+
+@torch.no_grad()
+def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take over a state_dict of SparseAdamW or of torch.optim.AdamW; nothing changes if it does not fit."""
+    state_dict = state_dict.copy()
+    for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = before(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    saved_groups = [_without_indices(group) for group in state_dict["param_groups"]]
+    bare = _Bare(optimizer.param_groups, {})
+    bare.load_state_dict({**state_dict, "param_groups": saved_groups})
+    keys = [key for group in saved_groups for key in group["params"]]
+    loaded = list(bare.param_groups)
+    new_group = {id(group): new for group, new in zip(optimizer.param_groups, loaded, strict=True)}
+    masters: dict[Tensor, Tensor] = {}
+    for (group, i, p), key in zip(_parameters(optimizer), keys, strict=True):
+        entry = state_dict["state"].get(key)
+        if not entry:
+            continue
+        index, state, name = _index(group, i, p), bare.state[p], _name(group, p)
+        _check(entry, p, index, name)
+        _widen(state, entry, p, index, new_group[id(group)])
+        if index is not None and MASTER in entry and SLOT in p.__dict__:
+            masters[p] = entry[MASTER]
+    for group, new in zip(optimizer.param_groups, loaded, strict=True):
+        if "indices" in group:
+            new["indices"] = group["indices"]
+        for option in optimizer.defaults:
+            if option not in FILLED_BY_TORCH and option in group:
+                new.setdefault(option, group[option])
+    optimizer.__setstate__({"state": bare.state, "param_groups": loaded})
+    for p, master in masters.items():
+        p.copy_(master)
+        p.__dict__[SLOT].sync_()
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
+
+
+def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> None:
+    """Raises ValueError for saved state that is not of this parameter at these positions."""
+    if "step" not in entry:
+        raise ValueError(f"{name}: its saved state has no 'step'; this is no state_dict of AdamW")
+    shape = index.compact_shape if index is not None else p.shape
+    ages = torch.as_tensor(entry["step"]).shape
+    if index is None and "rows" in entry:
+        rows = entry["rows"]
+        if p.dim() == 0 or (len(rows) and int(rows.max()) >= len(p)):
+            raise ValueError(f"{name}: the state_dict was made for a table of more rows than {list(p.shape)}")
+        shape = torch.Size((len(rows), *p.shape[1:]))
+    for what in (*MOMENTS, MASTER):
+        if what in entry and entry[what].shape != shape:
+            raise ValueError(
+                f"{name}: the state_dict was made for another selection: {what} has shape {list(entry[what].shape)}, "
+                f"this optimizer needs {list(shape)}"
+            )
+    if len(ages) and (index is None or ages != (len(index),)):
+        raise ValueError(f"{name}: the state_dict was made for another selection: step has shape {list(ages)}")
+    if index is not None and POSITIONS in entry:
+        saved = entry[POSITIONS].to(index.positions.device)  # in the dtype of p, if torch's AdamW had it meanwhile
+        if saved.shape != index.positions.shape or not torch.equal(saved, index.positions.to(saved.dtype)):
+            raise ValueError(
+                f"{name}: the state_dict was made for another selection, of as many other positions; train the one "
+                "that was saved (keep Selection.save beside each checkpoint), and call reselect after loading"
+            )
+
+
+def _widen(state: dict[str, Any], entry: dict[str, Any], p: Tensor, index: Index | None, group: dict[str, Any]) -> None:
+    """torch casts all state to the dtype of the parameter; some of ours is wider, and none is shared with the file."""
+    state.pop(POSITIONS, None)
+    state.pop(MASTER, None)
+    if index is not None:
+        for name in MOMENTS:
+            if name in entry:
+                state[name] = entry[name].to(p.device, state_dtype(p), copy=True)
+        state["step"] = placed_step(torch.as_tensor(entry["step"], dtype=torch.float32), p, group)
+        return
+    of_rows = any(name in entry for name in OF_ROWS) or group.get("sparse_state") == "all"
+    for name in (*MOMENTS, *OF_ROWS) if of_rows else ():
+        if name in entry:
+            dtype = state_dtype(p) if name in MOMENTS and entry[name].dtype != p.dtype else entry[name].dtype
+            state[name] = entry[name].to(p.device, dtype, copy=True)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], int, Tensor]]:
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            yield group, i, p
+
+
+def _index(group: dict[str, Any], i: int, p: Tensor) -> Index | None:
+    if group.get("indices"):
+        return group["indices"][i]
+    return p.__dict__[SLOT].index if SLOT in p.__dict__ else None
+
+
+def _name(group: dict[str, Any], p: Tensor) -> str:
+    if not group.get("param_names") and SLOT in p.__dict__:
+        return repr(p.__dict__[SLOT].label)
+    return name_of(group, p)
+
+
+def _without_indices(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "indices"}
