@@ -51,7 +51,7 @@ void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxim
 template <typename T>
 cpu::AdamwTask make_task(
     const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& dense,
-    const Tensor& positions, const AdamwOptions& options) {
+    const Tensor& positions, const AdamwOptions& options, const std::vector<int64_t>& rounding, size_t number) {
   check_same(exp_avg, exp_avg_sq, "exp_avg_sq");
   if (maximum) check_same(exp_avg, *maximum, "max_exp_avg_sq");
   STD_TORCH_CHECK(dense.is_contiguous(), "dense parameters must be contiguous");
@@ -77,27 +77,39 @@ cpu::AdamwTask make_task(
   const bool aged = step.numel() != 1;
   task.ages = aged ? steps : nullptr;
   task.options = &options;
+  if (!rounding.empty()) {
+    STD_TORCH_CHECK(rounding.size() == 2, "rounding must be empty, or seed and first stream");
+    task.rounding = {uint64_t(rounding[0]), uint32_t(aged ? 0 : *steps), uint32_t(rounding[1] + number), true};
+  }
   const auto scalars = adamw_step<T>(aged ? kNoBias : *steps, options);
   if constexpr (std::is_same_v<T, double>) task.step64 = scalars; else task.step32 = scalars;
   return task;
 }
 
-// Calls f with a value of the positions' dtype, whether there are maxima, and whether positions differ in age.
-template <typename F>
-void with_kind(const Tensor& positions, const cpu::AdamwTask& task, const F& f) {
-  with_positions(positions, [&](const auto* index) {
-    using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
-    const auto with_ages = [&](auto amsgrad) {
-      if (task.ages) f(I{}, amsgrad, std::true_type{}); else f(I{}, amsgrad, std::false_type{});
-    };
-    if (task.maximum) with_ages(std::true_type{}); else with_ages(std::false_type{});
-  });
+// Calls f with values of the positions' and the state's dtype, whether there are maxima, and whether ages differ.
+template <typename T, typename F>
+void with_kind(const Tensor& positions, const Tensor& exp_avg, const cpu::AdamwTask& task, const F& f) {
+  const auto with_state = [&](auto state) {
+    with_positions(positions, [&](const auto* index) {
+      using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
+      const auto with_ages = [&](auto amsgrad) {
+        if (task.ages) f(I{}, state, amsgrad, std::true_type{}); else f(I{}, state, amsgrad, std::false_type{});
+      };
+      if (task.maximum) with_ages(std::true_type{}); else with_ages(std::false_type{});
+    });
+  };
+  if (exp_avg.scalar_type() == scalar_type<T>()) return with_state(T{});
+  if constexpr (std::is_same_v<T, float>) {
+    if (exp_avg.scalar_type() == ScalarType::BFloat16) return with_state(BFloat16{});
+  }
+  STD_TORCH_CHECK(false, "exp_avgs must be fp32 or bf16 (fp64 for fp64 weights)");
 }
 
 void adamw_compact_(
     Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
     Tensors weights, Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps,
-    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf) {
+    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf,
+    std::vector<int64_t> rounding) {
   check_lists(
       values.size(),
       {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), weights.size(), positions.size()},
@@ -108,17 +120,19 @@ void adamw_compact_(
     const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
     STD_TORCH_CHECK(values[i].is_contiguous(), "values must be contiguous");
     check_same(values[i], grads[i], "grads");
-    check_same(values[i], exp_avgs[i], "exp_avgs");
+    STD_TORCH_CHECK(
+        exp_avgs[i].is_contiguous() && exp_avgs[i].numel() == values[i].numel(), "exp_avgs must have the size of values");
     with_floating(weights[i].scalar_type(), "adamw_compact_", [&](auto zero) {
       using scalar_t = decltype(zero);
       using T = opmath_t<scalar_t>;
       STD_TORCH_CHECK(values[i].scalar_type() == scalar_type<T>(), "values must be fp32 (fp64 for fp64 weights)");
       auto task =
-          make_task<T>(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], options);
+          make_task<T>(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], options, rounding, i);
       task.values = values[i].mutable_data_ptr();
       task.grad = grads[i].const_data_ptr();
-      with_kind(positions[i], task, [&](auto index, auto amsgrad, auto aged) {
-        task.run = cpu::adamw_compact<T, scalar_t, decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
+      with_kind<T>(positions[i], exp_avgs[i], task, [&](auto index, auto state, auto amsgrad, auto aged) {
+        task.run = cpu::adamw_compact<
+            T, scalar_t, decltype(state), decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
       });
       tasks.push_back(task);
     });
@@ -129,7 +143,7 @@ void adamw_compact_(
 void adamw_gathered_(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
     Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize,
-    MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf) {
+    MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf, std::vector<int64_t> rounding) {
   check_lists(
       params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
       max_exp_avg_sqs.size());
@@ -141,13 +155,13 @@ void adamw_gathered_(
     with_floating(params[i].scalar_type(), "adamw_gathered_", [&](auto zero) {
       using scalar_t = decltype(zero);
       using T = opmath_t<scalar_t>;
-      STD_TORCH_CHECK(
-          exp_avgs[i].is_contiguous() && exp_avgs[i].scalar_type() == scalar_type<T>(),
-          "exp_avgs must be fp32 (fp64 for fp64 parameters)");
-      auto task = make_task<T>(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], options);
+      STD_TORCH_CHECK(exp_avgs[i].is_contiguous(), "exp_avgs must be contiguous");
+      auto task =
+          make_task<T>(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], options, rounding, i);
       task.grad = grads[i].const_data_ptr();
-      with_kind(positions[i], task, [&](auto index, auto amsgrad, auto aged) {
-        task.run = cpu::adamw_gathered<T, scalar_t, decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
+      with_kind<T>(positions[i], exp_avgs[i], task, [&](auto index, auto state, auto amsgrad, auto aged) {
+        task.run = cpu::adamw_gathered<
+            T, scalar_t, decltype(state), decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
       });
       tasks.push_back(task);
     });

@@ -45,6 +45,8 @@ class Plan:
     lr_tensor: bool = False
     grad_scale: float | None = None
     found_inf: float | None = None
+    state: torch.dtype | None = None  # of the moments, where it is not that of the arithmetic
+    rounding: tuple[int, ...] = ()
 
     @property
     def special(self) -> bool:
@@ -109,11 +111,11 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
             if plan.grads:
                 grad.view(-1)[: len(plan.grads)] = torch.tensor(plan.grads, dtype=grad.dtype, device=grad.device)
             grads.append(grad)
-            scale = 0 if plan.fresh else 1
-            moments.append([maker.randn(*shape, dtype=master, scale=scale * 0.1)])
-            moments[-1] += [maker.put(maker.randn(*shape, dtype=master, scale=scale).square().cpu())]
+            scale, kept = 0 if plan.fresh else 1, plan.state or master
+            moments.append([maker.randn(*shape, dtype=kept, scale=scale * 0.1)])
+            moments[-1] += [maker.put(maker.randn(*shape, dtype=kept, scale=scale).square().cpu())]
             if plan.amsgrad:
-                moments[-1] += [maker.put(maker.randn(*shape, dtype=master, scale=scale).square().cpu())]
+                moments[-1] += [maker.put(maker.randn(*shape, dtype=kept, scale=scale).square().cpu())]
         for i in range(n):
             x, grad = (values[i], grads[i]) if compact else (take(dense[i], indices[i]), take(grads[i], indices[i]))
             wide = masters[i] if plan.special else FP64
@@ -132,6 +134,7 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
         given["found_inf"] = plan.found_inf
         on_device = {name: None if x is None else maker.put(torch.tensor(x)) for name, x in given.items()}
         keywords = {**options.keywords(), **{name: on_device[name] for name in ("grad_scale", "found_inf")}}
+        keywords["rounding"] = plan.rounding
         if plan.lr_tensor:
             keywords["lr"] = on_device["lr_tensor"]
         state = (grads, exp_avgs, exp_avg_sqs, maxima, step_tensors)
@@ -144,10 +147,11 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
         return Case(
             ops.adamw_compact_ if compact else ops.adamw_gathered_,
             args,
-            (*args, *options.positional(), *on_device.values()),
+            (*args, *options.positional(), *on_device.values(), list(plan.rounding)),
             [*results, *(tensor for column in columns for tensor in column)],
             kwargs=keywords,
             mutated=mutated,
+            stochastic=len(plan.rounding) > 0,
             inside=list(zip(dense, indices, strict=True)),
             written=list(zip(dense, indices, values, strict=True)) if compact and not plan.found_inf else (),
         )
@@ -197,6 +201,11 @@ def plans() -> Iterator[tuple[str, Plan]]:
     yield "all-on-device", replace(everything, found_inf=0.0)
     yield "found-inf", Plan(SMALL, grad_scale=1024.0, found_inf=1.0)
     yield "found-inf-everything", replace(everything, found_inf=2.0, grads=(float("inf"), float("nan")))
+    yield "bf16-state", Plan(LAYOUTS, state=BF16, amsgrad=True)
+    yield "bf16-state-many", Plan((BY_NAME["many"], BY_NAME["rows-many"]), dtypes=(BF16, FP16), state=BF16)
+    yield "stochastic", Plan(SMALL * 2, dtypes=(BF16, FP16, FP32, BF16), rounding=(3, 0))
+    yield "stochastic-state", Plan(SMALL, dtypes=(FP32, BF16), state=BF16, amsgrad=True, rounding=(2**40, 9))
+    yield "stochastic-ages", Plan(SMALL, dtypes=(FP16,), state=BF16, ages=ages, aged=2, rounding=(1, 5))
     specials = (float("nan"), float("inf"), -float("inf"), 0.0, 1e-40, 1e30)
     yield "special", Plan((BY_NAME["all"],), grads=specials, fresh=True, steps=(1,))
     yield "special-amsgrad", Plan((BY_NAME["all"],), grads=specials, amsgrad=True)

@@ -8,6 +8,7 @@
 #include "../common.h"
 #include "../rules/adamw.h"
 #include "prefetch.h"
+#include "round.h"
 
 namespace sk::cpu {
 
@@ -56,10 +57,18 @@ struct AdamwTask {
   const void* positions;                 // [K]
   const float* ages;                     // [K], or null: all positions have taken the same steps
   const AdamwOptions* options;           // for ages
+  Rounding rounding;                     // of what is narrower than the arithmetic; step: where there are no ages
   int64_t numel, width;
   AdamwStep<float> step32;
   AdamwStep<double> step64;
   void (*run)(const AdamwTask&, int64_t begin, int64_t end);
+
+  // The random bits of one array at a position of the weight, which lies in this slot.
+  uint32_t random(int64_t slot, int64_t position, uint32_t array) const {
+    Rounding own = rounding;
+    if (ages) own.step = uint32_t(ages[slot]);
+    return random_bits(own, position, array);
+  }
 };
 
 template <typename T>
@@ -112,50 +121,66 @@ inline __attribute__((always_inline)) void prefetch_block(const P* dense, const 
   for (int64_t j = i + kAhead; j < std::min(i + kAhead + kBlock, end); ++j) prefetch(dense + positions[j]);
 }
 
-// values step in place; the dense weight W receives them, rounded.
-template <typename T, typename W, typename I, bool amsgrad, bool aged>
+// Both forms: T is the arithmetic's type, W the weight's, S the state's, I the positions'.
+//
+// Values step in place; the dense weight receives them, rounded to nearest: nothing is lost, for the values stay.
+template <typename T, typename W, typename S, typename I, bool amsgrad, bool aged>
 SK_CLONES void adamw_compact(const AdamwTask& task, int64_t begin, int64_t end) {
   T* __restrict__ x = static_cast<T*>(task.values);
   const T* __restrict__ g = static_cast<const T*>(task.grad);
-  T* __restrict__ m = static_cast<T*>(task.exp_avg);
-  T* __restrict__ v = static_cast<T*>(task.exp_avg_sq);
-  T* __restrict__ maximum = static_cast<T*>(task.maximum);
+  S* __restrict__ m = static_cast<S*>(task.exp_avg);
+  S* __restrict__ v = static_cast<S*>(task.exp_avg_sq);
+  S* __restrict__ maximum = static_cast<S*>(task.maximum);
   W* __restrict__ dense = static_cast<W*>(task.dense);
   const I* positions = static_cast<const I*>(task.positions);
   const AdamwStep<T> step = step_of<T>(task);
   std::conditional_t<aged, Ages<T>, NoAges> ages(task.ages, *task.options);
   if (task.width != 1) {
-    for_rows(task.width, begin, end, [&](int64_t i, int64_t slot, int64_t column, int64_t n) {
+    for_rows(task.width, begin, end, [&](int64_t i, int64_t slot, int64_t column, int64_t count) {
       AdamwStep<T> own = step;
       if constexpr (aged) ages.set(slot, own.step_size, own.inv_sqrt_bias2);
-      adamw_run<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, own);
-      W* to = dense + int64_t(positions[slot]) * task.width + column;
-      for (int64_t j = 0; j < n; ++j) to[j] = W(x[i + j]);
+      const int64_t at = int64_t(positions[slot]) * task.width + column;
+      constexpr int64_t kRun = std::is_same_v<S, T> ? INT64_MAX : kBlock;
+      for (int64_t done = 0; done < count; done += kRun) {
+        const int64_t n = std::min(count - done, kRun), o = i + done;
+        with_state<amsgrad, kBlock, T>(
+            m + o, v + o, maximum + o, n, task.rounding.stochastic,
+            [&](int64_t j, uint32_t array) { return task.random(slot, at + done + j, array); },
+            [&](T* m, T* v, T* maximum) { adamw_run<amsgrad>(x + o, g + o, m, v, maximum, x + o, n, own); });
+        if constexpr (std::is_same_v<S, T>) break;
+      }
+      for (int64_t j = 0; j < count; ++j) dense[at + j] = W(x[i + j]);
     });
     return;
   }
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(end - i, kBlock);
     prefetch_block(dense, positions, i, end);
-    if constexpr (aged) {
-      adamw_run_aged<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, step, ages, i);
-    } else {
-      adamw_run<amsgrad>(x + i, g + i, m + i, v + i, maximum + i, x + i, n, step);
-    }
+    with_state<amsgrad, kBlock, T>(
+        m + i, v + i, maximum + i, n, task.rounding.stochastic,
+        [&](int64_t j, uint32_t array) { return task.random(i + j, positions[i + j], array); },
+        [&](T* m, T* v, T* maximum) {
+          if constexpr (aged) {
+            adamw_run_aged<amsgrad>(x + i, g + i, m, v, maximum, x + i, n, step, ages, i);
+          } else {
+            adamw_run<amsgrad>(x + i, g + i, m, v, maximum, x + i, n, step);
+          }
+        });
     for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(x[i + j]);
   }
 }
 
 // The weight and its gradient are read where they lie, stepped, and the weight written back.
-template <typename T, typename W, typename I, bool amsgrad, bool aged>
+template <typename T, typename W, typename S, typename I, bool amsgrad, bool aged>
 SK_CLONES void adamw_gathered(const AdamwTask& task, int64_t begin, int64_t end) {
   const W* __restrict__ grad = static_cast<const W*>(task.grad);
-  T* __restrict__ m = static_cast<T*>(task.exp_avg);
-  T* __restrict__ v = static_cast<T*>(task.exp_avg_sq);
-  T* __restrict__ maximum = static_cast<T*>(task.maximum);
+  S* __restrict__ m = static_cast<S*>(task.exp_avg);
+  S* __restrict__ v = static_cast<S*>(task.exp_avg_sq);
+  S* __restrict__ maximum = static_cast<S*>(task.maximum);
   W* __restrict__ dense = static_cast<W*>(task.dense);
   const I* positions = static_cast<const I*>(task.positions);
   const AdamwStep<T> step = step_of<T>(task);
+  const bool stochastic = task.rounding.stochastic;
   std::conditional_t<aged, Ages<T>, NoAges> ages(task.ages, *task.options);
   alignas(64) T x[kBlock], g[kBlock];
   if (task.width != 1) {
@@ -163,26 +188,34 @@ SK_CLONES void adamw_gathered(const AdamwTask& task, int64_t begin, int64_t end)
       AdamwStep<T> own = step;
       if constexpr (aged) ages.set(slot, own.step_size, own.inv_sqrt_bias2);
       for (int64_t done = 0; done < count; done += kBlock) {
-        const int64_t n = std::min(count - done, kBlock);
+        const int64_t n = std::min(count - done, kBlock), o = i + done;
         const int64_t at = int64_t(positions[slot]) * task.width + column + done;
+        const auto draw = [&](int64_t j, uint32_t array) { return task.random(slot, at + j, array); };
         for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[at + j]); g[j] = T(grad[at + j]); }
-        adamw_run<amsgrad>(x, g, m + i + done, v + i + done, maximum + i + done, x, n, own);
-        for (int64_t j = 0; j < n; ++j) dense[at + j] = W(x[j]);
+        with_state<amsgrad, kBlock, T>(m + o, v + o, maximum + o, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
+          adamw_run<amsgrad>(x, g, m, v, maximum, x, n, own);
+        });
+        narrow(x, dense + at, n, stochastic, kWeight, draw);
       }
     });
     return;
   }
+  W out[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(end - i, kBlock);
+    const auto draw = [&](int64_t j, uint32_t array) { return task.random(i + j, positions[i + j], array); };
     prefetch_block(dense, positions, i, end);
     prefetch_block(grad, positions, i, end);
     for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[positions[i + j]]); g[j] = T(grad[positions[i + j]]); }
-    if constexpr (aged) {
-      adamw_run_aged<amsgrad>(x, g, m + i, v + i, maximum + i, x, n, step, ages, i);
-    } else {
-      adamw_run<amsgrad>(x, g, m + i, v + i, maximum + i, x, n, step);
-    }
-    for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(x[j]);
+    with_state<amsgrad, kBlock, T>(m + i, v + i, maximum + i, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
+      if constexpr (aged) {
+        adamw_run_aged<amsgrad>(x, g, m, v, maximum, x, n, step, ages, i);
+      } else {
+        adamw_run<amsgrad>(x, g, m, v, maximum, x, n, step);
+      }
+    });
+    narrow(x, out, n, stochastic, kWeight, draw);
+    for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = out[j];
   }
 }
 

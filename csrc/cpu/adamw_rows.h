@@ -46,7 +46,7 @@ SK_CLONES void adamw_rows(const AdamwRowsTask& task, int64_t begin, int64_t end)
       T(task.step.beta2), T(task.step.rest1), T(task.step.rest2), T(0), T(0), T(1), T(task.step.eps), T(task.step.sign)};
   const auto line_of = [&](int64_t row) { return (task.slots ? task.slots[row] : row) * width; };
   std::vector<T> sum(width);
-  alignas(64) T x[kBlock], m[kBlock], v[kBlock], largest[kBlock];
+  alignas(64) T x[kBlock];
   while (begin > 0 && begin < end && task.ids[begin] == task.ids[begin - 1]) ++begin;
   for (int64_t i = begin, next; i < end; i = next) {
     const int64_t row = task.ids[i], line = line_of(row);
@@ -79,18 +79,13 @@ SK_CLONES void adamw_rows(const AdamwRowsTask& task, int64_t begin, int64_t end)
       }
       for (int64_t j = 0; j < n; ++j) x[j] = T(to[j]);
       const int64_t at = line + c, position = row * width + c;
-      if constexpr (std::is_same_v<S, T>) {
-        T* most = amsgrad ? maximum + at : nullptr;
-        adamw_run<amsgrad>(x, sum.data() + c, exp_avg + at, exp_avg_sq + at, most, x, n, step);
-      } else {
-        for (int64_t j = 0; j < n; ++j) { m[j] = T(exp_avg[at + j]); v[j] = T(exp_avg_sq[at + j]); }
-        for (int64_t j = 0; amsgrad && j < n; ++j) largest[j] = T(maximum[at + j]);
-        adamw_run<amsgrad>(x, sum.data() + c, m, v, largest, x, n, step);
-        narrow(m, exp_avg + at, n, task.rounding, position, kExpAvg);
-        narrow(v, exp_avg_sq + at, n, task.rounding, position, kExpAvgSq);
-        if (amsgrad) narrow(largest, maximum + at, n, task.rounding, position, kMaximum);
-      }
-      narrow(x, to, n, task.rounding, position, kWeight);
+      const auto draw = [&](int64_t j, uint32_t array) { return random_bits(task.rounding, position + j, array); };
+      const bool stochastic = task.rounding.stochastic;
+      S* most = amsgrad ? maximum + at : nullptr;
+      with_state<amsgrad, kBlock, T>(exp_avg + at, exp_avg_sq + at, most, n, stochastic, draw, [&](T* m, T* v, T* u) {
+        adamw_run<amsgrad>(x, sum.data() + c, m, v, u, x, n, step);
+      });
+      narrow(x, to, n, stochastic, kWeight, draw);
     }
   }
 }

@@ -19,8 +19,11 @@ const float* number(const Tensor& tensor, int32_t device, const char* name) {
 
 AdamwCall make_call(
     const AdamwOptions& options, const MaybeTensor& lr, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
-    int32_t device) {
+    const std::vector<int64_t>& rounding, int32_t device) {
   AdamwCall call{options};
+  STD_TORCH_CHECK(rounding.empty() || rounding.size() == 2, "rounding must be empty, or seed and first stream");
+  call.stochastic = !rounding.empty();
+  if (call.stochastic) call.seed = uint64_t(rounding[0]);
   if (lr) call.lr = number(*lr, device, "lr");
   if (grad_scale) call.grad_scale = number(*grad_scale, device, "grad_scale");
   if (found_inf) call.found_inf = number(*found_inf, device, "found_inf");
@@ -36,22 +39,26 @@ void check_state(const Tensor& state, int64_t numel, ScalarType dtype, int32_t d
   check_device(state, device, name);
   STD_TORCH_CHECK(
       state.numel() == numel && state.scalar_type() == dtype && state.is_contiguous(),
-      name, " does not fit: it must be contiguous, of the size of its selection, and fp32 (fp64 for fp64 weights)");
+      name, " does not fit: it must be contiguous, of the size of its selection, in the dtype of its like");
 }
 
 // Fills what both forms share.
 AdamwTensor make_tensor(
     const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& weight,
-    const Tensor& positions, int32_t device) {
+    const Tensor& positions, const std::vector<int64_t>& rounding, size_t number, int32_t device) {
   check_device(weight, device, "weights");
   STD_TORCH_CHECK(weight.is_contiguous(), "dense parameters must be contiguous");
   const int64_t numel = exp_avg.numel(), count = positions.numel();
-  const ScalarType dtype = computed_in(dtype_of(weight));
+  const ScalarType wide = computed_in(dtype_of(weight)), dtype = exp_avg.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == wide || (dtype == ScalarType::BFloat16 && wide == ScalarType::Float),
+      "exp_avgs must be fp32 or bf16 (fp64 for fp64 weights)");
   check_state(exp_avg, numel, dtype, device, "exp_avgs");
   check_state(exp_avg_sq, numel, dtype, device, "exp_avg_sqs");
   if (maximum) check_state(*maximum, numel, dtype, device, "max_exp_avg_sqs");
 
   AdamwTensor tensor{};
+  if (!rounding.empty()) tensor.stream = uint32_t(rounding[1] + number);
   tensor.numel = numel;
   tensor.width = count == 0 ? 1 : numel / count;
   STD_TORCH_CHECK(tensor.width * count == numel, "the state does not fit its positions");
@@ -79,7 +86,11 @@ AdamwTensor make_tensor(
   return tensor;
 }
 
-// Tensors of one weight dtype and one position dtype go together, whatever lies between them. `call` says the rest.
+bool is_narrow(const Tensor& exp_avg, const Tensor& weight) {
+  return exp_avg.scalar_type() != computed_in(dtype_of(weight));
+}
+
+// Tensors of one dtype of weights, of positions and of moments go together, whatever lies between them. `call` says the rest.
 void run(
     const char* name, const std::vector<AdamwTensor>& tensors, const Tensors& weights, const Tensors& exp_avgs,
     AdamwCall call, int32_t device) {
@@ -89,18 +100,20 @@ void run(
     if (done[first]) continue;
     call.dtype = dtype_of(weights[first]);
     call.wide = tensors[first].positions.wide;
+    call.narrow = is_narrow(exp_avgs[first], weights[first]);
     call.scales = nullptr;
     std::vector<AdamwTensor> alike;
     bool on_device = call.lr || call.grad_scale;
     for (size_t i = first; i < tensors.size(); ++i) {
       if (done[i] || dtype_of(weights[i]) != call.dtype || tensors[i].positions.wide != call.wide) continue;
+      if (is_narrow(exp_avgs[i], weights[i]) != call.narrow) continue;
       done[i] = true;
       alike.push_back(tensors[i]);
       on_device |= tensors[i].device_step != nullptr;
     }
     Tensor room;
     if (on_device) {
-      room = torch::stable::new_empty(exp_avgs[first], {kScales * int64_t(alike.size())});
+      room = torch::stable::new_empty(exp_avgs[first], {kScales * int64_t(alike.size())}, computed_in(call.dtype));
       call.scales = room.mutable_data_ptr();
     }
     check_launch(name, launch_adamw(alike.data(), int64_t(alike.size()), call, current_stream(device)));
@@ -110,7 +123,8 @@ void run(
 void adamw_compact_(
     Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
     Tensors weights, Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps,
-    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf) {
+    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf,
+    std::vector<int64_t> rounding) {
   check_lists(
       values.size(),
       {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), weights.size(), positions.size()},
@@ -121,15 +135,17 @@ void adamw_compact_(
   std::vector<AdamwTensor> tensors;
   for (size_t i = 0; i < values.size(); ++i) {
     const Tensor* maximum = amsgrad ? &max_exp_avg_sqs[i] : nullptr;
-    auto tensor = make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], device);
-    check_state(values[i], tensor.numel, exp_avgs[i].scalar_type(), device, "values");
-    check_state(grads[i], tensor.numel, exp_avgs[i].scalar_type(), device, "grads");
+    auto tensor =
+        make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], rounding, i, device);
+    const ScalarType wide = computed_in(dtype_of(weights[i]));
+    check_state(values[i], tensor.numel, wide, device, "values");
+    check_state(grads[i], tensor.numel, wide, device, "grads");
     tensor.values = values[i].mutable_data_ptr();
     tensor.grad = grads[i].const_data_ptr();
     tensors.push_back(tensor);
   }
   auto call =
-      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, device);
+      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, rounding, device);
   call.compact = true;
   call.amsgrad = amsgrad;
   run("adamw_compact_", tensors, weights, exp_avgs, call, device);
@@ -138,7 +154,7 @@ void adamw_compact_(
 void adamw_gathered_(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
     Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize,
-    MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf) {
+    MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf, std::vector<int64_t> rounding) {
   check_lists(
       params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
       max_exp_avg_sqs.size());
@@ -148,14 +164,15 @@ void adamw_gathered_(
   std::vector<AdamwTensor> tensors;
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor* maximum = amsgrad ? &max_exp_avg_sqs[i] : nullptr;
-    auto tensor = make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], device);
+    auto tensor =
+        make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], rounding, i, device);
     check_device(grads[i], device, "grads");
     check_same(params[i], grads[i], "grads");
     tensor.grad = grads[i].const_data_ptr();
     tensors.push_back(tensor);
   }
   auto call =
-      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, device);
+      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, rounding, device);
   call.amsgrad = amsgrad;
   run("adamw_gathered_", tensors, params, exp_avgs, call, device);
 }

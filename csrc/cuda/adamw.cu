@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "../rules/adamw.h"
+#include "../rules/round.h"
 #include "device.cuh"
 #include "vector.cuh"
 
@@ -35,6 +37,8 @@ struct Entry {
   const float* ages;         // of the positions, or null
   const Scales<T>* scales;   // on the device, or null: then the step is that of the table, but for
   T step_size, inv_sqrt_bias2;
+  const float* device_step;  // the number of the step for random bits, or null: then it is
+  uint32_t number, stream;
   int64_t numel, width, limit;
   int64_t first_block;
   bool aligned;   // whole vectors of the compact arrays may be read
@@ -46,6 +50,8 @@ struct Shared {
   AdamwStep<T> step;  // but for step_size and inv_sqrt_bias2, which differ where tensors have been stepped less often
   T log_beta1, log_beta2;
   const float* found_inf;
+  uint64_t seed;
+  bool stochastic;
   int count;
 };
 
@@ -88,9 +94,43 @@ __device__ __forceinline__ Vector<int64_t, N> locate(const Entry<T>& entry, int6
   return at;
 }
 
+template <typename S>
+__device__ __forceinline__ S narrowed(float x, uint32_t random) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>) return static_cast<S>(round_to_bf16(x, random));
+  if constexpr (std::is_same_v<S, __half>) return static_cast<S>(round_to_fp16(x, random));
+  return static_cast<S>(x);
+}
+
+// The vector in a narrower type, rounded by chance where `rounding` says so; draws are what random bits depend on.
+template <typename S, int N, typename T>
+__device__ __forceinline__ Vector<S, N> narrowed(
+    const Vector<T, N>& from, Rounding rounding, const Vector<uint32_t, N>& steps, const Vector<int64_t, N>& at,
+    uint32_t array) {
+  Vector<S, N> out;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (!std::is_same_v<S, T> && std::is_same_v<T, float> && rounding.stochastic) {
+      rounding.step = steps.at[j];
+      out.at[j] = narrowed<S>(float(from.at[j]), random_bits(rounding, at.at[j], array));
+    } else {
+      out.at[j] = static_cast<S>(from.at[j]);
+    }
+  }
+  return out;
+}
+
+template <typename T, int N, typename S>
+__device__ __forceinline__ Vector<T, N> widened(const Vector<S, N>& from) {
+  Vector<T, N> out;
+#pragma unroll
+  for (int j = 0; j < N; ++j) out.at[j] = static_cast<T>(from.at[j]);
+  return out;
+}
+
 // The rule of rules/adamw.h for N elements a thread; blocks are dealt to the tensors in order. `plain` launches know all
-// numbers on the host and one step for each tensor: they are not to pay in registers for what others need.
-template <typename T, typename W, typename I, bool compact, bool amsgrad, bool plain>
+// numbers on the host, have one step for each tensor and round to nearest: they are not to pay in registers for what
+// others need. T is the arithmetic's type, W the weight's, S the state's, I the positions'.
+template <typename T, typename W, typename S, typename I, bool compact, bool amsgrad, bool plain>
 __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constant__ Table<T> table) {
   constexpr int N = kVector<T>;
   int low = 0, high = table.count;  // the entry of this block is in [low, high)
@@ -118,9 +158,9 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
     }
   }
   W* weight = static_cast<W*>(entry.weight);
-  T* exp_avg = static_cast<T*>(entry.exp_avg) + i;
-  T* exp_avg_sq = static_cast<T*>(entry.exp_avg_sq) + i;
-  T* maximum = static_cast<T*>(entry.maximum) + i;
+  S* exp_avg = static_cast<S*>(entry.exp_avg) + i;
+  S* exp_avg_sq = static_cast<S*>(entry.exp_avg_sq) + i;
+  S* maximum = static_cast<S*>(entry.maximum) + i;
 
   const auto at = locate<N, T, I>(entry, i, n);
   Vector<T, N> x, g, largest{};
@@ -136,11 +176,10 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
       g.at[j] = static_cast<T>(dense_g.at[j]);
     }
   }
-  auto m = read<N>(static_cast<const T*>(exp_avg), n, whole);
-  auto v = read<N>(static_cast<const T*>(exp_avg_sq), n, whole);
-  if constexpr (amsgrad) largest = read<N>(static_cast<const T*>(maximum), n, whole);
+  auto m = widened<T>(read<N>(static_cast<const S*>(exp_avg), n, whole));
+  auto v = widened<T>(read<N>(static_cast<const S*>(exp_avg_sq), n, whole));
+  if constexpr (amsgrad) largest = widened<T>(read<N>(static_cast<const S*>(maximum), n, whole));
 
-  Vector<W, N> rounded;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     if constexpr (plain) {
@@ -152,13 +191,25 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
       }
       x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], own);
     }
-    rounded.at[j] = static_cast<W>(x.at[j]);
   }
-  write<N>(exp_avg, m, n, whole);
-  write<N>(exp_avg_sq, v, n, whole);
-  if constexpr (amsgrad) write<N>(maximum, largest, n, whole);
-  if constexpr (compact) write<N>(static_cast<T*>(entry.values) + i, x, n, whole);
-  write_at<N>(weight, at, rounded, n, entry.together);
+  Rounding rounding{};
+  Vector<uint32_t, N> steps{};
+  if constexpr (!plain) {
+    rounding = {table.seed, 0, entry.stream, table.stochastic};
+#pragma unroll
+    for (int j = 0; j < N && table.stochastic; ++j) {
+      const uint32_t same = entry.device_step ? uint32_t(*entry.device_step) : entry.number;
+      steps.at[j] = entry.ages && j < n ? uint32_t(entry.ages[divide(i + j, entry.width)]) : same;
+    }
+  }
+  write<N>(exp_avg, narrowed<S>(m, rounding, steps, at, kExpAvg), n, whole);
+  write<N>(exp_avg_sq, narrowed<S>(v, rounding, steps, at, kExpAvgSq), n, whole);
+  if constexpr (amsgrad) write<N>(maximum, narrowed<S>(largest, rounding, steps, at, kMaximum), n, whole);
+  if constexpr (compact) {
+    write<N>(static_cast<T*>(entry.values) + i, x, n, whole);
+    rounding.stochastic = false;  // nothing is lost by rounding to nearest: the values stay
+  }
+  write_at<N>(weight, at, narrowed<W>(x, rounding, steps, at, kWeight), n, entry.together);
 }
 
 constexpr int kSteps = 256;
@@ -213,6 +264,9 @@ Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& 
   entry.numel = tensor.numel;
   entry.width = tensor.width;
   entry.ages = tensor.ages;
+  entry.device_step = tensor.device_step;
+  entry.number = tensor.ages || tensor.device_step ? 0 : uint32_t(tensor.step);
+  entry.stream = tensor.stream;
   if (call.scales) {
     entry.scales = static_cast<const Scales<T>*>(call.scales) + number;
   } else {
@@ -229,13 +283,13 @@ Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& 
   return entry;
 }
 
-template <typename T, typename W, typename I, bool plain>
+template <typename T, typename W, typename S, typename I, bool plain>
 void launch_table(const Table<T>& table, int64_t blocks, const AdamwCall& call, cudaStream_t stream) {
   const unsigned grid = unsigned(blocks);
-  if (call.compact && call.amsgrad) adamw_kernel<T, W, I, true, true, plain><<<grid, kThreads, 0, stream>>>(table);
-  if (call.compact && !call.amsgrad) adamw_kernel<T, W, I, true, false, plain><<<grid, kThreads, 0, stream>>>(table);
-  if (!call.compact && call.amsgrad) adamw_kernel<T, W, I, false, true, plain><<<grid, kThreads, 0, stream>>>(table);
-  if (!call.compact && !call.amsgrad) adamw_kernel<T, W, I, false, false, plain><<<grid, kThreads, 0, stream>>>(table);
+  if (call.compact && call.amsgrad) adamw_kernel<T, W, S, I, true, true, plain><<<grid, kThreads, 0, stream>>>(table);
+  if (call.compact && !call.amsgrad) adamw_kernel<T, W, S, I, true, false, plain><<<grid, kThreads, 0, stream>>>(table);
+  if (!call.compact && call.amsgrad) adamw_kernel<T, W, S, I, false, true, plain><<<grid, kThreads, 0, stream>>>(table);
+  if (!call.compact && !call.amsgrad) adamw_kernel<T, W, S, I, false, false, plain><<<grid, kThreads, 0, stream>>>(table);
 }
 
 template <typename T, typename W, typename I>
@@ -252,8 +306,11 @@ const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& c
   table.log_beta1 = T(std::log(call.options.beta1));
   table.log_beta2 = T(std::log(call.options.beta2));
   table.found_inf = call.found_inf;
+  table.seed = call.seed;
+  table.stochastic = call.stochastic;
   int64_t blocks = 0;
-  bool plain = !call.found_inf;
+  const bool ordinary = !call.found_inf && !call.stochastic && !call.narrow;
+  bool plain = ordinary;
   for (int64_t number = 0; number < count; ++number) {
     if (tensors[number].numel > 0) {
       Entry<T>& entry = table.entries[table.count++];
@@ -264,14 +321,16 @@ const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& c
     }
     if (table.count == kTensors<T> || (table.count > 0 && number + 1 == count)) {
       if (plain) {
-        launch_table<T, W, I, true>(table, blocks, call, stream);
-      } else {
-        launch_table<T, W, I, false>(table, blocks, call, stream);
+        launch_table<T, W, T, I, true>(table, blocks, call, stream);
+      } else if (!call.narrow) {
+        launch_table<T, W, T, I, false>(table, blocks, call, stream);
+      } else if constexpr (std::is_same_v<T, float>) {
+        launch_table<T, W, __nv_bfloat16, I, false>(table, blocks, call, stream);
       }
       if (const char* error = launch_error()) return error;
       table.count = 0;
       blocks = 0;
-      plain = !call.found_inf;
+      plain = ordinary;
     }
   }
   return nullptr;

@@ -9,15 +9,16 @@ namespace sk::cuda {
 struct AdamwTensor {
   void* values;       // [numel], M: compact form. null: the weight and its gradient are read where they lie
   const void* grad;   // [numel], M: compact form. [limit * width], W: gathered form
-  void* exp_avg;      // [numel], M
-  void* exp_avg_sq;   // [numel], M
-  void* maximum;      // [numel], M, or null
+  void* exp_avg;      // [numel], M, or bf16 where the call says so
+  void* exp_avg_sq;   // likewise
+  void* maximum;      // likewise, or null
   void* weight;       // [positions.limit * width], W
   Positions positions;
   int64_t numel, width;       // numel = positions.count * width
   double step;                // the number of this step,
   const float* device_step;   // unless it is here, on the device,
   const float* ages;          // or, there too, one for each position. Either may be null
+  uint32_t stream;            // of random bits
 };
 
 // What the tensors of one call share.
@@ -27,6 +28,9 @@ struct AdamwCall {
   const float *lr = nullptr, *grad_scale = nullptr;
   const float* found_inf = nullptr;  // nothing changes where it is not 0
   bool compact = false, amsgrad = false;
+  bool narrow = false;      // the moments are bf16
+  bool stochastic = false;  // what is narrower than M is rounded by chance, but for the weights of compact values
+  uint64_t seed = 0;
   Dtype dtype = Dtype::fp32;  // of the weights
   bool wide = false;          // positions are int64
   void* scales = nullptr;     // [tensors, kScales], M: room for what is made of numbers on the device; null if none is

@@ -35,7 +35,7 @@ class Op:
 
 ADAMW_OPTIONS = (
     "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize, "
-    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None"
+    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, int[] rounding=[]"
 )
 
 OPS: tuple[Op, ...] = (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..gather_scatter import reference as gather_scatter
+from ..rounding.reference import EXP_AVG, EXP_AVG_SQ, MAXIMUM, WEIGHT, rounded
 
 
 def _bias(beta: float, step: Tensor, like: Tensor) -> Any:
@@ -33,19 +34,38 @@ def _updated(
     maximize: bool,
     lr_tensor: Tensor | None,
     grad_scale: Tensor | None,
+    narrow: Callable[[Tensor, torch.dtype, int], Tensor],
 ) -> Tensor:
-    """The rule of torch.optim.AdamW; the moments change in place, the new weight is returned."""
+    """The rule of torch.optim.AdamW in the dtype of x; the moments change in place, the new weight is returned."""
     if lr_tensor is not None:
         lr = lr_tensor.item()
-    grad = (-grad if maximize else grad).to(exp_avg.dtype)
+    grad = (-grad if maximize else grad).to(x.dtype)
     if grad_scale is not None:
         grad = grad / grad_scale.to(grad.dtype)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    m = exp_avg.to(x.dtype).lerp(grad, 1 - beta1)
+    v = exp_avg_sq.to(x.dtype).mul(beta2).addcmul_(grad, grad, value=1 - beta2)
+    exp_avg.copy_(narrow(m, exp_avg.dtype, EXP_AVG))
+    exp_avg_sq.copy_(narrow(v, exp_avg_sq.dtype, EXP_AVG_SQ))
     if max_exp_avg_sq is not None:
-        exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-    denominator = exp_avg_sq.sqrt().div_(_bias(beta2, step, x) ** 0.5).add_(eps)
-    return (x * (1 - lr * weight_decay)).addcdiv_(exp_avg * (-lr / _bias(beta1, step, x)), denominator)
+        v = torch.maximum(max_exp_avg_sq.to(x.dtype), v)
+        max_exp_avg_sq.copy_(narrow(v, max_exp_avg_sq.dtype, MAXIMUM))
+    denominator = v.sqrt().div_(_bias(beta2, step, x) ** 0.5).add_(eps)
+    return (x * (1 - lr * weight_decay)).addcdiv_(m * (-lr / _bias(beta1, step, x)), denominator)
+
+
+def _narrowing(
+    x: Tensor, positions: Tensor, rows: bool, step: Tensor, rounding: Sequence[int], number: int
+) -> Callable[[Tensor, torch.dtype, int], Tensor]:
+    """How what is stored of tensor `number` is rounded: narrow(x, dtype, array)."""
+    if not rounding:
+        return lambda x, dtype, array: x.to(dtype)
+    seed, first = rounding
+    width = x[0].numel() if rows and len(x) else 1
+    at = positions.long().view(-1, *(1,) * (x.dim() - 1)) * width
+    if rows:
+        at = at + torch.arange(width, device=at.device).view(x.shape[1:])
+    ages = step.to(at.device).long().view(-1, *(1,) * (x.dim() - 1)).expand(x.shape)
+    return lambda x, dtype, array: rounded(x, dtype, (seed, ages, first + number), at, array)
 
 
 def _skips(found_inf: Tensor | None) -> bool:
@@ -75,14 +95,17 @@ def adamw_compact_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding: Sequence[int] = (),
 ) -> None:
     if _skips(found_inf):
         return
     options = (lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale)
     for i, x in enumerate(values):
         maximum = max_exp_avg_sqs[i] if max_exp_avg_sqs else None
-        x.copy_(_updated(x, grads[i], exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], *options))
-        gather_scatter.scatter_(weights[i], positions[i], x, _whole_rows(x, weights[i]))
+        rows = _whole_rows(x, weights[i])
+        narrow = _narrowing(x, positions[i], rows, steps[i], rounding, i)
+        x.copy_(_updated(x, grads[i], exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], *options, narrow))
+        gather_scatter.scatter_(weights[i], positions[i], x, rows)
 
 
 def adamw_gathered_(
@@ -102,6 +125,7 @@ def adamw_gathered_(
     lr_tensor: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding: Sequence[int] = (),
 ) -> None:
     if _skips(found_inf):
         return
@@ -109,7 +133,8 @@ def adamw_gathered_(
     for i, param in enumerate(params):
         exp_avg, rows = exp_avgs[i], _whole_rows(exp_avgs[i], param)
         maximum = max_exp_avg_sqs[i] if max_exp_avg_sqs else None
-        x = gather_scatter.gather(param, positions[i], rows).to(exp_avg.dtype)
+        x = gather_scatter.gather(param, positions[i], rows).to(torch.promote_types(param.dtype, torch.float32))
+        narrow = _narrowing(x, positions[i], rows, steps[i], rounding, i)
         grad = gather_scatter.gather(grads[i], positions[i], rows)
-        x = _updated(x, grad, exp_avg, exp_avg_sqs[i], maximum, steps[i], *options)
-        gather_scatter.scatter_(param, positions[i], x, rows)
+        x = _updated(x, grad, exp_avg, exp_avg_sqs[i], maximum, steps[i], *options, narrow)
+        gather_scatter.scatter_(param, positions[i], narrow(x, param.dtype, WEIGHT), rows)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gather_scatter.triton import compact_tile, device_of, tile_grid, tile_offsets
+from ..rounding.triton import rounded
 
 Tensors = Sequence[Tensor]
 
@@ -51,9 +52,9 @@ def bias(age, log_beta):
 @triton.jit
 def adamw_kernel(
     values, dense, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, positions, ages, scalars, found_inf, count, width,
-    rest1, beta2, rest2, decay, step_size, inv_sqrt_bias2, eps, sign, log_beta1, log_beta2,
+    rest1, beta2, rest2, decay, step_size, inv_sqrt_bias2, eps, sign, log_beta1, log_beta2, seed, step, stream,
     COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, AGED: tl.constexpr, SCALARS_IN_MEMORY: tl.constexpr,
-    SKIPPABLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    SKIPPABLE: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_K positions by BLOCK_D columns of one tensor.
 
@@ -64,7 +65,8 @@ def adamw_kernel(
     AGED: each position has taken `ages` steps, and step_size comes as lr. SKIPPABLE: nothing is done if found_inf is
     not 0.
     COMPACT: x is in `values` and written through into `dense`; else x and g are read where they lie, in the dense
-    tensors. Arithmetic in the dtype of the moments. Positions are unique: no two programs share an address.
+    tensors. Arithmetic in WIDE; STOCHASTIC: what is stored narrower is rounded by chance. Positions are unique: no two
+    programs share an address.
     """
     if SCALARS_IN_MEMORY:
         rest1 = tl.load(scalars)
@@ -81,8 +83,8 @@ def adamw_kernel(
     compact, scattered, inside = tile_offsets(positions, count, width, BLOCK_K, BLOCK_D)
     if SKIPPABLE:
         inside = inside & (tl.load(found_inf + tl.zeros((1, 1), tl.int32)) == 0)
-    m = tl.load(exp_avgs + compact, mask=inside, other=0)
-    v = tl.load(exp_avg_sqs + compact, mask=inside, other=0)
+    m = tl.load(exp_avgs + compact, mask=inside, other=0).to(WIDE)
+    v = tl.load(exp_avg_sqs + compact, mask=inside, other=0).to(WIDE)
     if COMPACT:
         x = tl.load(values + compact, mask=inside, other=0)
         g = tl.load(grads + compact, mask=inside, other=0)
@@ -98,16 +100,27 @@ def adamw_kernel(
     g *= sign
     m += rest1 * (g - m)
     v = beta2 * v + rest2 * g * g
-    tl.store(exp_avgs + compact, m, mask=inside)
-    tl.store(exp_avg_sqs + compact, v, mask=inside)
+    if STOCHASTIC:
+        if AGED:
+            step = age.to(tl.int64)
+        else:
+            step = tl.load(step).to(tl.int64)
+    stored = rounded(m, exp_avgs, seed, scattered, step, stream, STOCHASTIC, 1)
+    tl.store(exp_avgs + compact, stored, mask=inside)
+    stored = rounded(v, exp_avg_sqs, seed, scattered, step, stream, STOCHASTIC, 2)
+    tl.store(exp_avg_sqs + compact, stored, mask=inside)
     if AMSGRAD:
-        largest = tl.load(max_exp_avg_sqs + compact, mask=inside, other=0)
+        largest = tl.load(max_exp_avg_sqs + compact, mask=inside, other=0).to(WIDE)
         v = tl.where((v > largest) | (v != v), v, largest)  # NaN wins, as in torch.maximum
-        tl.store(max_exp_avg_sqs + compact, v, mask=inside)
+        stored = rounded(v, max_exp_avg_sqs, seed, scattered, step, stream, STOCHASTIC, 3)
+        tl.store(max_exp_avg_sqs + compact, stored, mask=inside)
     x = x * decay - quotient(step_size * m, square_root(v) * inv_sqrt_bias2 + eps)
     if COMPACT:
         tl.store(values + compact, x, mask=inside)
-    tl.store(dense + scattered, x.to(dense.dtype.element_ty), mask=inside)
+    if COMPACT:  # nothing is lost by rounding to nearest: the values stay
+        tl.store(dense + scattered, x.to(dense.dtype.element_ty), mask=inside)
+    else:
+        tl.store(dense + scattered, rounded(x, dense, seed, scattered, step, stream, STOCHASTIC, 0), mask=inside)
 
 
 def adamw_compact_(
@@ -129,19 +142,25 @@ def _step_all(
     max_exp_avg_sqs: Tensors, steps: Tensors, positions: Tensors,
     lr: float | Tensor, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
     lr_tensor: Tensor | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+    rounding: Sequence[int] = (),
 ) -> None:  # fmt: skip
     sign = -1.0 if maximize else 1.0
     options = (lr if lr_tensor is None else lr_tensor.double(), beta1, beta2, weight_decay, eps,
                sign if grad_scale is None else sign / grad_scale.double())  # fmt: skip
-    table = _scalar_table(exp_avgs, steps, *options)
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in dense]
+    table = _scalar_table(wide, exp_avgs, steps, *options)
+    seed, stream = rounding or (0, 0)
     for i, exp_avg in enumerate(exp_avgs):
         count = positions[i].shape[0]
         if exp_avg.numel() == 0:
             continue
         width = exp_avg.numel() // count
-        grid, block_k, block_d = tile_grid(count, width, TILE_BYTES // exp_avg.itemsize)
+        grid, block_k, block_d = tile_grid(count, width, TILE_BYTES // wide[i].itemsize)
         aged = steps[i].dim() > 0
         numbers = [0.0] * SCALARS
+        step = None  # read on the device, where all of the step is
+        if rounding and not aged:
+            step = steps[i].to(exp_avg.device)
         if i not in table:
             numbers = [float(x) for x in _scalars(NO_BIAS if aged else steps[i].item(), *options)]
         with device_of(exp_avg):
@@ -159,11 +178,16 @@ def _step_all(
                 count,
                 width,
                 *numbers,
+                seed,
+                step,
+                stream + i,
                 COMPACT=values is not None,
                 AMSGRAD=len(max_exp_avg_sqs) > 0,
                 AGED=aged,
                 SCALARS_IN_MEMORY=i in table,
                 SKIPPABLE=found_inf is not None,
+                STOCHASTIC=len(rounding) > 0,
+                WIDE=tl.float64 if wide[i] == torch.float64 else tl.float32,
                 BLOCK_K=block_k,
                 BLOCK_D=block_d,
             )
@@ -177,19 +201,19 @@ def _scalars(step, lr, beta1, beta2, weight_decay, eps, sign):
     return 1 - beta1, beta2, 1 - beta2, decay, *biased, eps, sign, *logarithms
 
 
-def _scalars_in_memory(exp_avg: Tensor, step: Tensor, lr: float | Tensor, sign: float | Tensor) -> bool:
+def _scalars_in_memory(wide: torch.dtype, step: Tensor, lr: float | Tensor, sign: float | Tensor) -> bool:
     """A Triton float argument is fp32, and what is on the device must stay there: both then travel through memory."""
     on_device = isinstance(lr, Tensor) or isinstance(sign, Tensor) or (step.is_cuda and step.dim() == 0)
-    return on_device or exp_avg.dtype == torch.float64
+    return on_device or wide == torch.float64
 
 
-def _scalar_table(exp_avgs: Tensors, steps: Tensors, *options: Any) -> dict[int, Tensor]:
+def _scalar_table(wide: Sequence[torch.dtype], exp_avgs: Tensors, steps: Tensors, *options: Any) -> dict[int, Tensor]:
     """The scalars of the parameters that need them in memory, made on their device without waiting for it.
 
     Only fp64 parameters with steps on the host make it wait, for a copy of each.
     """
     lr, *_, sign = options
-    wanted = [i for i, exp_avg in enumerate(exp_avgs) if _scalars_in_memory(exp_avg, steps[i], lr, sign)]
+    wanted = [i for i, dtype in enumerate(wide) if _scalars_in_memory(dtype, steps[i], lr, sign)]
     if not wanted:
         return {}
     device = exp_avgs[wanted[0]].device
@@ -198,5 +222,5 @@ def _scalar_table(exp_avgs: Tensors, steps: Tensors, *options: Any) -> dict[int,
     columns = [x.to(step).expand_as(step) if isinstance(x, Tensor) else torch.full_like(step, x)
                for x in _scalars(step, *options)]  # fmt: skip
     rows = torch.stack(columns + [torch.zeros_like(step)] * (ROW - SCALARS), dim=1)
-    by_dtype = {exp_avgs[i].dtype: rows.to(exp_avgs[i].dtype) for i in wanted}
-    return {i: by_dtype[exp_avgs[i].dtype][row] for row, i in enumerate(wanted)}
+    by_dtype = {wide[i]: rows.to(wide[i]) for i in wanted}
+    return {i: by_dtype[wide[i]][row] for row, i in enumerate(wanted)}

@@ -11,10 +11,10 @@ WEIGHT, EXP_AVG, EXP_AVG_SQ, MAXIMUM, ARRAYS = range(5)  # which array of a step
 WORD = 0xFFFFFFFF
 
 
-def philox(key: int, low: Tensor, third: int, fourth: int) -> Tensor:
+def philox(key: int, low: Tensor, third: int | Tensor, fourth: int) -> Tensor:
     """The first word (int64 in [0, 2^32)) of the counters (low [...] int64, third, fourth) under a key of 64 bits."""
     c0, c1 = low & WORD, low >> 32 & WORD
-    c2, c3 = torch.full_like(c0, third & WORD), torch.full_like(c0, fourth & WORD)
+    c2, c3 = torch.zeros_like(c0) + (third & WORD), torch.full_like(c0, fourth & WORD)
     k0, k1 = key & WORD, key >> 32 & WORD
     for _ in range(10):
         high_a, low_a = _product(0xD2511F53, c0)
@@ -30,8 +30,9 @@ def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return upper + (lower >> 16) >> 16, ((upper & 0xFFFF) << 16) + lower & WORD
 
 
-def rounded(x: Tensor, dtype: torch.dtype, rounding: Sequence[int], positions: Tensor, array: int) -> Tensor:
-    """`x` in `dtype`: to nearest, or for bf16 and fp16 stochastically if `rounding` is (seed, step, stream).
+def rounded(x: Tensor, dtype: torch.dtype, rounding: Sequence[int | Tensor], positions: Tensor, array: int) -> Tensor:
+    """`x` in `dtype`: to nearest, or for bf16 and fp16 stochastically if `rounding` is (seed, step, stream);
+    the step may be one for each element.
 
     Up with a probability in proportion to how near the upper neighbour is, so that the mean is x. What is infinite, NaN
     or out of range goes to nearest or stays finite, as in csrc/rules/round.h.
@@ -39,6 +40,8 @@ def rounded(x: Tensor, dtype: torch.dtype, rounding: Sequence[int], positions: T
     if not rounding or dtype not in (torch.bfloat16, torch.float16) or x.dtype != torch.float32:
         return x.to(dtype)
     seed, step, stream = rounding
+    assert isinstance(seed, int)
+    assert isinstance(stream, int)
     random = philox(seed, positions, step, stream * ARRAYS + array)
     if dtype == torch.bfloat16:
         return _mantissa(x, 16, random).to(dtype)
