@@ -172,6 +172,7 @@ def test_state_is_as_large_as_what_was_seen() -> None:
     p = nn.Parameter(torch.randn(1000, D))
     optimizer = sk.SparseAdamW([p], 0.1)
     seen: list[int] = []
+    sizes: set[int] = set()
     for step in range(30):
         ids = torch.randint(0, 30 * (step + 1), (5,))
         p.grad = torch.sparse_coo_tensor(ids[None], torch.randn(5, D), p.shape, check_invariants=True)
@@ -183,6 +184,9 @@ def test_state_is_as_large_as_what_was_seen() -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             assert state[name].shape == (len(seen), D)
             assert state[name].untyped_storage().nbytes() <= 2 * 4 * D * len(seen)
+        sizes.add(state["exp_avg"].untyped_storage().nbytes())
+    assert len(seen) > 64
+    assert len(sizes) <= 8, "room for twice as many is made at once, not for a few at every step"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -288,10 +292,78 @@ def test_refused_before_anything_changes() -> None:
     refused(table(), ones, "lr \\* weight_decay < 1", lr=2.0, weight_decay=0.5, sparse_decay="catch_up")
 
 
+def test_refused_after_changes_of_the_run() -> None:
+    """A parameter, an option or a state that changed meanwhile: named, in whatever group, and nothing is stepped."""
+
+    def refused(change: Any, words: str, **options: Any) -> None:
+        first, p = table(), table()
+        optimizer = sk.SparseAdamW([{"params": [("a", first)]}, {"params": [("b", p)]}], 0.1, **options)
+        for q in (first, p):
+            q.grad = next(gradients())
+        optimizer.step()
+        change(optimizer, p)
+        before = copy.deepcopy((first.detach(), p.detach(), optimizer.state[first], optimizer.state[p]))
+        with pytest.raises(ValueError, match=words):
+            optimizer.step()
+        after = (first.detach(), p.detach(), optimizer.state[first], optimizer.state[p])
+        for was, now in zip(before, after, strict=True):
+            for a, b in zip(was.values(), now.values(), strict=True) if isinstance(was, dict) else [(was, now)]:
+                assert torch.equal(a, b)
+
+    def widen(optimizer: Any, p: nn.Parameter) -> None:
+        p.data = p.data.double()
+        p.grad = next(gradients(dtype=FP64))
+
+    def lengthen(optimizer: Any, p: nn.Parameter) -> None:
+        p.data = torch.cat([p.data, p.data])
+        p.grad = torch.ones_like(p).to_sparse(1)
+
+    def dense(optimizer: Any, p: nn.Parameter) -> None:
+        p.grad = torch.ones_like(p)
+
+    def option(name: str, value: Any) -> Any:
+        return lambda optimizer, p: optimizer.param_groups[1].update({name: value})
+
+    refused(widen, "'b': its state is torch.float32 on cpu, and would be torch.float64")
+    refused(lengthen, "'b': its state is of shape", sparse_state="all")
+    refused(dense, "'b': its gradient is dense, and was sparse before")
+    refused(dense, "'b': .*sparse_decay='touched'", sparse_state="all", sparse_decay="catch_up")
+    refused(dense, "'b': .*correction='global'", sparse_state="all", sparse_bias_correction="row")
+    refused(dense, "'b': its gradient is dense, but its moments", sparse_state="all", state_dtype=BF16)
+    refused(option("amsgrad", True), "'b': .*lacks max_exp_avg_sq; options of a run cannot change")
+    refused(option("sparse_decay", "catch_up"), "lacks row_decay, decay_sum")
+    refused(option("sparse_bias_correction", "row"), "lacks row_step")
+    refused(option("differentiable", True), "differentiable=True is not possible")
+
+
+def test_a_table_that_grew_goes_on() -> None:
+    """Rows added behind: with state for the rows seen alone, nothing about the others is known or needed."""
+    p = table()
+    optimizer = sk.SparseAdamW([p], 0.1)
+    grads = list(gradients(2))
+    train(optimizer, p, iter(grads[:1]))
+    p.data = torch.cat([p.data, torch.ones(5, D)])
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[V + 4]]), torch.ones(1, D), p.shape, check_invariants=True)
+    optimizer.step()
+    assert optimizer.state[p]["rows"][-1] == V + 4
+    assert (p.detach()[V + 4] < 1).all()
+    assert (p.detach()[V : V + 4] == 1).all()
+
+
+def test_a_step_between_forward_and_backward_is_noticed() -> None:
+    embedding = nn.Embedding(V, D, sparse=True)
+    optimizer = sk.SparseAdamW(embedding.parameters(), 0.1)
+    embedding(torch.tensor([1])).sum().backward()
+    loss = (embedding.weight[2] * embedding.weight[3]).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_indices_want_dense_gradients() -> None:
     p = table()
     optimizer = sk.SparseAdamW([{"params": [p], "indices": [sk.Index(torch.tensor([1]), p.shape, rows=True)]}])
     p.grad = torch.ones(V, D).to_sparse(1)
-    with pytest.raises(ValueError, match=r"sparse.*leave out indices"):
+    with pytest.raises(ValueError, match="sparse, but it is stepped at positions"):
         optimizer.step()
     assert not optimizer.state

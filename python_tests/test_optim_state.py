@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
+from sparsekernels.optim.options import DEFAULTS
 
 FORMS = ("compact", "gathered", "dense")
 Run = tuple[nn.Module, sk.SparseAdamW]
@@ -109,7 +110,7 @@ def test_state_dict_has_the_layout_of_adamw(form: str) -> None:
     assert set(state) == {"state", "param_groups"}
     ours, theirs = set(state["param_groups"][0]), set(plain.state_dict()["param_groups"][0])
     assert theirs <= ours
-    assert all(name.startswith("sparse_") for name in ours - theirs)
+    assert ours - theirs == set(DEFAULTS)
     more = set() if form == "dense" else {"positions"}
     assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} | more for entry in state["state"].values())
 
@@ -197,22 +198,22 @@ def test_closure_hooks_and_scheduler(form: str) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_global_hooks_are_called_once() -> None:
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("registered", [["before"], ["after"], ["before", "after"]], ids="-".join)
+def test_global_hooks_are_called_once(registered: list[str], form: str) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+    register = {"before": register_optimizer_step_pre_hook, "after": register_optimizer_step_post_hook}
     seen: list[str] = []
-    handles = [
-        register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
-        register_optimizer_step_post_hook(lambda *_: seen.append("after")),
-    ]
+    handles = [register[what](lambda *_, what=what: seen.append(what)) for what in registered]
     try:
-        train(*prepared("compact"), 0, 2)
+        train(*prepared(form), 0, 2)
     finally:
         for handle in handles:
             handle.remove()
-    assert seen == ["before", "after"] * 2
-    train(*prepared("compact"), 0, 2)
-    assert len(seen) == 4
+    assert seen == registered * 2
+    train(*prepared(form), 0, 2)
+    assert seen == registered * 2
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -208,6 +208,18 @@ def test_indices_of_dense_parameters() -> None:
     assert len(indexed["params"]) == 2
 
 
+def test_a_group_whose_indices_are_none_has_none() -> None:
+    model = Zoo()
+    (group,) = pick([1, 4, 9], (32, 16), "up.weight").param_groups(model)
+    optimizer = sk.SparseAdamW([{"params": [model.head.bias], "indices": None}, group])
+    optimizer.reselect(pick([4, 5], (32, 16), "up.weight"), model)
+    assert [group["indices"] for group in optimizer.param_groups] == [None, [Index(torch.tensor([4, 5]), (32, 16))]]
+    before = model.head.bias.detach().clone()
+    model(ids(2, 3)).square().sum().backward()
+    optimizer.step()
+    assert (model.head.bias != before).all()
+
+
 def test_what_is_refused_for_dense_parameters() -> None:
     model = Zoo()
     (group,) = by_elements(selection(1)).param_groups(model)

@@ -275,33 +275,3 @@ def test_hooks_see_and_may_replace_what_is_saved_and_loaded() -> None:
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append(f"loaded {len(o.state)}"))
     optimizer.load_state_dict(state)
     assert seen == ["before saving", "saved master positions", "loaded 0"]
-
-
-@pytest.mark.parametrize("more", [{}, {"sparse_bias_correction": "row", "sparse_decay": "catch_up"}], ids=str)
-@pytest.mark.parametrize("state", ["seen", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_of_sparse_gradients(dtype: torch.dtype, state: str, more: dict[str, Any]) -> None:
-    """Row numbers stay whole, moments stay wide."""
-
-    def prepared() -> tuple[nn.Module, sk.SparseAdamW]:
-        torch.manual_seed(1)
-        table = nn.Embedding(40, 4, sparse=True).to(dtype)
-        return table, sk.SparseAdamW(table.parameters(), lr=0.1, sparse_state=state, **more)
-
-    def train(table: nn.Module, optimizer: sk.SparseAdamW, first: int, last: int) -> None:
-        for seed in range(first, last):
-            optimizer.zero_grad()
-            ids = torch.randint(0, 40, (6,), generator=torch.Generator().manual_seed(seed))
-            table(ids).float().square().sum().backward()
-            optimizer.step()
-
-    table, optimizer = prepared()
-    train(table, optimizer, 0, 3)
-    weights, saved = through_file(table.state_dict()), through_file(optimizer.state_dict())
-    train(table, optimizer, 3, 6)
-    again, other = prepared()
-    other.load_state_dict(saved)
-    again.load_state_dict(weights)
-    train(again, other, 3, 6)
-    assert torch.equal(table.weight, again.weight)
-    assert same(optimizer.state[table.weight], other.state[again.weight])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -218,3 +221,24 @@ def test_torch_save_of_the_whole_model(tmp_path: Path) -> None:
         m(ids(4, 7)).square().sum().backward()
     for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
+
+
+COPIES: dict[str, Callable] = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize("second", COPIES)
+@pytest.mark.parametrize("first", COPIES)
+def test_parameters_of_copies_are_saved_like_those_of_the_original(first: str, second: str) -> None:
+    """A file of parameters holds tensors only, and needs no trust to be read."""
+    model = Zoo()
+    optimizer = sk.SparseAdamW(sk.sparsify(model, Selection.random(model, 0.3)).parameters())
+    sizes = set()
+    for copied in (lambda x: x, COPIES[first], COPIES[second]):
+        model, optimizer = copied((model, optimizer))
+        file = io.BytesIO()
+        torch.save({"named": dict(model.named_parameters()), "steps": optimizer.param_groups[0]["params"]}, file)
+        sizes.add(file.tell())
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        assert same(loaded["named"], dict(model.named_parameters()))
+    assert len(sizes) == 1

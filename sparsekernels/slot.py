@@ -18,7 +18,7 @@ Holders = list[tuple[nn.Module, str]]
 
 
 class CompactParameter(nn.Parameter):
-    """The values of a Slot. Saved as a plain Parameter; the copy of its slot finds it again."""
+    """The values of a Slot. Saved as a plain Parameter; the copy of its slot finds it again, and calls it this."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
@@ -77,8 +77,14 @@ class Slot:
         self.owner.register_parameter(self.name + VALUES, values)
         self.owner.register_buffer(self.name + POSITIONS, index.positions, persistent=False)
         self.owner.register_buffer(self.name + ORIGINALS, originals, persistent=False)
-        values.__dict__[SLOT] = self  # how SparseAdamW finds the weight
+        self.link(values)
         self.written = values._version
+
+    def link(self, values: nn.Parameter) -> None:
+        """How SparseAdamW finds the weight. A plain Parameter would take the slot, and the model, along into files."""
+        if type(values) is nn.Parameter:
+            values.__class__ = CompactParameter
+        values.__dict__[SLOT] = self
 
     def unregister(self) -> None:
         """Take them off again. An optimizer that outlives this finds nothing to write any more."""
@@ -94,7 +100,8 @@ class Slot:
         if torch.compiler.is_compiling():
             return  # SparseAdamW writes through by itself; a version number is no part of a graph
         values = self.values
-        values.__dict__.setdefault(SLOT, self)
+        if SLOT not in values.__dict__:
+            self.link(values)
         if values._version != self.written:
             self.write_(values)
             self.written = values._version
@@ -125,5 +132,5 @@ class Slot:
 def _linked(values: nn.Parameter | None) -> Slot:
     slot = object.__new__(Slot)
     if values is not None:
-        values.__dict__[SLOT] = slot
+        slot.link(values)
     return slot

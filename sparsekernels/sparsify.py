@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .delta import Delta
     from .reselect import Left
 
-STEP_HOOKS: list[Any] = []  # what this package has among torch's global optimizer hooks: none, or one
+STEP_HOOKS: set[int] = set()  # what this package has among torch's global optimizer hooks: none, or one
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -257,7 +257,7 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
         found.put_back()
         raise
     if not STEP_HOOKS:
-        STEP_HOOKS.append(register_optimizer_step_post_hook(_after_step))
+        STEP_HOOKS.add(register_optimizer_step_post_hook(_after_step).id)
     return SparseModel(model, slots, found)
 
 

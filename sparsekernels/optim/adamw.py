@@ -7,20 +7,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..selection import Selection
 from ..sparsify import STEP_HOOKS
-from . import checkpoint
+from . import checkpoint, options
+from .dense import step_dense
 from .ondevice import GIVEN, NOTHING, Scaling, check_capture, numbers, scaling, step_device, takes_scaling
-from .plan import Plan, check_unchanged, checked_indices, fresh_state, name_of
+from .plan import Plan, check_unchanged, checked_indices, fresh_state
 from .regroup import reselect_indices
-from .rows import OPTIONS, SeenRows, check_gradient, check_options, step_rows
+from .rows import check_rows, step_rows
 
 
 class SparseAdamW(torch.optim.AdamW):
-    r"""AdamW over compact Parameters, over index sets of dense parameters, and over dense parameters.
+    r"""AdamW that touches only what is trained; in the place of `torch.optim.AdamW` and of `torch.optim.SparseAdam`.
 
     Three kinds of parameter, told apart by what they are:
 
@@ -29,7 +29,10 @@ class SparseAdamW(torch.optim.AdamW):
     2. dense Parameters of a group that has `indices` (one `Index` for each parameter; `Selection.param_groups(model)`
        makes such groups): `.grad` is dense, but state exists for the selected positions only and nothing else is read
        or written; unselected weights keep their bits, weight decay included;
-    3. any other Parameter: exactly `torch.optim.AdamW`.
+    3. any other Parameter: with a dense gradient exactly `torch.optim.AdamW`; with a sparse (COO) one, as
+       `nn.Embedding(sparse=True)` makes it, the rows that it lists are stepped in one pass, duplicates summed in their
+       order: exactly `torch.optim.SparseAdam`, with decay of the rows on top (weight_decay=0 for none). There eps is
+       added to the root of v before its bias is corrected, as in SparseAdam.
 
     The rule, defaults, arguments, errors, hooks and `state_dict` are those of `torch.optim.AdamW`. With the gradient
     :math:`g_t` (negated by `maximize`), for each element that is trained:
@@ -65,11 +68,25 @@ class SparseAdamW(torch.optim.AdamW):
         foreach, fused: choose the implementation for kind 3 only; kinds 1 and 2 are always fused.
         capturable: state["step"] lives on the device of the parameter (with fused=True, too), and step() reads nothing
             there on the host: a CUDA graph may hold it.
-        differentiable: kind 3 only.
+        differentiable: dense gradients of kind 3 only.
+        sparse_state: for sparse gradients, "seen" keeps state for the rows that ever had one (and 4 B for each row of
+            the table, not saved), "all" for every row; only with "all" may sparse and dense gradients take turns.
+        sparse_decay: for sparse gradients, "touched" decays a row when it has a gradient; "catch_up" then makes up for
+            all steps that the row missed, at their own rates. A row never touched again stays behind.
+        sparse_bias_correction: for sparse gradients, "global" counts the steps of the table, as SparseAdam does, "row"
+            those of each row.
+        state_dtype: of the moments of kinds 1 and 2 and of sparse gradients: None or torch.float32 (fp64 for fp64
+            weights), or torch.bfloat16, half as large; computed in fp32 all the same. Rounded to nearest, exp_avg_sq
+            stands still in bf16 near its limit: use stochastic_rounding with it.
+        stochastic_rounding: what they store in bf16 or fp16, moments and weights, is rounded up or down by chance, so
+            that small steps are not lost. Compact Parameters keep an fp32 master and need it for bf16 moments only.
+        seed: of the random bits, which it, the step, the position and the place of the parameter among all determine: a
+            run can be replayed and resumed.
 
     State of kinds 1 and 2: `step` as in AdamW, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) of the size of the
-    selection, fp32 (fp64 for fp64 weights) whatever the dtype of the weight. A half-precision weight of kind 2 is
-    rounded once a step and loses updates below its resolution; kind 1 keeps an fp32 master and does not.
+    selection, of `state_dtype` whatever the dtype of the weight. For sparse gradients the same of the size of the rows
+    seen, and `rows` [N], their numbers. A half-precision weight of kind 2 or 3 is rounded once a step and loses updates
+    below its resolution without stochastic_rounding; kind 1 keeps an fp32 master and does not.
 
     Under `torch.amp.GradScaler`, kinds 1 and 2 take the scale and the verdict to their kernel, and nothing waits, if
     their step is counted where they are; `.grad` stays scaled. Beside a parameter that cannot (kind 3 with a sparse
@@ -80,7 +97,8 @@ class SparseAdamW(torch.optim.AdamW):
     Inside `torch.compile` a step is one graph break and runs as it is, hooks included; `fullgraph=True` is refused.
 
     Raises:
-        ValueError: as `torch.optim.AdamW`; indices that do not fit their parameters; differentiable with kinds 1 or 2;
+        ValueError: as `torch.optim.AdamW`; a gradient, option or state that does not go with the parameter, named,
+            before any parameter is stepped; indices that do not fit their parameters; differentiable with kinds 1 or 2;
             a Parameter of kind 1 or 2 that changed its shape, strides, dtype or device after it was given;
             a state_dict made for a selection of another size, or for other indices. TypeError: indices that are no
             `Index`.
@@ -106,15 +124,20 @@ class SparseAdamW(torch.optim.AdamW):
         sparse_state: Literal["seen", "all"] = "seen",
         sparse_decay: Literal["touched", "catch_up"] = "touched",
         sparse_bias_correction: Literal["global", "row"] = "global",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         self._plans: dict[int, Plan] = {}
-        self._seen: dict[Tensor, SeenRows] = {}
-        self._sparse_defaults = {
+        self._own_defaults = {
             "sparse_state": sparse_state,
             "sparse_decay": sparse_decay,
             "sparse_bias_correction": sparse_bias_correction,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
-        check_options(self._sparse_defaults)
+        options.check(self._own_defaults)
         super().__init__(
             params,
             lr,
@@ -140,10 +163,9 @@ class SparseAdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
-        self._seen = {}
-        self._sparse_defaults = {name: self.defaults.get(name, allowed[0]) for name, allowed in OPTIONS.items()}
+        self._own_defaults = {name: self.defaults.get(name, default) for name, default in options.DEFAULTS.items()}
         for group in self.param_groups:  # a state_dict of torch.optim.AdamW lacks them
-            for name, default in self._sparse_defaults.items():
+            for name, default in self._own_defaults.items():
                 group.setdefault(name, default)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,8 +174,8 @@ class SparseAdamW(torch.optim.AdamW):
             param_group = {**param_group, **checked_indices(param_group)}
             if param_group.get("differentiable", self.defaults["differentiable"]):
                 raise ValueError("differentiable=True is not possible for parameters with indices")
-        self.defaults.update(self._sparse_defaults)
-        check_options({**self._sparse_defaults, **param_group})
+        self.defaults.update(self._own_defaults)
+        options.check(param_group)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,7 +216,7 @@ class SparseAdamW(torch.optim.AdamW):
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
-            or len(_global_optimizer_post_hooks) > len(STEP_HOOKS)
+            or not _global_optimizer_post_hooks.keys() <= STEP_HOOKS
             or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         ):
             return self._hooked_step() if closure is None else self._hooked_step(closure)  # hooks see what was given
@@ -210,10 +232,15 @@ class SparseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        first = 0
         for number, group in enumerate(self.param_groups):
             plan = self._plans.get(number)
-            if plan is None or not plan.holds(group):
-                plan = self._plans[number] = Plan(group)
+            if plan is None or not plan.holds(group, first):
+                plan = self._plans[number] = Plan(group, first)
+            first += len(plan.params)
+            check_rows(group, plan, self.state)
+        for number, group in enumerate(self.param_groups):
+            plan = self._plans[number]
             if plan.compact or plan.gathered:
                 with torch.no_grad():
                     if plan.compact:
@@ -221,7 +248,7 @@ class SparseAdamW(torch.optim.AdamW):
                     if plan.gathered:
                         self._step_sparse("gathered", group, plan, plan.gathered, scale)
             if plan.dense:
-                self._step_dense(group, self._step_listed_rows(group, plan.dense), scale)
+                step_dense(self, group, self._step_rows(group, plan), scale)
         return loss
 
     _uncompiled_step = torch.compiler.disable(step, reason="a step of SparseAdamW is a few native calls, and hooks")
@@ -242,10 +269,6 @@ class SparseAdamW(torch.optim.AdamW):
             grads = [p.grad for p in params]
         if not params:
             return
-        if kind == "gathered":
-            for p in params:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise ValueError(f"{name_of(group, p)}: its gradient is sparse; leave out indices")
         lists = plan.lists.get(kind) if complete else None
         if lists is None or not self._current(plan, params, lists):
             lists = self._lists(kind, group, plan, params)
@@ -262,13 +285,14 @@ class SparseAdamW(torch.optim.AdamW):
             float(group["eps"]),
             group["maximize"],
             *on_device,
+            plan.rounding(kind, group),
         )
+        grads = [grad.contiguous() for grad in grads if grad is not None]
         torch._foreach_add_(steps, 1)
         try:
             if kind == "compact":
                 torch.ops.sparsekernels.adamw_compact_.default(values, grads, *state, steps, dense, positions, *options)
             else:
-                grads = [grad.contiguous() for grad in grads if grad is not None]
                 torch.ops.sparsekernels.adamw_gathered_.default(values, grads, *state, steps, positions, *options)
         except BaseException:
             torch._foreach_sub_(steps, 1)
@@ -284,8 +308,12 @@ class SparseAdamW(torch.optim.AdamW):
 
     def _current(self, plan: Plan, params: list[Tensor], lists: list[list[Tensor]]) -> bool:
         """Whether nobody cleared or replaced the state, or exchanged weights by load_state_dict(assign=True)."""
-        for p, exp_avg in zip(params, lists[1]):  # noqa: B905 - strict costs time here
-            if self.state[p].get("exp_avg") is not exp_avg:
+        for p, m, v, step in zip(params, lists[1], lists[2], lists[4]):  # noqa: B905 - strict costs time here
+            state = self.state[p]
+            if state.get("exp_avg") is not m or state.get("exp_avg_sq") is not v or state.get("step") is not step:
+                return False
+        for p, maximum in zip(params, lists[3]):  # noqa: B905 - lists[3] is empty without amsgrad
+            if self.state[p].get("max_exp_avg_sq") is not maximum:
                 return False
         for p, weight in zip(params, lists[5]):  # noqa: B905, SIM110 - lists[5] is empty for the gathered kind
             if plan.slots[p].weight is not weight:
@@ -300,7 +328,7 @@ class SparseAdamW(torch.optim.AdamW):
         for p in params:
             if not self.state[p]:
                 shape = p.shape if kind == "compact" else plan.index[p].compact_shape
-                self.state[p].update(fresh_state(p, shape, group["amsgrad"], step_device(p, group)))
+                self.state[p].update(fresh_state(p, shape, group, step_device(p, group)))
         states = [self.state[p] for p in params]
         dense: list[Tensor] = []
         if kind == "compact":
@@ -321,60 +349,15 @@ class SparseAdamW(torch.optim.AdamW):
         ]
 
     @torch.no_grad()
-    def _step_listed_rows(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+    def _step_rows(self, group: dict[str, Any], plan: Plan) -> list[Tensor]:
         """Step the parameters whose gradient is sparse; return the others."""
-        for p in params:
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                check_gradient(p.grad, p, name_of(group, p), group)
-            elif "rows" in self.state.get(p, ()):
-                raise ValueError(
-                    f"{name_of(group, p)}: its gradient is dense, and was sparse before; give its group "
-                    "sparse_state='all', which keeps state for every row"
-                )
         others = []
-        for p in params:
+        for i, p in enumerate(plan.dense):
             if p.grad is None or not p.grad.is_sparse:
                 others.append(p)
                 continue
-            seen = step_rows(p, p.grad, self.state[p], self._seen.get(p), group)
+            stream = plan.first + len(plan.compact) + len(plan.gathered) + i
+            seen = step_rows(p, p.grad, self.state[p], plan.seen.get(p), group, stream)
             if seen is not None:
-                self._seen[p] = seen
+                plan.seen[p] = seen
         return others
-
-    def _step_dense(self, group: dict[str, Any], params: list[Tensor], scale: Scaling) -> None:
-        live: list[Tensor] = []
-        grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        max_exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
-        beta1, beta2 = group["betas"]
-        with torch.set_grad_enabled(group["differentiable"]):
-            has_complex = self._init_group(
-                {**group, "params": params}, live, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
-            )
-            adam(
-                live,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs,
-                steps,
-                amsgrad=group["amsgrad"],
-                has_complex=has_complex,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                foreach=group["foreach"],
-                capturable=group["capturable"],
-                differentiable=group["differentiable"],
-                fused=group["fused"],
-                grad_scale=scale[0],
-                found_inf=scale[1],
-                decoupled_weight_decay=True,
-            )

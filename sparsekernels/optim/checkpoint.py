@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..selection import Index
 from ..slot import SLOT
+from .ondevice import placed_step
 from .plan import MOMENTS, name_of, state_dtype
-from .regroup import placed_step
 
 POSITIONS, MASTER = "positions", "master"
 OF_ROWS = ("rows", "row_step", "row_decay", "decay_sum")  # of steps with sparse gradients: kept in their own dtypes
@@ -46,6 +46,8 @@ def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state: dict[Any, Any] = dict(optimizer.state)
     for group, i, p in _parameters(optimizer):
         index = _index(group, i, p)
+        if "rows" in state.get(p, ()):
+            state[p] = {name: _without_room(value) for name, value in state[p].items()}
         if index is None or not state.get(p):
             continue
         state[p] = {**state[p], POSITIONS: index.positions}
@@ -60,7 +62,7 @@ def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 @torch.no_grad()
 def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Take over a state_dict of SparseAdamW or of torch.optim.AdamW; nothing changes if it does not fit."""
+    """Take over a state_dict of SparseAdamW, or torch's AdamW or SparseAdam; nothing changes if it does not fit."""
     state_dict = state_dict.copy()
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = before(optimizer, state_dict)
@@ -70,23 +72,23 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     bare.load_state_dict({**state_dict, "param_groups": saved_groups})
     keys = [key for group in saved_groups for key in group["params"]]
     loaded = list(bare.param_groups)
-    new_group = {id(group): new for group, new in zip(optimizer.param_groups, loaded, strict=True)}
-    masters: dict[Tensor, Tensor] = {}
-    for (group, i, p), key in zip(_parameters(optimizer), keys, strict=True):
-        entry = state_dict["state"].get(key)
-        if not entry:
-            continue
-        index, state, name = _index(group, i, p), bare.state[p], _name(group, p)
-        _check(entry, p, index, name)
-        _widen(state, entry, p, index, new_group[id(group)])
-        if index is not None and MASTER in entry and SLOT in p.__dict__:
-            masters[p] = entry[MASTER]
     for group, new in zip(optimizer.param_groups, loaded, strict=True):
         if "indices" in group:
             new["indices"] = group["indices"]
         for option in optimizer.defaults:
             if option not in FILLED_BY_TORCH and option in group:
                 new.setdefault(option, group[option])
+    masters: dict[Tensor, Tensor] = {}
+    new_groups = [new for new in loaded for _ in new["params"]]
+    for (group, i, p), key, new in zip(_parameters(optimizer), keys, new_groups, strict=True):
+        entry = state_dict["state"].get(key)
+        if not entry:
+            continue
+        index, state, name = _index(group, i, p), bare.state[p], name_of(group, p)
+        _check(entry, p, index, name)
+        _widen(state, entry, p, index, new)
+        if index is not None and MASTER in entry and SLOT in p.__dict__:
+            masters[p] = entry[MASTER]
     optimizer.__setstate__({"state": bare.state, "param_groups": loaded})
     for p, master in masters.items():
         p.copy_(master)
@@ -103,6 +105,8 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
     ages = torch.as_tensor(entry["step"]).shape
     if index is None and "rows" in entry:
         rows = entry["rows"]
+        if rows.dtype.is_floating_point:
+            raise ValueError(f"{name}: another optimizer had this state meanwhile; its rows are {rows.dtype} now")
         if p.dim() == 0 or (len(rows) and int(rows.max()) >= len(p)):
             raise ValueError(f"{name}: the state_dict was made for a table of more rows than {list(p.shape)}")
         shape = torch.Size((len(rows), *p.shape[1:]))
@@ -127,17 +131,27 @@ def _widen(state: dict[str, Any], entry: dict[str, Any], p: Tensor, index: Index
     """torch casts all state to the dtype of the parameter; some of ours is wider, and none is shared with the file."""
     state.pop(POSITIONS, None)
     state.pop(MASTER, None)
-    if index is not None:
-        for name in MOMENTS:
-            if name in entry:
-                state[name] = entry[name].to(p.device, state_dtype(p), copy=True)
-        state["step"] = placed_step(torch.as_tensor(entry["step"], dtype=torch.float32), p, group)
+    if index is None and not _of_sparse_gradients(entry, p, group):
         return
-    of_rows = any(name in entry for name in OF_ROWS) or group.get("sparse_state") == "all"
-    for name in (*MOMENTS, *OF_ROWS) if of_rows else ():
+    for name in (*MOMENTS, *OF_ROWS):
         if name in entry:
-            dtype = state_dtype(p) if name in MOMENTS and entry[name].dtype != p.dtype else entry[name].dtype
+            dtype = state_dtype(p, group) if name in MOMENTS else entry[name].dtype
             state[name] = entry[name].to(p.device, dtype, copy=True)
+    if index is not None:
+        state["step"] = placed_step(torch.as_tensor(entry["step"], dtype=torch.float32), p, group)
+    elif group.get("sparse_state") == "seen" and "rows" not in entry:  # of SparseAdam: a line for every row, in order
+        state["rows"] = torch.arange(len(p), device=p.device)
+
+
+def _of_sparse_gradients(entry: dict[str, Any], p: Tensor, group: dict[str, Any]) -> bool:
+    """Steps with dense gradients need moments in the dtype of the parameter, to which torch has cast them by now."""
+    if any(name in entry for name in OF_ROWS):
+        return True
+    if "exp_avg" not in entry:
+        return False
+    if group.get("sparse_state") == "all" and entry["exp_avg"].dtype != p.dtype:
+        return True
+    return "amsgrad" not in group and not isinstance(entry["step"], Tensor)  # as SparseAdam alone has it
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], int, Tensor]]:
@@ -152,10 +166,11 @@ def _index(group: dict[str, Any], i: int, p: Tensor) -> Index | None:
     return p.__dict__[SLOT].index if SLOT in p.__dict__ else None
 
 
-def _name(group: dict[str, Any], p: Tensor) -> str:
-    if not group.get("param_names") and SLOT in p.__dict__:
-        return repr(p.__dict__[SLOT].label)
-    return name_of(group, p)
+def _without_room(value: Any) -> Any:
+    """A file would hold the whole storage of a tensor, with what it has for rows to come."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.itemsize:
+        return value.clone()
+    return value
 
 
 def _without_indices(group: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, *
 
 @torch.no_grad()
 def _stand_ins(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """The parameters; where a gradient is sparse, a tensor whose .grad is what it stores, without a copy."""
+    """The parameters; where a gradient is sparse, a tensor whose .grad is what it stores."""
     found = []
     for p in [parameters] if isinstance(parameters, Tensor) else parameters:
         if p.grad is not None and p.grad.layout == torch.sparse_coo:

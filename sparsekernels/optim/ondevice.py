@@ -6,6 +6,7 @@ Nothing waits for them, so a CUDA graph may hold the step: the kernels read them
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ Scaling = tuple[Tensor | None, Tensor | None]  # grad_scale and found_inf
 NOTHING: Scaling = (None, None)
 GIVEN = frozenset(("grad_scale", "found_inf"))  # the attributes that a GradScaler sets
 
-# Raises while a CUDA graph is captured from groups that are not capturable; torch 2.10 has it under its older name.
+# Raises while a CUDA graph is captured from groups that are not capturable; older torch calls it differently.
 check_capture = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
 )
@@ -27,6 +28,17 @@ check_capture = (
 def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
     """Where the step of a Parameter is counted: where torch.optim.AdamW does."""
     return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
+
+
+def placed_step(step: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """An age as the ops take it: one for all positions where AdamW counts it, one for each where the Parameter is.
+
+    Ages that are all the same become one.
+    """
+    if step.dim() and len(step) and bool((step == step[0]).all()):
+        step = step[0]
+    device = p.device if step.dim() else step_device(p, {"capturable": False, "fused": None, **group})
+    return step.to(device, torch.float32, copy=True)
 
 
 def takes_scaling(optimizer: Optimizer) -> bool:
@@ -72,7 +84,7 @@ def numbers(
     if type(lr) is float and scale is NOTHING:
         return lr, None, None, None
     device = param.device
-    rest = [None if x is None else x.to(device, torch.float32, non_blocking=True) for x in scale]
+    rest = [None if x is None else x.to(device, torch.float32, non_blocking=device.type != "cpu") for x in scale]
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or (group["capturable"] and device.type == "cpu")):
         return math.nan, lr.to(device, torch.float32, non_blocking=True), rest[0], rest[1]
     return float(lr), None, rest[0], rest[1]

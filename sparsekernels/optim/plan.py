@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,17 @@ from torch import Tensor
 from ..selection import Index
 from ..slot import SLOT, Slot
 
+if TYPE_CHECKING:
+    from .rows import SeenRows
+
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Plan:
     """The parameters of one group by kind, and the tensor lists of a step, kept while the group stays as it is."""
 
-    def __init__(self, group: dict[str, Any]) -> None:
+    def __init__(self, group: dict[str, Any], first: int) -> None:
+        self.first = first  # how many parameters the groups before have: the stream of random bits of the first of ours
         self.params = params = list(group["params"])
         self.ids = list(map(id, params))
         self.indices = group.get("indices")
@@ -28,10 +32,11 @@ class Plan:
         self.gathered = list(self.index)
         self.dense = [p for p in params if p not in self.slots and p not in self.index]
         self.lists: dict[str, list[list[Tensor]]] = {}
+        self.seen: dict[Tensor, SeenRows] = {}  # of parameters with sparse gradients
 
-    def holds(self, group: dict[str, Any]) -> bool:
+    def holds(self, group: dict[str, Any], first: int) -> bool:
         """Whether it still describes the group: its parameters, their indices, and models that were not given back."""
-        if self.indices is not group.get("indices") or self.amsgrad != group["amsgrad"]:
+        if self.indices is not group.get("indices") or self.amsgrad != group["amsgrad"] or self.first != first:
             return False
         if self.ids != list(map(id, group["params"])):
             return False
@@ -39,6 +44,12 @@ class Plan:
             if SLOT not in p.__dict__:
                 return False
         return True
+
+    def rounding(self, kind: str, group: dict[str, Any]) -> tuple[int, ...]:
+        """Seed and first stream of random bits for parameters of a kind; nothing where they round to nearest."""
+        if not group["stochastic_rounding"]:
+            return ()
+        return group["seed"], self.first + (len(self.compact) if kind == "gathered" else 0)
 
 
 def name_of(group: dict[str, Any], param: Tensor) -> str:
@@ -50,20 +61,29 @@ def name_of(group: dict[str, Any], param: Tensor) -> str:
     return repr(names[i]) if names else f"params[{i}] of shape {list(param.shape)}"
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
+def wide(param: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic for a parameter."""
     return torch.promote_types(param.dtype, torch.float32)
+
+
+def state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """The dtype of its moments: the group's option, but for fp64."""
+    dtype: torch.dtype = group.get("state_dtype") or torch.float32
+    return dtype if wide(param) == torch.float32 else torch.float64
 
 
 def check_unchanged(group: dict[str, Any], plan: Plan, params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
     """Raise ValueError for a parameter that is no more what the optimizer was given: after `p.data = ...`, say."""
     for p in params:
-        problem = _change(p, plan.slots.get(p), plan.index.get(p), state.get(p, {}).get("exp_avg"))
+        problem = _change(p, group, plan.slots.get(p), plan.index.get(p), state.get(p, {}).get("exp_avg"))
         if problem is not None:
             raise ValueError(f"{name_of(group, p)} {problem}")
 
 
-def _change(p: Tensor, slot: Slot | None, index: Index | None, moments: Tensor | None) -> str | None:
-    if slot is not None and p.dtype != state_dtype(slot.weight):
+def _change(
+    p: Tensor, group: dict[str, Any], slot: Slot | None, index: Index | None, moments: Tensor | None
+) -> str | None:
+    if slot is not None and p.dtype != wide(slot.weight):
         return f"became {p.dtype}, but compact values must be wide; change the dtype of a model before sparsify"
     if index is not None and (p.shape != index.shape or not p.is_contiguous()):
         found = f"shape {list(p.shape)} and strides {list(p.stride())}"
@@ -71,15 +91,17 @@ def _change(p: Tensor, slot: Slot | None, index: Index | None, moments: Tensor |
     place = slot.index if slot is not None else index
     if place is not None and place.positions.device != p.device:
         return f"moved to {p.device}, its positions are on {place.positions.device}; make the optimizer after the move"
-    if moments is not None and (moments.dtype != state_dtype(p) or moments.device != p.device):
+    if moments is not None and (moments.dtype != state_dtype(p, group) or moments.device != p.device):
         found = f"{p.dtype} on {p.device} after steps with state of {moments.dtype} on {moments.device}"
         return f"became {found}; save the state_dict before such a change, then make a new optimizer and load it"
     return None
 
 
-def fresh_state(param: Tensor, shape: torch.Size, amsgrad: bool, step_device: torch.device) -> dict[str, Tensor]:
-    names = MOMENTS if amsgrad else MOMENTS[:2]
-    state = {name: torch.zeros(shape, dtype=state_dtype(param), device=param.device) for name in names}
+def fresh_state(
+    param: Tensor, shape: torch.Size, group: dict[str, Any], step_device: torch.device
+) -> dict[str, Tensor]:
+    names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+    state = {name: torch.zeros(shape, dtype=state_dtype(param, group), device=param.device) for name in names}
     return {"step": torch.zeros((), device=step_device, dtype=torch.float32), **state}
 
 

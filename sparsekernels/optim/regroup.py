@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autograd import is_sparsified
 from ..carry import Carry
 from ..selection import Index, Selection
-from .ondevice import step_device
+from .ondevice import placed_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,17 +24,6 @@ class Exchange:
     new: Tensor | None
     old_index: Index | None
     new_index: Index | None
-
-
-def placed_step(step: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """An age as the ops take it: one for all positions where AdamW counts it, one for each where the Parameter is.
-
-    Ages that are all the same become one.
-    """
-    if step.dim() and len(step) and bool((step == step[0]).all()):
-        step = step[0]
-    device = p.device if step.dim() else step_device(p, {"capturable": False, "fused": None, **group})
-    return step.to(device, torch.float32, copy=True)
 
 
 class Regroup:
@@ -108,7 +97,7 @@ class Regroup:
                 state[p] = entries
         for group, members in zip(self.optimizer.param_groups, self.members, strict=True):
             group["params"][:] = [p for p, _, _ in members]
-            if "indices" in group and self.indexed:
+            if self.indexed and group.get("indices") is not None:
                 group["indices"] = [index for _, index, _ in members]
             if "param_names" in group:
                 group["param_names"] = [name for _, _, name in members]
