@@ -1,7 +1,10 @@
 // adamw_rows_: checks and CPU registration.
 #include "cpu/adamw_rows.h"
 
+#include <algorithm>
+#include <numeric>
 #include <optional>
+#include <utility>
 
 #include "common.h"
 
@@ -10,15 +13,30 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread: about 10 us of work
 
-void check_list(const Tensor& list, int64_t count, int64_t limit, const char* name, bool ascending) {
-  STD_TORCH_CHECK(
-      list.dim() == 1 && list.is_contiguous() && list.scalar_type() == ScalarType::Long && list.numel() == count, name,
-      " must be contiguous int64 with one entry for each row of grad_values");
-  const auto* entries = static_cast<const int64_t*>(list.const_data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(entries[i] >= 0 && entries[i] < limit, name, " has an entry out of range for a size of ", limit);
-    STD_TORCH_CHECK(!ascending || i == 0 || entries[i - 1] <= entries[i], name, " must ascend");
+// The entries of a gradient by row, stably, so that duplicates of a row follow each other as they came.
+struct Sorted {
+  std::vector<int64_t> ids, order;
+};
+
+Sorted sort_by_row(const int64_t* ids, int64_t count, int64_t rows) {
+  constexpr int kDigit = 11;
+  Sorted from{{ids, ids + count}, std::vector<int64_t>(count)};
+  std::iota(from.order.begin(), from.order.end(), 0);
+  if (std::is_sorted(ids, ids + count)) return from;
+  Sorted to = from;
+  for (int shift = 0; (rows - 1) >> shift > 0; shift += kDigit) {
+    int64_t starts[(1 << kDigit) + 1] = {};
+    const auto digit = [&](int64_t i) { return (from.ids[i] >> shift) & ((1 << kDigit) - 1); };
+    for (int64_t i = 0; i < count; ++i) ++starts[digit(i) + 1];
+    for (int d = 0; d < 1 << kDigit; ++d) starts[d + 1] += starts[d];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = starts[digit(i)]++;
+      to.ids[at] = from.ids[i];
+      to.order[at] = from.order[i];
+    }
+    std::swap(from, to);
   }
+  return from;
 }
 
 void* check_state(const Tensor& state, const Tensor& first, const Tensor& param, int64_t width, const char* name) {
@@ -30,7 +48,7 @@ void* check_state(const Tensor& state, const Tensor& first, const Tensor& param,
 }
 
 void adamw_rows_(
-    Tensor param, Tensor grad_values, Tensor ids, Tensor order, std::optional<Tensor> slots, Tensor exp_avg,
+    Tensor param, Tensor grad_values, Tensor ids, std::optional<Tensor> slots, Tensor exp_avg,
     Tensor exp_avg_sq, std::optional<Tensor> max_exp_avg_sq, Tensor scales, double beta1, double beta2, double eps,
     bool maximize, std::vector<int64_t> rounding) {
   STD_TORCH_CHECK(param.dim() > 0 && param.is_contiguous(), "param must be contiguous, of at least one dimension");
@@ -41,14 +59,20 @@ void adamw_rows_(
       grad_values.is_contiguous() && grad_values.scalar_type() == param.scalar_type() &&
           grad_values.dim() == param.dim() && grad_values.size(0) == count && grad_values.numel() == count * width,
       "grad_values must be contiguous [T, *row] with the dtype of param");
-  check_list(ids, count, rows, "ids", true);
-  check_list(order, count, count, "order", false);
+  STD_TORCH_CHECK(
+      ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
+      "ids must be contiguous int64 with one entry for each row of grad_values");
+  const auto* listed = static_cast<const int64_t*>(ids.const_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(listed[i] >= 0 && listed[i] < rows, "ids has an entry out of range for a table of ", rows, " rows");
+  }
+  const Sorted sorted = sort_by_row(listed, count, rows);
   const int64_t lines = exp_avg.size(0);
   cpu::AdamwRowsTask task{};
   task.param = param.mutable_data_ptr();
   task.grad_values = grad_values.const_data_ptr();
-  task.ids = static_cast<const int64_t*>(ids.const_data_ptr());
-  task.order = static_cast<const int64_t*>(order.const_data_ptr());
+  task.ids = sorted.ids.data();
+  task.order = sorted.order.data();
   task.count = count;
   task.width = width;
   if (slots) {

@@ -20,6 +20,7 @@ class Rows:
     tokens: int = 20
     dtype: torch.dtype = FP32
     same: bool = False  # every entry names one row
+    ascending: bool = False  # as of a coalesced gradient
     slots: int | None = None  # lines of the state, where they are not the rows
     each: bool = False  # an own decay and step size for each entry
     amsgrad: bool = False
@@ -43,7 +44,7 @@ def adamw_rows(plan: Rows) -> Callable[[Maker], Case]:
         tokens = maker.integers(plan.table, plan.tokens)
         if plan.same:
             tokens = torch.full_like(tokens, plan.table - 1)
-        ids, order = tokens.sort(stable=True)
+        ids = tokens.sort().values if plan.ascending else tokens
         if plan.slots is not None:  # only rows that occur have a slot
             slots = torch.full((plan.table,), -1)
             slots[ids.unique()] = torch.randperm(plan.slots, generator=maker.generator)[: len(ids.unique())]
@@ -60,7 +61,7 @@ def adamw_rows(plan: Rows) -> Callable[[Maker], Case]:
             expected.append(largest.to("cpu", wide, copy=True))
         for row in ids.unique().tolist():
             entries = (ids == row).nonzero().flatten().tolist()
-            g = sum(grads[order[i]].to("cpu", wide) for i in entries) * (-1 if plan.maximize else 1)
+            g = sum(grads[i].to("cpu", wide) for i in entries) * (-1 if plan.maximize else 1)
             line = row if plan.slots is None else int(slots[row])
             decay, step_size = scales.to("cpu", wide)[entries[0] if plan.each else 0]
             x, m1, v1 = (t[i] for t, i in zip(expected, (row, line, line), strict=False))
@@ -75,7 +76,7 @@ def adamw_rows(plan: Rows) -> Callable[[Maker], Case]:
         inside = [(param, Index(touched, param.shape, rows=True))]
         inside += [(x, Index(lines_touched, x.shape, rows=True)) for x in mutated[1:]]
         tables = None if plan.slots is None else maker.put(slots.to(torch.int32))
-        args = (param, grads, maker.put(ids), maker.put(order), tables, m, v, largest, scales)
+        args = (param, grads, maker.put(ids), tables, m, v, largest, scales)
         numbers = {"beta1": plan.beta1, "beta2": plan.beta2, "eps": plan.eps, "maximize": plan.maximize}
         numbers["rounding"] = list(plan.rounding)
         return Case(
@@ -94,6 +95,7 @@ def adamw_rows(plan: Rows) -> Callable[[Maker], Case]:
 
 PLANS = {
     "duplicates": Rows(),
+    "ascending": Rows(ascending=True, each=True),
     "one": Rows(table=1, row=(1,), tokens=1),
     "one-row-only": Rows(same=True),
     "nothing": Rows(tokens=0),

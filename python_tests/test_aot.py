@@ -109,7 +109,7 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         tokens = torch.zeros(32, 2048, dtype=dtype), torch.arange(32)
         for slots, maximum, lines in ((None, None, 1), (torch.arange(32).int(), moments, 32)):
             scales = torch.ones(lines, 2, dtype=moments.dtype)
-            listed = (*tokens, tokens[1], slots, moments, moments, maximum, scales, 0.9, 0.999, 1e-8, False)
+            listed = (*tokens, slots, moments, moments, maximum, scales, 0.9, 0.999, 1e-8, False)
             yield lambda a=listed: kernel("adamw_rows_")(torch.zeros(64, 2048, dtype=dtype), *a)
         yield lambda p=positions, r=rows, t=tokens: kernel("masked_grad_embedding")(*t, p, r, 0)
     yield lambda: kernel("masked_grad_linear")(

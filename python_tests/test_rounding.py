@@ -61,7 +61,7 @@ def step(dtype: torch.dtype, state: torch.dtype, rounding: tuple[int, ...], name
     grad = torch.where(torch.rand(20, 70, generator=generator) < 0.5, -1.0, 1.0) * 1.25
     scales = torch.tensor([[0.0, 2.0**-11]])
     options = {"beta1": 1 - 2.0**-10, "beta2": 0.0, "eps": 0.0, "rounding": rounding, "backend": name}
-    ops.adamw_rows_(x, grad.to(dtype), ids, ids // 2, None, m, v, None, scales, **options)
+    ops.adamw_rows_(x, grad.to(dtype), ids, None, m, v, None, scales, **options)
     return [x, m, v]
 
 

@@ -15,7 +15,7 @@ namespace sk::cpu {
 struct AdamwRowsTask {
   void* param;              // [V, width]
   const void* grad_values;  // [count, width]
-  const int64_t *ids, *order;  // [count]; ids ascend
+  const int64_t *ids, *order;  // [count]; ids ascend, and the gradient of ids[i] is grad_values[order[i]]
   const int32_t* slots;        // [V], or null: a row is its own slot
   void *exp_avg, *exp_avg_sq, *maximum;  // [S, width]; maximum may be null
   const void* scales;                    // [count or 1, 2]
@@ -63,8 +63,9 @@ SK_CLONES void adamw_rows(const AdamwRowsTask& task, int64_t begin, int64_t end)
     const bool more = next < end;
     const int64_t next_row = more ? task.ids[next] : row, next_line = line_of(next_row);
     const W* next_grad = grads + task.order[more ? next : i] * width;
-    step.decay = scales[task.scales_each ? 2 * i : 0];
-    step.step_size = scales[task.scales_each ? 2 * i + 1 : 1];
+    const T* own = scales + (task.scales_each ? 2 * task.order[i] : 0);
+    step.decay = own[0];
+    step.step_size = own[1];
     for (int64_t c = 0; c < width; c += kBlock) {
       const int64_t n = std::min(width - c, kBlock);
       if (more) {

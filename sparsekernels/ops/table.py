@@ -85,7 +85,7 @@ OPS: tuple[Op, ...] = (
     Op(
         "adamw_rows_",
         "adamw_rows",
-        "(Tensor(a!) param, Tensor grad_values, Tensor ids, Tensor order, Tensor? slots, Tensor(b!) exp_avg, "
+        "(Tensor(a!) param, Tensor grad_values, Tensor ids, Tensor? slots, Tensor(b!) exp_avg, "
         "Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor scales, float beta1, float beta2, float eps, "
         "bool maximize, int[] rounding) -> ()",
         "AdamW on the rows that a sparse gradient lists, duplicates summed on the way",

@@ -84,10 +84,11 @@ class SeenRows:
         self.slots[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
 
     def add(self, ids: Tensor, state: dict[str, Tensor]) -> None:
-        """Give every row in the sorted `ids` a line; new lines are zero. Amortised: storage grows by doubling."""
-        fresh = torch.unique_consecutive(ids[self.slots[ids] < 0])
+        """Give every row in `ids` a line; new lines are zero. Amortised: storage grows by doubling."""
+        fresh = ids[self.slots[ids] < 0]
         if not len(fresh):
             return
+        fresh = fresh.unique()
         before = len(state["rows"])
         after = before + len(fresh)
         for name in PER_ROW:
@@ -112,10 +113,6 @@ def step_rows(
 ) -> SeenRows | None:
     """One step of one Parameter that `check_rows` passed. Returns what `seen` is to be at the next one."""
     ids, values = grad._indices()[0].contiguous(), grad._values().contiguous()
-    if grad.is_coalesced():
-        order = torch.arange(len(ids), device=ids.device)
-    else:
-        ids, order = ids.sort(stable=True)
     if not state:
         state.update(_fresh(p, group, lines=len(p) if group["sparse_state"] == "all" else 0))
     if "rows" not in state:
@@ -125,7 +122,8 @@ def step_rows(
             seen = SeenRows(state["rows"], len(p))
         seen.add(ids, state)
     slots = seen.slots if seen is not None else None
-    lines = ids if slots is None else slots[ids].long()
+    by_row = "row_step" in state or "row_decay" in state
+    lines = slots[ids].long() if slots is not None and by_row else ids
     step = float(state["step"]) + 1
     scales = _scales(p, lines, step, state, group)
     if values.numel():
@@ -133,7 +131,7 @@ def step_rows(
         moments = (state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None)
         options = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "maximize": group["maximize"]}
         rounding = (group["seed"], int(step), stream) if group["stochastic_rounding"] else ()
-        adamw_rows_(p.detach(), values, ids, order, slots, *moments, scales, **options, rounding=rounding)
+        adamw_rows_(p.detach(), values, ids, slots, *moments, scales, **options, rounding=rounding)
         torch.autograd.graph.increment_version(p)
     state["step"] = torch.tensor(step)  # SparseAdam's is a number
     if "row_step" in state:

@@ -14,7 +14,6 @@ def adamw_rows_(
     param: Tensor,
     grad_values: Tensor,
     ids: Tensor,
-    order: Tensor,
     slots: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -26,6 +25,7 @@ def adamw_rows_(
     maximize: bool,
     rounding: Sequence[int],
 ) -> None:
+    ids, order = ids.sort(stable=True)
     rows, run, counts = torch.unique_consecutive(ids, return_inverse=True, return_counts=True)
     grad = scales.new_zeros((len(rows), *param.shape[1:]))
     grad.index_add_(0, run, grad_values[order].to(grad.dtype))
@@ -47,7 +47,7 @@ def adamw_rows_(
         v = torch.maximum(max_exp_avg_sq[at].to(grad.dtype), v)
         store(max_exp_avg_sq, at, v, MAXIMUM)
     if len(scales) > 1:
-        scales = scales[counts.cumsum(0) - counts]
+        scales = scales[order[counts.cumsum(0) - counts]]
     decay, step_size = scales.view(len(scales), 2, *[1] * (param.dim() - 1)).unbind(1)
     x = param[rows].to(m.dtype)
     store(param, rows, x - decay * x - step_size * m / (v.sqrt() + eps), WEIGHT)

@@ -68,7 +68,7 @@ def adamw_rows_kernel(
             tl.store(max_exp_avg_sq + state, stored, mask=inside)
         line = scales
         if SCALES_EACH:
-            line = scales + 2 * i
+            line = scales + 2 * tl.load(order + i)
         x = tl.load(param + position, mask=inside, other=0).to(m.dtype)
         x -= tl.load(line) * x
         x -= quotient(tl.load(line + 1) * m, square_root(v) + eps)
@@ -76,7 +76,7 @@ def adamw_rows_kernel(
 
 
 def adamw_rows_(
-    param: Tensor, grad_values: Tensor, ids: Tensor, order: Tensor, slots: Tensor | None, exp_avg: Tensor,
+    param: Tensor, grad_values: Tensor, ids: Tensor, slots: Tensor | None, exp_avg: Tensor,
     exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None, scales: Tensor, beta1: float, beta2: float, eps: float,
     maximize: bool, rounding: Sequence[int],
 ) -> None:  # fmt: skip
@@ -84,6 +84,7 @@ def adamw_rows_(
     if grad_values.numel() == 0:
         return
     width = grad_values.numel() // count
+    ids, order = ids.sort(stable=True)
     block = min(MAX_BLOCK, triton.next_power_of_2(width))
     numbers = [1 - beta1, beta2, 1 - beta2, eps]
     # A Triton float argument is fp32: what is fp64 travels through memory.
