@@ -133,7 +133,7 @@ def step_rows(
         rounding = (group["seed"], int(step), stream) if group["stochastic_rounding"] else ()
         adamw_rows_(p.detach(), values, ids, slots, *moments, scales, **options, rounding=rounding)
         torch.autograd.graph.increment_version(p)
-    state["step"] = torch.tensor(step)  # SparseAdam's is a number
+    state["step"] = torch.tensor(step, dtype=torch.float32)  # SparseAdam's is a number
     if "row_step" in state:
         state["row_step"][lines] = state["row_step"][lines] + 1
     if "row_decay" in state:
