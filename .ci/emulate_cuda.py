@@ -48,8 +48,22 @@ extern "C" const char* cudaGetErrorString(cudaError_t) { return "none"; }
 """
 PLUGIN = """
 import torch
-import sparsekernels
+from sparsekernels.ops import backend
+
 torch.ops.load_library("{library}")
+backend._load_errors.pop("cpu", None)  # the emulated kernels stand in for a native CPU library, built or not
+backend._native.update((name, "cpu") for name in {ops})
+skipped = []
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped:
+        skipped.append(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+    if skipped:
+        session.exitstatus = 1  # nothing may be left out unseen
 """
 
 
@@ -97,11 +111,12 @@ def build(folder: Path) -> Path:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         library = build(Path(name))
-        Path(name, "emulated.py").write_text(PLUGIN.format(library=library))
+        hosts = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cpp"))
+        ops = re.findall(r'm\.impl\("(\w+)"', hosts)
+        Path(name, "emulated.py").write_text(PLUGIN.format(library=library, ops=ops))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), name])}
-        ops = "gather or scatter or adamw"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "emulated", "python_tests/test_ops.py"]
-        command += ["-k", f"native and ({ops})", *sys.argv[1:]]
+        command += ["-k", f"native and ({' or '.join(ops)})", *sys.argv[1:]]
         sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
 
 

@@ -106,10 +106,18 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         for step, rest in ((ages, ()), (one, (one, one, one)), (ages, (one, one, one))):
             state = ([moments], [moments], [], [step], [dense], [positions], *options, *rest)
             yield lambda v=moments, s=state: kernel("adamw_compact_")([v], [v], *s)
+        narrow = moments.bfloat16() if dtype == torch.bfloat16 else moments
+        rest = (*options, None, None, None, [3, 0])
+        for step in (one, ages):
+            state = ([narrow], [narrow], [narrow], [step])
+            compact, gathered = (*state, [dense], [positions], *rest), (*state, [positions], *rest)
+            yield lambda v=moments, a=compact: kernel("adamw_compact_")([v], [v], *a)
+            yield lambda a=gathered: kernel("adamw_gathered_")([dense], [dense], *a)
         tokens = torch.zeros(32, 2048, dtype=dtype), torch.arange(32)
-        for slots, maximum, lines in ((None, None, 1), (torch.arange(32).int(), moments, 32)):
+        ways = ((None, None, 1, []), (torch.arange(32).int(), moments, 32, []), (None, moments, 1, [3, 1, 0]))
+        for slots, maximum, lines, rounding in ways:
             scales = torch.ones(lines, 2, dtype=moments.dtype)
-            listed = (*tokens, slots, moments, moments, maximum, scales, 0.9, 0.999, 1e-8, False)
+            listed = (*tokens, slots, moments, moments, maximum, scales, 0.9, 0.999, 1e-8, False, rounding)
             yield lambda a=listed: kernel("adamw_rows_")(torch.zeros(64, 2048, dtype=dtype), *a)
         yield lambda p=positions, r=rows, t=tokens: kernel("masked_grad_embedding")(*t, p, r, 0)
     yield lambda: kernel("masked_grad_linear")(
