@@ -14,6 +14,15 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, *arg
 
     As `torch.nn.utils.clip_grad_norm_`, whose other arguments it takes. A sparse gradient counts with the norm of its
     sum: duplicate rows are added first, and `.grad` is left coalesced.
+
+    Args:
+        parameters: one or more Parameters of any shape; those without `.grad` are passed over.
+        max_norm: upper limit of the norm.
+
+    Raises:
+        RuntimeError: as torch's, for norms that are not finite with error_if_nonfinite.
+
+    Source: torch's function does the arithmetic; that duplicates are added first is ours.
     """
     return torch.nn.utils.clip_grad_norm_(_stand_ins(parameters), max_norm, *args, **kwargs)
 
@@ -21,7 +30,13 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, *arg
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, *args: Any, **kwargs: Any) -> None:
     """Clamp every entry of every gradient to [-clip_value, clip_value]; sparse ones after adding duplicate rows.
 
-    As `torch.nn.utils.clip_grad_value_`, whose other arguments it takes.
+    As `torch.nn.utils.clip_grad_value_`, whose other arguments it takes; `.grad` is left coalesced.
+
+    Args:
+        parameters: one or more Parameters of any shape; those without `.grad` are passed over.
+        clip_value: upper limit of the magnitude.
+
+    Source: torch's function does the arithmetic; that duplicates are added first is ours.
     """
     torch.nn.utils.clip_grad_value_(_stand_ins(parameters), clip_value, *args, **kwargs)
 

@@ -86,5 +86,5 @@ def numbers(
     device = param.device
     rest = [None if x is None else x.to(device, torch.float32, non_blocking=device.type != "cpu") for x in scale]
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or (group["capturable"] and device.type == "cpu")):
-        return math.nan, lr.to(device, torch.float32, non_blocking=True), rest[0], rest[1]
+        return math.nan, lr.to(device, torch.float32, non_blocking=device.type != "cpu"), rest[0], rest[1]
     return float(lr), None, rest[0], rest[1]
