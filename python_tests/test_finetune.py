@@ -147,6 +147,9 @@ def save_model(folder: Path, kind: str) -> Path:
         )
         model = transformers.BertModel(config)
     model.save_pretrained(folder)
+    if kind == "mean-pooled":
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     return folder
 
 
@@ -190,10 +193,11 @@ def test_language_model_from_end_to_end(
         assert (tmp_path / "out" / plot).stat().st_size > 5000
 
 
+@pytest.mark.parametrize("kind", ["bert", "mean-pooled"])
 def test_classification_with_every_method_and_two_seeds(
-    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    argv = arguments(tmp_path, "bert", write_rows(tmp_path / "rows.csv"))
+    argv = arguments(tmp_path, kind, write_rows(tmp_path / "rows.csv"))
     chosen = [part for method in finetune.METHODS for part in ("--method", method)]
     assert finetune.main([*argv, *chosen, "--seed", "0", "--seed", "1"]) == 0
     printed = capsys.readouterr().out
@@ -203,6 +207,19 @@ def test_classification_with_every_method_and_two_seeds(
     assert runs["random", 0]["trained_weights"] == runs["sift", 0]["trained_weights"]
     assert runs["head", 0]["trained_weights"] == runs["sift", 0]["head_weights"] > 0
     assert [row["seeds"] for row in results["table"]] == [2] * len(finetune.METHODS)
+
+
+def test_a_mean_pooled_model_is_classified_by_the_mean_of_its_real_tokens(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "mean-pooled")
+    model, _ = training.load_model(training.Config("dense", str(folder)), 3)
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    model.eval()
+    found = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([2, 0]))
+    states = model.encoder(input_ids=ids[1:, :2]).last_hidden_state
+    expected = model.classifier(states.mean(1))[0]
+    assert torch.allclose(found.logits[1], expected, atol=1e-6)
+    assert found.loss == torch.nn.functional.cross_entropy(found.logits, torch.tensor([2, 0]))
+    assert not [name for name, _ in model.named_parameters() if "pooler" in name]
 
 
 def test_predictions_that_differ_after_reloading_fail_the_program(

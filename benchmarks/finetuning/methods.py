@@ -105,5 +105,5 @@ METHODS: dict[str, Method] = {
     "dense": Method(prepare_dense, 1e-4, "every weight, torch.optim.AdamW(fused=True)"),
     "sift": Method(prepare_sift, 1e-3, "the largest gradients of the first batch, and the head", sparse=True),
     "random": Method(prepare_random, 1e-3, "a random mask of the same size, and the head", sparse=True),
-    "head": Method(prepare_head, None, "the head alone: classifier and pooler"),
+    "head": Method(prepare_head, None, "the head alone: classifier and, where the model has one, pooler"),
 }

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from tqdm import tqdm
 
@@ -91,9 +91,15 @@ def silence() -> None:
 
 
 def load_model(config: Config, num_labels: int) -> tuple[nn.Module, Any]:
-    """Return the model, its head new where the checkpoint has none for the task, and the tokenizer."""
+    """Return the model, its head new where the checkpoint has none for the task, and the tokenizer.
+
+    A sentence-transformers folder says how its model is to be read: one that pools by the mean gets a classifier over
+    the mean, everything else the head that transformers has for it.
+    """
     silence()
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from .pooling import MeanPooledClassifier, is_mean_pooled
 
     if Path(config.model).is_dir() and not (Path(config.model) / "config.json").is_file():
         raise ModelError(f"--model: the folder {config.model} holds no config.json, so it is not a saved model")
@@ -102,14 +108,16 @@ def load_model(config: Config, num_labels: int) -> tuple[nn.Module, Any]:
     torch.manual_seed(config.seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-        if config.task == "classification":
-            kind: Any = AutoModelForSequenceClassification
-            options = {"num_labels": num_labels}
+        if config.task == "classification" and is_mean_pooled(config.model):
+            model: Any = MeanPooledClassifier(config.model, num_labels)
+        elif config.task == "classification":
+            model = AutoModelForSequenceClassification.from_pretrained(
+                config.model, dtype=torch.float32, ignore_mismatched_sizes=True, num_labels=num_labels
+            )
         else:
-            kind, options = AutoModelForCausalLM, {}
-        model, info = kind.from_pretrained(
-            config.model, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+            model, info = AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(f"--model: cannot load {config.model} for {config.task}: {first_line}") from None
@@ -290,8 +298,9 @@ def ship(config: Config, loaded: Loaded, prepared: Prepared, task: TextTask, out
     model: Any = loaded.model
     if config.method == "dense":
         with tempfile.TemporaryDirectory(dir=out) as folder:
-            model.save_pretrained(folder)
-            return {"ship_bytes": sum(f.stat().st_size for f in Path(folder).glob("*.safetensors")), "reload": None}
+            whole = Path(folder) / "model.safetensors"
+            save_model(model, str(whole))
+            return {"ship_bytes": whole.stat().st_size, "reload": None}
     suffix = "" if config.seed == 0 else f"-seed{config.seed}"
     fresh, _ = load_model(replace(config, seed=config.seed + 1_000_003), len(task.labels))
     if prepared.tuned:
