@@ -2,28 +2,16 @@
 #include "cpu/masked_grad.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "common.h"
+#include "hits.h"
+#include "scratch.h"
 
 namespace sk {
 namespace {
 
 constexpr int64_t kTokens = 256;    // tokens whose panels exist at a time
 constexpr int64_t kGrain = 1 << 15;  // sums that are worth a thread
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Scratch, aligned for whole vectors.
-template <typename S>
-std::unique_ptr<S[], Free> scratch(int64_t count) {
-  void* p = std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(S) + 63) / 64 * 64);
-  STD_TORCH_CHECK(p != nullptr, "out of memory for ", count * int64_t(sizeof(S)), " bytes of scratch");
-  return std::unique_ptr<S[], Free>(static_cast<S*>(p));
-}
 
 // positions -> row and column of the [M, N] weight.
 template <typename I>
@@ -46,8 +34,8 @@ void pack_panels(const T* from, S* panels, int64_t width, int64_t chunk, int64_t
       const int64_t part = at / blocks, first = at - part * blocks, last = std::min(blocks, first + end - at);
       const int64_t t = part * chunk;
       cpu::pack(
-          from + t * width, panels + part * width * chunk, width, chunk, std::min(chunk, tokens - t), first * cpu::kLine,
-          std::min(width, last * cpu::kLine));
+          from + t * width, nullptr, panels + part * width * chunk, width, chunk, std::min(chunk, tokens - t),
+          first * cpu::kLine, std::min(width, last * cpu::kLine));
       at += last - first;
     }
   });
@@ -97,33 +85,6 @@ Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const 
         row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
   });
   return result;
-}
-
-// A token whose id is selected: entries [from, to) of the positions lie in its row.
-struct Hit {
-  int64_t token, from, to;
-};
-
-// The hits in order of position, then of token, so that sums run in the order of the tokens.
-template <typename Id, typename I>
-std::vector<Hit> find_hits(
-    const Id* ids, int64_t tokens, const I* index, int64_t count, int64_t per_row, int64_t padding_idx) {
-  std::vector<Hit> all(tokens);
-  parallel_for(0, tokens, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t id = ids[t];
-      const I* from = std::lower_bound(index, index + count, id * per_row);
-      const I* to = from;
-      if (id != padding_idx) {
-        to = per_row == 1 ? from + (from < index + count && *from == id)
-                          : std::lower_bound(from, std::min(from + per_row, index + count), (id + 1) * per_row);
-      }
-      all[t] = {t, from - index, to - index};
-    }
-  });
-  all.erase(std::remove_if(all.begin(), all.end(), [](const Hit& hit) { return hit.from == hit.to; }), all.end());
-  std::stable_sort(all.begin(), all.end(), [](const Hit& a, const Hit& b) { return a.from < b.from; });
-  return all;
 }
 
 // Hits of one row follow each other and are summed by one thread: [begin, end) is moved on to where rows change.

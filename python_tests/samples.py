@@ -234,6 +234,8 @@ def strided_values(add: bool) -> Callable[[Maker], Case]:
 def all_samples() -> dict[str, list[Sample]]:
     from samples_adamw import adamw_samples
     from samples_adamw_rows import adamw_rows_samples
+    from samples_fisher import fisher_samples
+    from samples_fisher_vector import fisher_vector_samples
     from samples_masked_grad import masked_grad_samples
     from samples_topk import topk_samples
 
@@ -243,6 +245,8 @@ def all_samples() -> dict[str, list[Sample]]:
         Sample("scatter_add_", "strided-values", strided_values(add=True)),
         *adamw_samples(),
         *adamw_rows_samples(),
+        *fisher_samples(),
+        *fisher_vector_samples(),
         *masked_grad_samples(),
         *topk_samples(),
     ]

@@ -123,8 +123,30 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     yield lambda: kernel("masked_grad_linear")(
         torch.zeros(32, 64, dtype=dtype), torch.zeros(32, 2048, dtype=dtype), elements
     )
+    yield from fisher_calls(dtype)
     yield lambda: kernel("topk")([dense, dense[:, :7].contiguous()], 5, False)
     yield lambda: kernel("topk")([dense], 5, True)
+
+
+def fisher_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Whole, by rows, by many elements and by few of them; with either sum and with both."""
+    kernel = backend.triton_kernel
+    grad, input, ids = torch.zeros(2, 16, 64, dtype=dtype), torch.zeros(2, 16, 2048, dtype=dtype), torch.zeros(2, 16)
+    wide = torch.promote_types(dtype, torch.float32)
+    elements = torch.arange(0, grad.shape[2] * input.shape[2], 2, dtype=torch.int32)
+    rows = torch.arange(3)
+    norms = torch.zeros(2, dtype=wide)
+    selections = ((None, False, grad.shape[2]), (rows, True, 3), (elements, False, 0), (elements[:7], False, 0))
+    for positions, by_rows, height in selections:
+        total = torch.zeros((height, input.shape[2]) if height else len(positions), dtype=wide)
+        for sums in ((total, norms), (total, None), (None, norms)):
+            selected = (*sums, positions, by_rows)
+            yield lambda a=selected: kernel("fisher_linear_")(grad, input, *a)
+            yield lambda a=selected: kernel("fisher_embedding_")(input, ids.long(), *a, 0)
+    for x, positions in ((None, None), (grad, None), (None, rows), (grad, rows)):
+        total = torch.zeros(64 if positions is None else 3, dtype=wide)
+        yield lambda a=(x, total, norms, positions): kernel("fisher_vector_")(grad, *a)
+    yield lambda: kernel("fisher_squares_")([total], [total.to(dtype)])
 
 
 class Target:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from samples import Sample, all_samples
+from samples_fisher import BY_NAME, linear
 
 from sparsekernels.ops import OPS, backend
 
@@ -167,6 +168,49 @@ def test_embedding_adds_in_the_order_of_tokens(device: torch.device) -> None:
     elements = run(grad.to(device), ids.to(device), torch.arange(15, device=device), False, -1)
     assert torch.equal(rows.cpu(), expected)
     assert torch.equal(elements.cpu(), expected.flatten())
+
+
+def test_fisher_embedding_adds_in_the_order_of_tokens(device: torch.device) -> None:
+    """Likewise, sample by sample, before it squares."""
+    ids = torch.randint(0, 3, (2, 200))
+    grad = torch.randn(2, 200, 5) * 10 ** torch.randint(-4, 5, (2, 200, 1)).float()
+    run = backend.triton_kernel("fisher_embedding_")
+    sums = torch.zeros(2, 3, 5)
+    for b in range(2):
+        for token, row in zip(ids[b].tolist(), grad[b], strict=True):
+            sums[b, token] += row
+        for positions, rows in ((None, False), (torch.arange(3), True), (torch.arange(15), False)):
+            total = torch.zeros((15,) if positions is not None and not rows else (3, 5), device=device)
+            # The other sample has no gradients: adding its zeros changes no bits.
+            alone = torch.zeros_like(grad)
+            alone[b] = grad[b]
+            selected = None if positions is None else positions.to(device)
+            run(alone.to(device), ids.to(device), total, None, selected, rows, -1)
+            assert torch.equal(total.cpu().view(3, 5), sums[b].square())
+
+
+@interpreted_only
+def test_fisher_embedding_never_writes_outside(watched: None) -> None:
+    """Ids that are no row of the table: the raw op takes them on trust, but memory stays whole."""
+    memory = torch.zeros(9, 4)
+    ids = torch.tensor([[0, 3, 2], [-1, 2, 5]])
+    backend.triton_kernel("fisher_embedding_")(torch.ones(2, 3, 4), ids, memory[3:6], None, None, False, -1)
+    assert memory[:, 0].tolist() == [0, 0, 0, 1, 0, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("few", [0, 10**9], ids=["dot-products", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["all", "last", "some", "sparse-int64"])
+def test_fisher_linear_either_way(
+    few: int, dtype: torch.dtype, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few positions or many: whichever way is taken for them, the other one gives the same."""
+    monkeypatch.setattr(importlib.import_module("sparsekernels.ops.fisher.triton"), "FEW", few)
+    sample = linear(BY_NAME[layout], dtype, (2, 7), padding="holes")
+    case = Sample("fisher_linear_", layout, sample).case(device)
+    case.call(*case.args, backend="triton")
+    for found, expected in zip(case.mutated, case.expected, strict=True):
+        torch.testing.assert_close(found.cpu(), expected.to(found.dtype), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

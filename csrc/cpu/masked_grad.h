@@ -62,10 +62,12 @@ SK_INLINE void transpose(Floats* r) {
 }
 
 // panel[j * chunk + t] = from[t * width + j] for columns [begin, end) and tokens [0, tokens); zero past the last token.
+// Where `order` is given, order[t] stands in the place of t on the right.
 template <typename S, typename T>
 SK_CLONES void pack(
-    const T* __restrict__ from, S* __restrict__ panel, int64_t width, int64_t chunk, int64_t tokens, int64_t begin,
-    int64_t end) {
+    const T* __restrict__ from, const int64_t* order, S* __restrict__ panel, int64_t width, int64_t chunk, int64_t tokens,
+    int64_t begin, int64_t end) {
+  const auto token = [&](int64_t t) { return from + (order ? order[t] : t) * width; };
   for (int64_t t = 0; t < chunk; t += kLine) {
     const int64_t rows = std::clamp<int64_t>(tokens - t, 0, kLine);
     for (int64_t j = begin; j < end; j += kLine) {
@@ -75,7 +77,7 @@ SK_CLONES void pack(
         if (rows == kLine && columns == kLine) {
           Floats block[kLine];
           for (int64_t a = 0; a < kLine; ++a) {
-            const T* row = from + (t + a) * width + j;
+            const T* row = token(t + a) + j;
             for (int64_t b = 0; b < kLine; ++b) block[a][b] = float(row[b]);
           }
           transpose(block);
@@ -84,7 +86,7 @@ SK_CLONES void pack(
         }
       }
       for (int64_t b = 0; b < columns; ++b) {
-        for (int64_t a = 0; a < kLine; ++a) to[b * chunk + a] = a < rows ? S(from[(t + a) * width + j + b]) : S(0);
+        for (int64_t a = 0; a < kLine; ++a) to[b * chunk + a] = a < rows ? S(token(t + a)[j + b]) : S(0);
       }
     }
   }

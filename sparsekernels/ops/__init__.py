@@ -3,6 +3,7 @@
 from . import backend as _backend
 from .adamw import adamw_compact_, adamw_gathered_
 from .adamw_rows import adamw_rows_
+from .fisher import fisher_embedding_, fisher_linear_, fisher_squares_, fisher_vector_
 from .gather_scatter import gather, scatter_, scatter_add_
 from .masked_grad import masked_grad_embedding, masked_grad_linear
 from .table import OPS
@@ -15,6 +16,10 @@ __all__ = [
     "adamw_compact_",
     "adamw_gathered_",
     "adamw_rows_",
+    "fisher_embedding_",
+    "fisher_linear_",
+    "fisher_squares_",
+    "fisher_vector_",
     "gather",
     "masked_grad_embedding",
     "masked_grad_linear",

@@ -16,6 +16,7 @@ from typing import Any
 
 from .adamw import reference as adamw
 from .adamw_rows import reference as adamw_rows
+from .fisher import reference as fisher
 from .gather_scatter import reference as gather_scatter
 from .masked_grad import reference as masked_grad
 from .topk import reference as topk
@@ -107,6 +108,39 @@ OPS: tuple[Op, ...] = (
         "weight gradient of an Embedding at selected rows or elements, without the dense gradient",
         masked_grad.masked_grad_embedding,
         masked_grad.masked_grad_embedding_fake,
+    ),
+    Op(
+        "fisher_squares_",
+        "fisher",
+        "(Tensor(a!)[] totals, Tensor[] grads) -> ()",
+        "add the squares of gradients, elementwise, over a list of tensors",
+        fisher.fisher_squares_,
+        gather_scatter.nothing,
+    ),
+    Op(
+        "fisher_linear_",
+        "fisher",
+        "(Tensor grad_output, Tensor input, Tensor(a!)? total, Tensor(b!)? norms, Tensor? positions, bool rows) -> ()",
+        "add squared per-sample weight gradients of a Linear, and per-sample norms, at all or at selected positions",
+        fisher.fisher_linear_,
+        gather_scatter.nothing,
+    ),
+    Op(
+        "fisher_embedding_",
+        "fisher",
+        "(Tensor grad_output, Tensor ids, Tensor(a!)? total, Tensor(b!)? norms, Tensor? positions, bool rows, "
+        "int padding_idx) -> ()",
+        "the same for an Embedding's table: tokens of one id are summed within their sample, then squared",
+        fisher.fisher_embedding_,
+        gather_scatter.nothing,
+    ),
+    Op(
+        "fisher_vector_",
+        "fisher",
+        "(Tensor grad_output, Tensor? input, Tensor(a!)? total, Tensor(b!)? norms, Tensor? positions) -> ()",
+        "the same for a bias, or for the weight of a norm",
+        fisher.fisher_vector_,
+        gather_scatter.nothing,
     ),
     Op(
         "topk",

@@ -1,0 +1,41 @@
+// Checks that the fisher ops share.
+#pragma once
+#include <optional>
+
+#include "common.h"
+
+namespace sk {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// Memory of total or norms, which must have `numel` elements; null where it is not wanted.
+template <typename S>
+S* sum_pointer(const MaybeTensor& sum, int64_t numel, const char* name) {
+  if (!sum) return nullptr;
+  STD_TORCH_CHECK(
+      sum->is_contiguous() && sum->scalar_type() == scalar_type<S>() && sum->numel() == numel, name,
+      " must be contiguous, of ", numel, " elements in fp32 (fp64 for fp64 activations)");
+  return static_cast<S*>(sum->mutable_data_ptr());
+}
+
+inline void check_activations(const Tensor& grad_output, const MaybeTensor& input) {
+  STD_TORCH_CHECK(
+      grad_output.dim() == 3 && grad_output.is_contiguous(),
+      "grad_output must be contiguous, [samples, tokens, width]");
+  STD_TORCH_CHECK(
+      !input || (input->dim() == 3 && input->is_contiguous() && input->scalar_type() == grad_output.scalar_type() &&
+                 input->size(0) == grad_output.size(0) && input->size(1) == grad_output.size(1)),
+      "input must be contiguous, with the dtype, samples and tokens of grad_output");
+}
+
+// Calls f with a typed pointer to positions, null where all are selected; not at all where none is.
+template <typename F>
+void with_selection(const MaybeTensor& positions, int64_t limit, const F& f) {
+  if (!positions) return f(static_cast<const int64_t*>(nullptr));
+  with_positions(*positions, [&](const auto* index) {
+    check_bounds(index, positions->numel(), limit);
+    if (positions->numel() > 0) f(index);
+  });
+}
+
+}  // namespace sk

@@ -1,0 +1,225 @@
+"""Squares of per-sample gradients, added up over samples (Fisher) or over weights (norms); none is ever stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...selection import Index
+from ..backend import Backend, select
+from ..masked_grad.reference import accumulation_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor], *, backend: Backend | None = None) -> None:
+    """Add the square of each gradient to its total.
+
+    Equivalent to `for total, grad in zip(totals, grads): total += grad.to(total.dtype).square()`.
+
+    Args:
+        totals (fp32; fp64 for fp64 gradients): contiguous; changed in place.
+        grads (fp32, fp64, bf16 or fp16, all of one dtype, shapes as totals): not changed.
+
+    Numerics: squared in the dtype of totals. Deterministic. Cost: one read of grads, one read and write of totals.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes, devices or contiguity do not fit; nothing is written then.
+    """
+    totals, grads = list(totals), list(grads)
+    if len(totals) != len(grads):
+        raise ValueError(f"totals holds {len(totals)} tensors, grads {len(grads)}")
+    for i, (total, grad) in enumerate(zip(totals, grads, strict=True)):
+        _check_activation(f"grads[{i}]", grad, like=grads[0])
+        _check_sum(f"totals[{i}]", total, grad.shape, grad)
+    if totals:
+        select("fisher_squares_", totals[0].device.type, backend)(totals, [_packed(grad) for grad in grads])
+        torch.autograd.graph.increment_version(totals)
+
+
+def fisher_linear_(
+    grad_output: Tensor,
+    input: Tensor,
+    total: Tensor | None = None,
+    norms: Tensor | None = None,
+    index: Index | None = None,
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """Add the squared per-sample weight gradients of a Linear to `total`, and their sums over the weight to `norms`.
+
+    Equivalent to
+        g = torch.einsum("bsm,bsn->bmn", grad_output, input)[:, index]  # never exists: a tile of a sample at a time
+        total += g.square().sum(0); norms += g.square().flatten(1).sum(1)
+
+    Args:
+        grad_output ([B, S, M], fp32, fp64, bf16, fp16): gradient of the layer's output, of the sum of the per-sample
+            losses. A token whose row is all zeros counts as padding, whatever its input holds: ragged samples are
+            padded with zeros.
+        input ([B, S, N], same dtype): the layer's input.
+        total ([M, N], or index.compact_shape; fp32, fp64 for fp64 activations): changed in place; None: not wanted.
+        norms ([B], dtype of total): changed in place; None: not wanted.
+        index: positions in the [M, N] weight; None for the whole of it.
+
+    Numerics: products and squares in the dtype of total; norms are summed in fp64, but for runs of a few squares.
+    Deterministic.
+    Cost: 2*B*S*M*N operations, or 2*B*S*K where few elements are selected; one read and write of total for a chunk of
+    about 1024 tokens on the CPU, for all of them on a GPU. Copies: of the chunk, packed; on a GPU with elements selected
+    both activations transposed, or an int32 map of M*N places.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
+    """
+    _check_activation("grad_output", grad_output, dims=3)
+    _check_activation("input", input, like=grad_output, dims=3)
+    if input.shape[:2] != grad_output.shape[:2]:
+        raise ValueError(f"grad_output is {list(grad_output.shape)}, input {list(input.shape)}: B and S must agree")
+    shape = torch.Size((grad_output.shape[2], input.shape[2]))
+    _check_sums(grad_output, shape, total, norms, index)
+    if total is None and norms is None:
+        return
+    run = select("fisher_linear_", input.device.type, backend)
+    run(_packed(grad_output), _packed(input), total, norms, *_selected(index))
+    _bump(total, norms)
+
+
+def fisher_embedding_(
+    grad_output: Tensor,
+    ids: Tensor,
+    total: Tensor | None = None,
+    norms: Tensor | None = None,
+    index: Index | None = None,
+    *,
+    padding_idx: int | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """Add the squared per-sample gradients of an Embedding's table to `total`, their sums over it to `norms`.
+
+    Equivalent to
+        g = torch.zeros(B, V, D)
+        for b in range(B): g[b].index_add_(0, ids[b], grad_output[b])  # tokens of one id are summed, then squared
+        total += g[:, index].square().sum(0); norms += g[:, index].square().flatten(1).sum(1)
+
+    Args:
+        grad_output ([B, S, D], fp32, fp64, bf16, fp16): of the looked-up rows, of the sum of per-sample losses.
+        ids ([B, S], int32 or int64): the looked-up rows, any order, with duplicates; in [0, V).
+        total ([V, D], or index.compact_shape; fp32, fp64 for fp64 gradients): changed in place; None: not wanted.
+        norms ([B], dtype of total): changed in place; None: not wanted.
+        index: positions in the [V, D] table; None for the whole of it.
+        padding_idx: tokens with this id contribute nothing, as in `torch.nn.Embedding`.
+
+    Numerics: tokens of one id are summed in their order, in the dtype of total; norms in fp64. Deterministic.
+    Cost: a sort of the B*S ids, one read of grad_output, one read and write of a row of total for each id and sample.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then. An id outside of a total
+        of whole rows is found too, by the CPU kernel as a RuntimeError.
+    """
+    _check_activation("grad_output", grad_output, dims=3)
+    if ids.shape != grad_output.shape[:2] or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"ids must be int32 or int64 of shape {list(grad_output.shape[:2])}, got {ids.dtype} {list(ids.shape)}"
+        )
+    if ids.device != grad_output.device:
+        raise ValueError(f"ids are on {ids.device}, grad_output on {grad_output.device}")
+    table = index.shape[0] if index is not None and index.shape else total.shape[0] if total is not None else 0
+    _check_sums(grad_output, torch.Size((table, grad_output.shape[2])), total, norms, index)
+    if total is None and norms is None:
+        return
+    run = select("fisher_embedding_", ids.device.type, backend)
+    padding = -1 if padding_idx is None else padding_idx
+    run(_packed(grad_output), ids.contiguous(), total, norms, *_selected(index), padding)
+    _bump(total, norms)
+
+
+def fisher_vector_(
+    grad_output: Tensor,
+    input: Tensor | None = None,
+    total: Tensor | None = None,
+    norms: Tensor | None = None,
+    index: Index | None = None,
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """Add the squared per-sample gradients of a bias, or of a norm's weight, to `total`, their sums to `norms`.
+
+    Equivalent to
+        g = (grad_output * input).sum(1)[:, index]  # [B, M]; input None stands for ones: a bias
+        total += g.square().sum(0); norms += g.square().sum(1)
+
+    Args:
+        grad_output ([B, S, M], fp32, fp64, bf16, fp16): of the output, of the sum of the per-sample losses.
+        input ([B, S, M], same dtype): for the weight of a norm, what it multiplies; None for a bias.
+        total ([M], or [K] with an index; fp32, fp64 for fp64 activations): changed in place; None: not wanted.
+        norms ([B], dtype of total): changed in place; None: not wanted.
+        index: positions in the [M] parameter; None for the whole of it.
+
+    Numerics: summed over tokens in the dtype of total; norms in fp64. Deterministic. Cost: one read of the activations.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
+    """
+    _check_activation("grad_output", grad_output, dims=3)
+    if input is not None:
+        _check_activation("input", input, like=grad_output, dims=3)
+        if input.shape != grad_output.shape:
+            raise ValueError(
+                f"input must have the shape of grad_output, {list(grad_output.shape)}, got {list(input.shape)}"
+            )
+    _check_sums(grad_output, grad_output.shape[2:], total, norms, index)
+    if total is None and norms is None:
+        return
+    run = select("fisher_vector_", grad_output.device.type, backend)
+    run(_packed(grad_output), None if input is None else _packed(input), total, norms, _selected(index)[0])
+    _bump(total, norms)
+
+
+def _selected(index: Index | None) -> tuple[Tensor | None, bool]:
+    return (None, False) if index is None else (index.positions, index.rows)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Contiguous; and detached, for the input of a layer requires grad, and total must not."""
+    return x.detach().contiguous()
+
+
+def _bump(*sums: Tensor | None) -> None:
+    """Ops made by hand do not tell autograd that they write."""
+    torch.autograd.graph.increment_version([x for x in sums if x is not None])
+
+
+def _check_activation(name: str, x: Tensor, like: Tensor | None = None, dims: int | None = None) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} must be fp32, fp64, bf16 or fp16, got {x.dtype}")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(f"{name} must be [samples, tokens, width], got shape {list(x.shape)}")
+    if like is not None and (x.dtype != like.dtype or x.device != like.device):
+        raise ValueError(f"{name} is {x.dtype} on {x.device}, expected {like.dtype} on {like.device}")
+
+
+def _check_sum(name: str, x: Tensor, shape: torch.Size, activation: Tensor) -> None:
+    wide = accumulation_dtype(activation.dtype)
+    if x.shape != shape or x.dtype != wide or x.device != activation.device:
+        raise ValueError(
+            f"{name} must be {wide} of shape {list(shape)} on {activation.device}, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, and autograd does not see this write; detach it")
+
+
+def _check_sums(
+    activation: Tensor, shape: torch.Size, total: Tensor | None, norms: Tensor | None, index: Index | None
+) -> None:
+    if index is not None and index.shape != shape:
+        raise ValueError(f"the index was made for shape {list(index.shape)}, the activations make {list(shape)}")
+    if index is not None and index.positions.device != activation.device:
+        raise ValueError(f"the index is on {index.positions.device}, the activations on {activation.device}")
+    if total is not None:
+        _check_sum("total", total, shape if index is None else index.compact_shape, activation)
+    if norms is not None:
+        _check_sum("norms", norms, activation.shape[:1], activation)

@@ -1,0 +1,322 @@
+"""Squares of per-sample gradients, in Triton: a gradient lives in the registers of a program, one sample at a time.
+
+No atomics: a program leaves its share of a norm at a place of its own, and every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..gather_scatter.triton import TILE, compact_tile, device_of, scatter_, tile_grid
+from ..masked_grad.reference import accumulation_dtype
+from ..masked_grad.triton import ALIGNMENT, BLOCK_P, BLOCK_T, ELEMENTS_TILE
+
+BLOCK = 1024  # elements of a tensor that a program owns
+BLOCK_M, BLOCK_S = 64, 32  # columns of a vector that a program owns, tokens that it takes at a time
+FEW = 100  # where less than one element in so many is selected, a dot product for each is cheaper than whole tiles
+# Rows and columns of a weight that a program owns, tokens that it takes at a time, warps: nothing spills.
+TILES = {torch.float32: (64, 32, 16, 4), torch.float64: (32, 32, 1, 8)}
+HALF_TILE = (64, 64, 32, 4)
+
+
+@triton.jit
+def fisher_squares_kernel(total, grad, n, BLOCK: tl.constexpr):
+    """One program owns BLOCK elements: total[i] += grad[i]^2."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    before = tl.load(total + offsets, mask=inside, other=0)
+    g = tl.load(grad + offsets, mask=inside, other=0).to(before.dtype)
+    tl.store(total + offsets, before + g * g, mask=inside)
+
+
+@triton.jit
+def fisher_linear_kernel(
+    grad_output, input, real, slots, total, shares, samples, tokens, m, n,
+    SLOTS: tl.constexpr, TOTAL: tl.constexpr, NORMS: tl.constexpr, UPCAST: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_S: tl.constexpr,
+):  # fmt: skip
+    """One program owns TILE_M x TILE_N of a weight: total[i, j] += sum over b of g[b, i, j]^2, where
+
+    g[b, i, j] = sum over s of grad_output[b, s, i] * input[b, s, j]; only tokens that are real count.
+
+    shares[b, program] = sum of g[b]^2 over the tile. With SLOTS an element counts only where slots[i, j] is not
+    negative; that is its place in a compact total.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(n, TILE_N)
+    i = program // across * TILE_M + tl.arange(0, TILE_M)
+    j = program % across * TILE_N + tl.arange(0, TILE_N)
+    place = i[:, None] * n + j[None, :]
+    chosen = (i < m)[:, None] & (j < n)[None, :]
+    if SLOTS:
+        place = tl.load(slots + place, mask=chosen, other=-1)
+        chosen = place >= 0
+    step = tl.arange(0, TILE_S)
+    first = step.to(tl.int64)
+    squares = tl.zeros((TILE_M, TILE_N), shares.dtype.element_ty)
+    for _ in range(samples):
+        g = tl.zeros((TILE_M, TILE_N), shares.dtype.element_ty)
+        for start in range(0, tokens, TILE_S):
+            s = first + start
+            live = start + step < tokens
+            dy = tl.load(grad_output + s[None, :] * m + i[:, None], mask=live[None, :] & (i < m)[:, None], other=0)
+            # What the input holds at padding might be NaN, and 0 * NaN is NaN.
+            live = live & (tl.load(real + s, mask=live, other=0) != 0)
+            x = tl.load(input + s[:, None] * n + j[None, :], mask=live[:, None] & (j < n)[None, :], other=0)
+            if TILE_S == 1:  # an outer product: not every Triton has a tl.dot for fp64
+                g += dy * x
+            elif UPCAST:  # the interpreter gets products of bf16 wrong
+                g = tl.dot(dy.to(g.dtype), x.to(g.dtype), g, input_precision="ieee")
+            else:
+                g = tl.dot(dy, x, g, input_precision="ieee")
+        square = tl.where(chosen, g * g, 0.0)
+        squares += square
+        if NORMS:
+            tl.store(shares + program, tl.sum(square))
+            shares += tl.num_programs(0)
+        first += tokens
+    if TOTAL:
+        tl.store(total + place, tl.load(total + place, mask=chosen, other=0) + squares, mask=chosen)
+
+
+@triton.jit
+def fisher_elements_kernel(
+    grad_output, input, positions, total, shares, count, samples, tokens, m, n,
+    TOTAL: tl.constexpr, NORMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_P positions: total[p] += sum over b of g[b, p]^2, where
+
+    g[b, p] = sum over s of grad_output[b, p // n, s] * input[b, p % n, s]. shares[b, program] = sum over p of g[b]^2.
+
+    Both factors come transposed, so a position reads two runs of neighbours.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    slots = program * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = slots < count
+    position = tl.load(positions + slots, mask=inside, other=0).to(tl.int64)
+    row, column = position // n, position % n
+    squares = tl.zeros((BLOCK_P,), shares.dtype.element_ty)
+    for _ in range(samples):
+        g = tl.zeros((BLOCK_P, BLOCK_T), shares.dtype.element_ty)
+        for start in range(0, tokens, BLOCK_T):
+            s = start + tl.arange(0, BLOCK_T)[None, :]
+            mask = inside[:, None] & (s < tokens)
+            dy = tl.load(grad_output + (row * tokens)[:, None] + s, mask=mask, other=0).to(g.dtype)
+            x = tl.load(input + (column * tokens)[:, None] + s, mask=mask, other=0).to(g.dtype)
+            g += dy * x
+        row += m
+        column += n
+        sums = tl.sum(g, 1)
+        squares += sums * sums
+        if NORMS:
+            tl.store(shares + program, tl.sum(sums * sums))
+            shares += tl.num_programs(0)
+    if TOTAL:
+        tl.store(total + slots, tl.load(total + slots, mask=inside, other=0) + squares, mask=inside)
+
+
+@triton.jit
+def fisher_embedding_kernel(
+    grad_output, order, firsts, lasts, ids, positions, total, shares, count, width, dim, samples, tokens,
+    WHOLE: tl.constexpr, ELEMENTS: tl.constexpr, TOTAL: tl.constexpr, NORMS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_K slots by BLOCK_D columns: total[k, d] += sum over b of g[b, k, d]^2, where
+
+    g[b, k, d] = sum of grad_output[t, d] over the tokens t of slot k that lie in sample b.
+
+    The tokens of slot k are order[firsts[k]:lasts[k]], ascending. shares[program, b] = sum of g[b]^2 over the tile;
+    it holds zeros before. With WHOLE, slot k is row ids[k] of total.
+    """
+    slots, columns, inside = compact_tile(count, width, BLOCK_K, BLOCK_D)
+    there = slots < count
+    cursor = tl.load(firsts + slots, mask=there, other=0)
+    last = tl.load(lasts + slots, mask=there, other=0)
+    inside = inside & (cursor < last)[:, None]
+    if ELEMENTS:
+        column = (tl.load(positions + slots, mask=there, other=0).to(tl.int64) % dim)[:, None]
+    else:
+        column = columns[None, :]
+    shares += tl.program_id(0).to(tl.int64) * samples
+    squares = tl.zeros((BLOCK_K, BLOCK_D), shares.dtype.element_ty)
+    while tl.max(last - cursor, 0) > 0:  # for each sample that has tokens of this tile
+        token = tl.load(order + cursor, mask=cursor < last, other=samples * tokens)
+        sample = tl.min(token, 0) // tokens
+        end = (sample + 1) * tokens
+        g = tl.zeros((BLOCK_K, BLOCK_D), shares.dtype.element_ty)
+        while tl.min(token, 0) < end:
+            live = token < end
+            mask = live[:, None] & inside
+            g += tl.load(grad_output + token[:, None] * dim + column, mask=mask, other=0).to(g.dtype)
+            cursor += live.to(cursor.dtype)
+            token = tl.load(order + cursor, mask=cursor < last, other=samples * tokens)
+        squares += g * g
+        if NORMS:
+            tl.store(shares + sample, tl.sum(g * g))
+    if TOTAL:
+        row = tl.load(ids + slots, mask=there, other=0).to(tl.int64) if WHOLE else slots
+        places = total + row[:, None] * width + columns[None, :]
+        tl.store(places, tl.load(places, mask=inside, other=0) + squares, mask=inside)
+
+
+@triton.jit
+def fisher_vector_kernel(
+    grad_output, input, positions, squares, count, tokens, m,
+    POSITIONS: tl.constexpr, INPUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_M entries of a sample: squares[b, k] = g[b, k]^2, where
+
+    g[b, k] = sum over s of grad_output[b, s, p] * input[b, s, p] for p = positions[k].
+    """
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(count, BLOCK_M)
+    b = program // blocks
+    slots = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = slots < count
+    column = tl.load(positions + slots, mask=inside, other=0).to(tl.int64) if POSITIONS else slots
+    g = tl.zeros((BLOCK_S, BLOCK_M), squares.dtype.element_ty)
+    for start in range(0, tokens, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        places = (b * tokens + s)[:, None] * m + column[None, :]
+        mask = (s < tokens)[:, None] & inside[None, :]
+        dy = tl.load(grad_output + places, mask=mask, other=0).to(g.dtype)
+        if INPUT:
+            dy *= tl.load(input + places, mask=mask, other=0).to(g.dtype)
+        g += dy
+    sums = tl.sum(g, 0)
+    tl.store(squares + b * count + slots, sums * sums, mask=inside)
+
+
+def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for total, grad in zip(totals, grads, strict=True):
+        if total.numel():
+            with device_of(total):
+                fisher_squares_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, grad, total.numel(), BLOCK=BLOCK)
+
+
+def fisher_linear_(
+    grad_output: Tensor, input: Tensor, total: Tensor | None, norms: Tensor | None, positions: Tensor | None, rows: bool
+) -> None:
+    if grad_output.numel() == 0 or input.numel() == 0 or (positions is not None and positions.numel() == 0):
+        return
+    real = grad_output.any(2)  # of the whole row, whether or not it is selected
+    if positions is not None and rows:
+        grad_output, positions = grad_output.index_select(2, positions), None
+    m, n = grad_output.shape[2], input.shape[2]
+    if positions is not None and positions.shape[0] * FEW < m * n:
+        _linear_elements(_by_column(grad_output), _by_column(input, real), total, norms, positions, m, n)
+        return
+    slots = None
+    if positions is not None:
+        slots = positions.new_full((m * n,), -1, dtype=torch.int32)
+        scatter_(slots, positions, torch.arange(positions.shape[0], dtype=torch.int32, device=slots.device), False)
+    tile_m, tile_n, tile_s, warps = TILES.get(input.dtype, HALF_TILE)
+    programs = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
+    shares = _shares(grad_output, (grad_output.shape[0], programs))
+    with device_of(input):
+        fisher_linear_kernel[(programs,)](
+            grad_output, input, real, slots, total, shares, *grad_output.shape[:2], m, n,
+            SLOTS=slots is not None, TOTAL=total is not None, NORMS=norms is not None,
+            UPCAST=_is_interpreted(fisher_linear_kernel), TILE_M=tile_m, TILE_N=tile_n, TILE_S=tile_s,
+            num_warps=warps,
+        )  # fmt: skip
+    _add_shares(norms, shares, 1)
+
+
+def _linear_elements(
+    grad_output: Tensor, input: Tensor, total: Tensor | None, norms: Tensor | None, positions: Tensor, m: int, n: int
+) -> None:
+    """Both activations are [B, width, tokens]."""
+    samples, _, tokens = input.shape
+    count = positions.shape[0]
+    programs = triton.cdiv(count, BLOCK_P)
+    shares = _shares(grad_output, (samples, programs))
+    with device_of(input):
+        fisher_elements_kernel[(programs,)](
+            grad_output, input, positions, total, shares, count, samples, tokens, m, n,
+            TOTAL=total is not None, NORMS=norms is not None, BLOCK_P=BLOCK_P, BLOCK_T=BLOCK_T,
+        )  # fmt: skip
+    _add_shares(norms, shares, 1)
+
+
+def fisher_embedding_(
+    grad_output: Tensor, ids: Tensor, total: Tensor | None, norms: Tensor | None, positions: Tensor | None, rows: bool,
+    padding_idx: int,
+) -> None:  # fmt: skip
+    samples, tokens, dim = grad_output.shape
+    if grad_output.numel() == 0 or (positions is not None and positions.numel() == 0):
+        return
+    # A stable sort keeps the tokens of an id in their order; then each slot owns a run of them.
+    ids, order = ids.flatten().sort(stable=True)
+    elements = positions is not None and not rows
+    if positions is None:  # each token has a slot, and the first one of an id does the work
+        owners = ids
+    else:
+        owners = (positions // dim if elements else positions).to(ids.dtype)
+    firsts = torch.searchsorted(ids, owners)
+    lasts = torch.searchsorted(ids, owners, right=True)
+    idle = owners == padding_idx
+    if positions is None:
+        idle |= firsts != torch.arange(firsts.shape[0], device=firsts.device)
+        if total is not None:  # never write outside
+            idle |= (owners < 0) | (owners >= total.shape[0])
+    lasts = torch.where(idle, firsts, lasts)
+    count, width = owners.shape[0], 1 if elements else dim
+    grid, block_k, block_d = tile_grid(count, width, ELEMENTS_TILE if elements else TILE)
+    shares = _shares(grad_output, (*grid, samples)).zero_()
+    with device_of(grad_output):
+        fisher_embedding_kernel[grid](
+            grad_output, order, firsts, lasts, owners, positions, total, shares, count, width, dim, samples, tokens,
+            WHOLE=positions is None, ELEMENTS=elements, TOTAL=total is not None, NORMS=norms is not None,
+            BLOCK_K=block_k, BLOCK_D=block_d,
+        )  # fmt: skip
+    _add_shares(norms, shares, 0)
+
+
+def fisher_vector_(
+    grad_output: Tensor, input: Tensor | None, total: Tensor | None, norms: Tensor | None, positions: Tensor | None
+) -> None:
+    samples, tokens, m = grad_output.shape
+    count = m if positions is None else positions.shape[0]
+    if grad_output.numel() == 0 or count == 0:
+        return
+    squares = _shares(grad_output, (samples, count))
+    with device_of(grad_output):
+        fisher_vector_kernel[(samples * triton.cdiv(count, BLOCK_M),)](
+            grad_output, input, positions, squares, count, tokens, m,
+            POSITIONS=positions is not None, INPUT=input is not None, BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S,
+        )  # fmt: skip
+    if total is not None:
+        total += squares.sum(0)
+    _add_shares(norms, squares, 1)
+
+
+def _shares(activation: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return activation.new_empty(shape, dtype=accumulation_dtype(activation.dtype))
+
+
+def _add_shares(norms: Tensor | None, shares: Tensor, dim: int) -> None:
+    """What the programs left for each sample, added up in fp64."""
+    if norms is not None:
+        norms += shares.sum(dim, dtype=torch.float64)
+
+
+def _by_column(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """A copy as [B, width, tokens], zero where a token is not real, and where it is filled up to whole vectors."""
+    samples, tokens, width = x.shape
+    out = x.new_empty((samples, width, triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT))
+    out[:, :, :tokens] = x.transpose(1, 2)
+    out[:, :, tokens:] = 0
+    if real is not None:
+        out[:, :, :tokens].masked_fill_(~real[:, None, :], 0)
+    return out
+
+
+def _is_interpreted(kernel: Any) -> bool:
+    return not isinstance(kernel, triton.JITFunction)
