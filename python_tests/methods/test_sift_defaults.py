@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparsekernels import Index, Selection
 from sparsekernels.methods import sift
-from sparsekernels.methods.sift import GradientCurve, default_head, default_targets
+from sparsekernels.methods.sift import GradientCurve
+from sparsekernels.names import default_head, default_targets
 
 PROJECTIONS = {
     "bert": r"bert\.encoder\.layer\.[01]\."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..names import default_head, default_targets, matching
 from ..selection import Index, Selection, count_for
 
-HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs", "pooler")
 SHARES = tuple(10 ** (-4 + i / 8) for i in range(33))  # 0.01 % to 100 %, eight points a decade
 CURVE_CHUNK = 1 << 22  # elements whose buckets exist at a time
 
@@ -68,8 +67,8 @@ def sift(
     """
     count_for(1, None, density)
     names = dict(model.named_parameters())
-    dense = _matching(names, head, "head") if head is not None else default_head(model)
-    chosen = _matching(names, targets, "targets") if targets is not None else default_targets(model)
+    dense = matching(names, head, "head") if head is not None else default_head(model)
+    chosen = matching(names, targets, "targets") if targets is not None else default_targets(model)
     chosen = [name for name in chosen if name not in set(dense)]
     if not chosen:
         raise ValueError("targets: the model has no weights in numbered blocks; name the targets yourself")
@@ -100,25 +99,6 @@ def sift(
     return selection
 
 
-def default_targets(model: nn.Module) -> list[str]:
-    """Attention and MLP projections: weights of two or more dimensions inside numbered blocks, embeddings excluded."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2
-        and parameter.is_floating_point()
-        and id(parameter) not in embeddings
-        and any(part.isdigit() for part in name.split("."))
-        and not _in_head(name)
-    ]
-
-
-def default_head(model: nn.Module) -> list[str]:
-    """The parameters of a task head, which starts from random weights and trains densely."""
-    return [name for name, _ in model.named_parameters() if _in_head(name)]
-
-
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The loss a Hugging Face model computes itself from a batch with labels."""
     device = next(model.parameters()).device
@@ -127,18 +107,6 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         raise ValueError("loss: the model returned none; put labels into the batches or pass a function as loss")
     loss: Tensor = output.loss
     return loss
-
-
-def _in_head(name: str) -> bool:
-    return any(part in HEAD_NAMES for part in name.split("."))
-
-
-def _matching(names: Iterable[str], patterns: Iterable[str], argument: str) -> list[str]:
-    names, patterns = list(names), [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"{argument}: no parameter matches {pattern!r}; names look like {names[0]!r}")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _groups(names: list[str], parameters: Mapping[str, nn.Parameter], limit: int) -> Iterator[list[str]]:
