@@ -2,6 +2,7 @@
 
 from . import methods, ops
 from .delta import Delta
+from .fisher import fisher_diagonal, squared_gradient_norms
 from .optim import SparseAdamW, clip_grad_norm_, clip_grad_value_
 from .selection import Index, Selection
 from .sparsify import SparseModel, sparsify
@@ -14,8 +15,10 @@ __all__ = [
     "SparseModel",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "fisher_diagonal",
     "methods",
     "ops",
     "sparsify",
+    "squared_gradient_norms",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,115 @@
+"""What the tests of Fisher information share: ragged batches of many kinds of model, and the loop that is right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+VOCABULARY = 37
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+_MLP = {**_SIZES, "intermediate_size": 24}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+_GEMMA = {**_MLP, "num_key_value_heads": 2, "head_dim": 8}
+_IDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+
+CLASSIFIERS = {
+    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_MLP, num_labels=4)),
+    "albert": lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**_MLP, embedding_size=8, num_labels=4)),
+    "roberta": lambda: hf.RobertaForSequenceClassification(
+        hf.RobertaConfig(**_MLP, num_labels=4, max_position_embeddings=32)
+    ),
+    "deberta": lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**_MLP, num_labels=4)),
+}
+LANGUAGE_MODELS = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT, **_IDS)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_MLP, **_IDS, num_key_value_heads=2)),
+    "llama-tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_MLP, **_IDS, tie_word_embeddings=True)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GEMMA, **_IDS)),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_GEMMA, **_IDS)),
+    "bert-mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**_MLP)),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(**_SIZES, **_IDS, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16)
+    ),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**_MLP, **_IDS, num_key_value_heads=2, num_local_experts=3, experts_implementation="eager")
+    ),
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            vocab_size=VOCABULARY, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, decoder_start_token_id=0
+        )
+    ),
+}
+MODELS = CLASSIFIERS | LANGUAGE_MODELS
+SLOW = {  # parts that are not split by sample, as the warning names them
+    "gemma": "embed_tokens",  # its lookup scales what the table holds
+    "opt": "embed_positions",
+    "mixtral": "experts",
+    "t5": "relative_attention_bias",
+}
+
+
+def model(kind: str, seed: int = 0) -> nn.Module:
+    """A tiny model with random weights, in train mode, norms and biases random too."""
+    torch.manual_seed(seed)
+    made = MODELS[kind]().train()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def ragged(kind: str, lengths: Iterable[int] = (9, 4, 9, 1, 7), seed: int = 0) -> dict[str, Tensor]:
+    """A batch of samples of these lengths, padded with random tokens that the mask hides."""
+    lengths = [max(2, n) if kind in LANGUAGE_MODELS else n for n in lengths]  # one token has no next one
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    if kind in LANGUAGE_MODELS:
+        labels = ids.masked_fill(mask == 0, -100)
+    else:
+        labels = torch.randint(0, 4, (len(lengths),), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def one(batch: dict[str, Tensor], b: int) -> dict[str, Tensor]:
+    return {key: x[b : b + 1] for key, x in batch.items()}
+
+
+def gradients(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The gradient of each sample's own loss, in fp64: a plain loop over batches of one."""
+    twin: Any = copy.deepcopy(model).double().eval().requires_grad_(True)
+    found = []
+    for batch in batches:
+        for b in range(len(batch["input_ids"])):
+            twin.zero_grad()
+            twin(**one(batch, b)).loss.backward()
+            found.append(
+                {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in twin.named_parameters()}
+            )
+    return found
+
+
+def fisher(grads: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: sum(grad[name].square() for grad in grads) for name in grads[0]}
+
+
+def norms(grads: list[dict[str, Tensor]]) -> Tensor:
+    return torch.stack([sum(grad.square().sum() for grad in one.values()) for one in grads])
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Relative error of each tensor as a whole; one that is zero but for rounding is measured by the largest."""
+    assert list(found) == list(expected)
+    largest = max(float(x.norm()) for x in expected.values())
+    for name, x in expected.items():
+        assert found[name].shape == x.shape
+        error = float((found[name].double() - x).norm())
+        assert error <= tolerance * float(x.norm()) + 1e-12 * largest, f"{name}: {error:.3g} of {float(x.norm()):.3g}"

@@ -1,0 +1,211 @@
+"""The diagonal of the empirical Fisher information, and per-sample gradient norms, in batched passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .autograd import is_sparsified
+from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of
+from .names import matching
+from .per_sample import Collector, Misfit
+from .selection import Index, Selection
+
+Labels = Literal["given", "expected"]
+
+
+@overload
+def fisher_diagonal(
+    model: nn.Module,
+    samples: Iterable[Batch],
+    *,
+    loss: Loss | None = ...,
+    labels: Labels = ...,
+    selection: Selection | None = ...,
+    names: Iterable[str] | None = ...,
+    return_norms: Literal[False] = ...,
+    progress: bool = ...,
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def fisher_diagonal(
+    model: nn.Module,
+    samples: Iterable[Batch],
+    *,
+    loss: Loss | None = ...,
+    labels: Labels = ...,
+    selection: Selection | None = ...,
+    names: Iterable[str] | None = ...,
+    return_norms: Literal[True],
+    progress: bool = ...,
+) -> tuple[dict[str, Tensor], Tensor]: ...
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    samples: Iterable[Batch],
+    *,
+    loss: Loss | None = None,
+    labels: Labels = "given",
+    selection: Selection | None = None,
+    names: Iterable[str] | None = None,
+    return_norms: bool = False,
+    progress: bool = True,
+) -> dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]:
+    """Add up, over samples, the square of each sample's own gradient; the model is left as it was.
+
+    Equivalent to, in eval mode, but in one batched backward a batch and without any per-sample gradient in memory
+        for sample in samples:  # batches of one
+            for name, g in zip(names, torch.autograd.grad(model(**sample).loss, parameters)): fisher[name] += g**2
+
+    Args:
+        model: any torch model; a sparsified one must be restored first. Linear, GPT-2's Conv1D, Embedding, LayerNorm
+            and RMSNorm are split by sample; tied weights count once. Parameters of any other module take an exact
+            backward for each sample, and a warning names them. A probe of one sample finds out which those are.
+        samples: batches in Hugging Face form (mappings of tensors with labels), of any size; moved to the model's
+            device. The result does not depend on how samples are batched.
+        loss: function of (model, batch) that returns one loss for each sample, [B], without mixing them. Default: the
+            model's own loss on each sample alone; for language models that is the mean over its labelled tokens.
+        labels: "given", or "expected" for classifiers: sum over classes y of p(y|x) times the square of the gradient of
+            log p(y|x); labels are not used then.
+        selection: restrict to these positions.
+        names: patterns (as in `fnmatch`) of parameter names; default: all floating-point ones, or the selection's.
+        return_norms: also return the squared gradient norm of each sample over the same positions.
+        progress: show a progress bar.
+
+    Returns:
+        name -> tensor of the parameter's shape, or index.compact_shape under a selection; fp32 (fp64 for fp64 models),
+        on the device of the parameter. It is a sum over samples, not a mean. With return_norms also a tensor [samples].
+
+    Numerics: fp32 accumulation, fp64 for fp64 models. Deterministic on the CPU.
+    Cost: for each batch a forward and a backward without weight gradients, and for a Linear of M x N 2*T*M*N operations
+    more for T tokens; F itself. A weight that is used more than once, tied ones included, is kept until its last use.
+
+    Raises:
+        ValueError: no samples, samples without labels or with an empty attention mask, a loss that mixes samples, names
+            that match nothing, or a gradient that is not finite: the sample is named.
+
+    Source: FISH (Sung et al., arXiv 2111.09839), section 3.1.
+    """
+    indices = _indices(model, selection, names)
+    totals = {name: zeros_for(model.get_parameter(name), index) for name, index in indices.items()}
+    norms = accumulate(model, list(samples), indices, totals, loss, labels, progress)
+    return (totals, norms) if return_norms else totals
+
+
+def squared_gradient_norms(
+    model: nn.Module,
+    samples: Iterable[Batch],
+    *,
+    loss: Loss | None = None,
+    labels: Labels = "given",
+    selection: Selection | None = None,
+    names: Iterable[str] | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Compute the squared L2 norm of each sample's own gradient, over all parameters or over a selection.
+
+    The same pass as `fisher_diagonal`, without its totals: neither gradients nor Fisher are in memory.
+
+    Args and Raises: as `fisher_diagonal`.
+
+    Returns:
+        [samples], in the order of the samples; fp32 (fp64 for fp64 models), on the model's device.
+    """
+    indices = _indices(model, selection, names)
+    return accumulate(model, list(samples), indices, {}, loss, labels, progress)
+
+
+def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str] | None) -> dict[str, Index | None]:
+    """Name -> the part of the parameter that counts, None for the whole."""
+    if any(is_sparsified(module) for module in model.modules()):
+        raise ValueError("model is sparsified, so its weights have no gradients of their own; call restore() first")
+    if selection is not None:
+        parameters = selection.check(model)
+        if names is not None:
+            raise ValueError("give either selection or names")
+        return {name: index.to(parameters[name].device) for name, index in selection.items()}
+    floating = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    return dict.fromkeys(floating if names is None else matching(floating, names, "names"))
+
+
+def zeros_for(parameter: Tensor, index: Index | None) -> Tensor:
+    shape = parameter.shape if index is None else index.compact_shape
+    return parameter.new_zeros(shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def accumulate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    indices: Mapping[str, Index | None],
+    totals: Mapping[str, Tensor],
+    loss: Loss | None,
+    labels: str,
+    progress: bool,
+) -> Tensor:
+    """Add squares of all samples to `totals`; return the squared norm of each sample."""
+    if not batches:
+        raise ValueError("samples holds no batch")
+    sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
+    terms = PerSampleLoss(loss, labels)
+    with Collector(model, indices, totals) as collector, torch.enable_grad():
+        first = _moved(batches[0], collector.device)
+        terms.check(model, first)
+        twin = rows_of(first, torch.tensor([0, 0]), sizes[0])
+        collector.check(lambda: terms.terms(model, twin, 2), _length(twin))
+        said: set[str] = set()
+        while True:
+            _say_fallback(collector, said)
+            norms: list[Tensor] = []
+            try:
+                with tqdm(total=sum(sizes), desc="Fisher", unit="sample", disable=not progress, leave=False) as bar:
+                    for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+                        norms.append(_one_batch(collector, terms, _moved(batch, collector.device), size, number))
+                        bar.update(size)
+            except Misfit:
+                for total in totals.values():
+                    total.zero_()
+                continue
+            return torch.cat(norms)
+
+
+def _one_batch(collector: Collector, terms: PerSampleLoss, batch: Batch, size: int, number: int) -> Tensor:
+    model = collector.model
+    norms, finite = collector.add(
+        lambda: terms.terms(model, batch, size),
+        lambda b: terms.terms(model, rows_of(batch, torch.tensor([b]), size), 1),
+        size,
+        _length(batch),
+    )
+    if not bool(finite.all()):
+        broken = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"samples: the gradient of sample {broken} in batch {number} is not finite")
+    return norms
+
+
+def _say_fallback(collector: Collector, said: set[str]) -> None:
+    new = {name: why for name, why in collector.fallback.items() if name not in said}
+    if new:
+        listed = "; ".join(f"{name} ({why})" for name, why in list(new.items())[:5])
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        warnings.warn(
+            f"fisher: {len(new)} parameters take one backward a sample, exact but slow: {listed}{more}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        said.update(new)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+
+
+def _length(batch: Batch) -> int:
+    ids = batch.get("input_ids")
+    return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0

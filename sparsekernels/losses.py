@@ -1,0 +1,156 @@
+"""One loss for each sample of a batch: what per-sample gradients are gradients of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+IGNORED = -100  # the label of tokens that have none
+TOLERANCE = 1e-3  # between the model's own loss on a sample and ours: half precision rounds it
+
+
+def batch_size(batch: Batch, number: int) -> int:
+    """How many samples a batch holds; its number is for the message.
+
+    Raises:
+        ValueError: it is no mapping with tensors, is empty, or has a sample whose attention mask is zero throughout.
+    """
+    tensors = [x for x in batch.values() if isinstance(x, Tensor) and x.dim()] if isinstance(batch, Mapping) else []
+    if not tensors:
+        raise ValueError(
+            f"samples: batch {number} must be a mapping of tensors as a Hugging Face model takes, "
+            f"got {type(batch).__name__}"
+        )
+    first = batch.get("input_ids", tensors[0])
+    mask = batch.get("attention_mask")
+    if not len(first):
+        raise ValueError(f"samples: batch {number} is empty")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        empty = (mask != 0).any(1).logical_not()
+        if bool(empty.any()):
+            raise ValueError(
+                f"samples: the attention_mask of sample {int(empty.nonzero()[0])} in batch {number} is all zero; "
+                "leave the sample out"
+            )
+    return len(first)
+
+
+def rows_of(batch: Batch, chosen: Tensor, size: int) -> dict[str, Any]:
+    """The batch with these samples only; what has not one entry for each sample stays as it is."""
+    return {
+        key: x[chosen.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == size else x
+        for key, x in batch.items()
+    }
+
+
+class PerSampleLoss:
+    """Computes the terms whose squared gradients are added up, each a tensor [B].
+
+    With given labels there is one: the model's own loss on each sample alone, as far as that can be told from its
+    logits and labels; the first and the last sample of the first batch are run alone to see that it is. With expected
+    labels there is one term for each class y: sqrt(p(y|x)) * log p(y|x) with the root held fixed, so that its squared
+    gradient is that of log p(y|x) weighted by p(y|x).
+    """
+
+    def __init__(self, loss: Loss | None, labels: str) -> None:
+        if labels not in ("given", "expected"):
+            raise ValueError(f'labels must be "given" or "expected", got {labels!r}')
+        if loss is not None and labels == "expected":
+            raise ValueError('labels="expected" has its own loss, the log-likelihood; leave loss out')
+        self.custom, self.expected = loss, labels == "expected"
+        self.shift: bool | None = None
+
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        """Refuse what is no loss for each sample; find out how the model makes its own."""
+        size = batch_size(batch, 0)
+        if self.custom is not None or self.expected:
+            with torch.no_grad():
+                next(iter(self.terms(model, batch, size)))
+            return
+        for b in dict.fromkeys((0, size - 1)):
+            alone = rows_of(batch, torch.tensor([b]), size)
+            with torch.no_grad():
+                own = getattr(model(**alone), "loss", None)
+                if own is None:
+                    raise ValueError("samples: the model returns no loss for them; put labels in or pass loss")
+                found = {shift: self._of_labels(model, alone, shift) for shift in self._shifts()}
+            fits = [shift for shift, ours in found.items() if torch.allclose(ours, own.to(ours), TOLERANCE, TOLERANCE)]
+            if not fits:
+                values = " or ".join(f"{float(ours):.6g}" for ours in found.values())
+                raise ValueError(
+                    f"loss: the model's own loss on one sample is {float(own):.6g}, cross-entropy or squared error "
+                    f"from its logits {values}; pass loss, a function of (model, batch) that returns one loss a sample"
+                )
+            self.shift = fits[0]
+
+    def _shifts(self) -> list[bool]:
+        return [True, False] if self.shift is None else [self.shift]
+
+    def terms(self, model: nn.Module, batch: Batch, size: int) -> Iterator[Tensor]:
+        """Each term, [B]; they share one forward."""
+        if self.expected:
+            logits = _logits(model(**{key: x for key, x in batch.items() if key != "labels"}))
+            if logits.dim() != 2:
+                raise ValueError(f'labels="expected" needs logits [samples, classes], got {list(logits.shape)}')
+            log_p = F.log_softmax(logits, 1)
+            roots = log_p.detach().div(2).exp()
+            yield from (roots * log_p).unbind(1)
+            return
+        if self.custom is None:
+            yield self._of_labels(model, batch, bool(self.shift))
+            return
+        losses = self.custom(model, batch)
+        single = size == 1 and isinstance(losses, Tensor) and losses.dim() == 0
+        if not single and (not isinstance(losses, Tensor) or losses.shape != (size,)):
+            got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"loss must return one value a sample, shape [{size}], got {got}; "
+                'a mean over the batch mixes the samples: use reduction="none"'
+            )
+        yield losses.reshape(size)
+
+    def _of_labels(self, model: nn.Module, batch: Batch, shift: bool) -> Tensor:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            raise ValueError('samples have no labels; put them into the batches, or use labels="expected" or loss')
+        inside = getattr(
+            getattr(model, "config", None), "is_encoder_decoder", False
+        )  # makes its decoder's input of them
+        logits = _logits(model(**{key: x for key, x in batch.items() if inside or key != "labels"}))
+        if logits.dim() == 3 and labels.dim() == 2:
+            return _over_tokens(logits, labels, shift and not inside)
+        if logits.dim() == 2 and labels.is_floating_point():
+            if labels.dim() == 2 and labels.shape[1] > 1:
+                return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
+            return F.mse_loss(logits.reshape(-1), labels.to(logits).reshape(-1), reduction="none")
+        if logits.dim() == 2 and labels.dim() == 1:
+            return F.cross_entropy(logits, labels, reduction="none")
+        raise ValueError(
+            f"loss: no per-sample loss is known for logits {list(logits.shape)} and labels {list(labels.shape)}; "
+            "pass loss, a function of (model, batch) that returns one loss a sample"
+        )
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError("loss: the model returns no logits; pass loss, a function of (model, batch) -> [samples]")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _over_tokens(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    """The mean over the labelled tokens of each sample."""
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    real = labels != IGNORED
+    counts = real.sum(1)
+    if bool((counts == 0).any()):
+        raise ValueError(f"samples: sample {int((counts == 0).nonzero()[0])} of a batch has no labelled token")
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    return losses.sum(1) / counts
