@@ -1,0 +1,171 @@
+"""FISH Mask: train the entries with the largest Fisher information (Sung et al., arXiv 2111.09839)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fisher import Labels, accumulate, zeros_for
+from ..losses import Batch, Loss, batch_size, rows_of
+from ..names import default_head, matching
+from ..ops import topk
+from ..selection import Index, Selection
+
+MAX_FISHER_BYTES = 4 << 30
+
+
+def fish(
+    model: nn.Module,
+    samples: Iterable[Batch],
+    density: float = 0.005,
+    *,
+    num_samples: int | None = 1024,
+    labels: Labels = "given",
+    targets: Iterable[str] | None = None,
+    head: Iterable[str] | None = None,
+    loss: Loss | None = None,
+    max_fisher_bytes: int = MAX_FISHER_BYTES,
+    progress: bool = True,
+) -> Selection:
+    """Select, over all tensors together, the entries with the largest diagonal Fisher information.
+
+    One global top-k: k = int(density * numel of the model) - numel of the head, which trains densely and is charged to
+    the budget. The Fisher information is a sum over samples of squared per-sample gradients, in eval mode. The model is
+    left as it was.
+
+    Args:
+        model, samples, labels, loss: as in `sparsekernels.fisher_diagonal`.
+        density: share of all parameters of the model that train, head included, in (0, 1].
+        num_samples: the first so many samples are used; None for all.
+        targets: patterns (as in `fnmatch`) of the parameters that compete; default: all but the head, embeddings,
+            biases and norms too.
+        head: patterns of parameters to train densely; default: everything under a module called classifier, score,
+            classification_head, qa_outputs or pooler. () for none.
+        max_fisher_bytes: targets are worked through in groups whose Fisher diagonals fit in this, each group with its
+            own passes over the samples; the best k so far are carried along. The result does not depend on it.
+        progress: show a progress bar.
+
+    Returns:
+        Selection with elements of the targets, and the head as all of its rows. `.report` holds the number of
+        "samples", and "carried", the share of the Fisher information of all targets that the selection carries.
+
+    Raises:
+        ValueError: density out of (0, 1] or used up by the head, patterns that match nothing, and all that
+            `fisher_diagonal` raises.
+
+    Source: paper and the authors' code (global top-k, budget, eval mode, density, 1024 samples). Ours: groups.
+    """
+    search = Search.start(model, density, targets, head, loss, labels, max_fisher_bytes, progress)
+    batches = take(samples, num_samples)
+    chosen, carried = search.top(batches, search.everything, search.k)
+    selection = search.selection(chosen)
+    selection.report = {"samples": sum(batch_size(batch, i) for i, batch in enumerate(batches)), "carried": carried}
+    return selection
+
+
+def take(samples: Iterable[Batch], limit: int | None) -> list[Batch]:
+    """The batches up to so many samples; the last one is cut."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"num_samples must be at least 1, got {limit}")
+    taken: list[Batch] = []
+    left = limit
+    for number, batch in enumerate(samples):
+        size = batch_size(batch, number)
+        if left is not None and size >= left:
+            taken.append(rows_of(batch, torch.arange(left), size))
+            return taken
+        taken.append(batch)
+        left = None if left is None else left - size
+    return taken
+
+
+@dataclass
+class Search:
+    """What FISH and IRD share: the budget, and the best k entries of a set by Fisher information.
+
+    everything: name -> None (the whole tensor) for each target. k: entries to select among them.
+    """
+
+    model: nn.Module
+    everything: dict[str, Index | None]
+    head: list[str]
+    k: int
+    options: dict[str, Any]
+    max_bytes: int
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        density: float,
+        targets: Iterable[str] | None,
+        head: Iterable[str] | None,
+        loss: Loss | None,
+        labels: Labels,
+        max_fisher_bytes: int,
+        progress: bool,
+    ) -> Search:
+        if not 0 < density <= 1:
+            raise ValueError(f"density must lie in (0, 1], got {density}")
+        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        dense = default_head(model) if head is None else matching(parameters, head, "head")
+        chosen = list(parameters) if targets is None else matching(parameters, targets, "targets")
+        chosen = [name for name in chosen if name not in set(dense)]
+        total = sum(p.numel() for p in parameters.values())
+        charged, available = sum(parameters[n].numel() for n in dense), sum(parameters[n].numel() for n in chosen)
+        k = min(int(total * density) - charged, available)
+        if k < 1:
+            raise ValueError(
+                f"density {density} of {total:,} weights leaves none beside the {charged:,} of the head, which train "
+                "densely; raise density, or name less as head"
+            )
+        options = {"loss": loss, "labels": labels, "progress": progress}
+        return cls(model, dict.fromkeys(chosen), dense, k, options, max_fisher_bytes)
+
+    def numel(self, name: str, index: Index | None) -> int:
+        return self.model.get_parameter(name).numel() if index is None else index.numel
+
+    def top(
+        self, batches: Sequence[Batch], among: Mapping[str, Index | None], k: int
+    ) -> tuple[dict[str, Index], float]:
+        """The k entries with the largest Fisher information, and the share of all of it that they carry."""
+        kept: dict[str, tuple[Index, Tensor]] = {}
+        whole = 0.0
+        for group in self._groups(among):
+            totals = {name: zeros_for(self.model.get_parameter(name), among[name]) for name in group}
+            accumulate(self.model, batches, {name: among[name] for name in group}, totals, **self.options)
+            whole += sum(float(total.sum(dtype=torch.float64)) for total in totals.values())
+            names = [*kept, *group]
+            scores = [kept[name][1] if name in kept else totals[name] for name in names]
+            found = topk(scores, min(k, sum(score.numel() for score in scores)))
+            for name, score, chosen in zip(names, scores, found, strict=True):
+                before = kept[name][0] if name in kept else among[name]
+                shape = self.model.get_parameter(name).shape
+                positions = chosen if before is None else before.positions[chosen]
+                kept[name] = Index.trusted(positions, shape, rows=False), score.reshape(-1)[chosen]
+        carried = sum(float(score.sum(dtype=torch.float64)) for _, score in kept.values())
+        return {name: index for name, (index, _) in kept.items() if len(index)}, carried / whole if whole else 0.0
+
+    def _groups(self, among: Mapping[str, Index | None]) -> Iterator[list[str]]:
+        group: list[str] = []
+        held = 0
+        for name, index in among.items():
+            size = 4 * self.numel(name, index)
+            if group and held + size > self.max_bytes:
+                yield group
+                group, held = [], 0
+            group.append(name)
+            held += size
+        yield group
+
+    def selection(self, chosen: Mapping[str, Index]) -> Selection:
+        """The chosen entries, and the head."""
+        shapes = {name: self.model.get_parameter(name).shape for name in self.head}
+        return Selection(
+            {name: Index(i.positions, i.shape) for name, i in chosen.items()}
+            | {name: Index.full(shape) for name, shape in shapes.items()}
+        )
