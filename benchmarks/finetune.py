@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from finetuning import report
 from finetuning.methods import METHODS
+from finetuning.plots import draw
 from finetuning.step_time import compare_step_times
 from finetuning.text_task import DataError, load_task
 from finetuning.training import Config, ModelError, train
@@ -80,7 +81,14 @@ def parser() -> argparse.ArgumentParser:
         help=".jsonl or .csv with columns text and label (causal-lm: text) [scipy and sympy docstrings]",
     )
     add("--task", choices=("classification", "causal-lm"), default="classification")
-    add("--density", type=density, default=0.01, help="share of each targeted matrix that trains [%(default)s]")
+    add(
+        "--density",
+        type=density,
+        default=0.01,
+        help="share of each targeted matrix that trains; fish, ird, reversed, uniform: of all weights, with the head "
+        "[%(default)s]",
+    )
+    add("--samples", type=positive, default=1024, help="texts that fish, ird and reversed look at [%(default)s]")
     add(
         "--lr", type=learning_rate, action="append", default=[], help="RATE for all, or METHOD=RATE; repeatable [tuned]"
     )
@@ -112,6 +120,7 @@ def configs(args: argparse.Namespace) -> list[Config]:
         model=args.model or default_model(),
         task=args.task,
         density=args.density,
+        samples=args.samples,
         head_lr=args.head_lr,
         epochs=args.epochs,
         steps=args.steps,
@@ -181,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
         )
     print("grads + state counts master weights, positions and originals; a densely trained head is in its own column.")
     curve = next((run["gradient_curve"] for run in runs if run["gradient_curve"]), None)
-    plots = report.draw(args.out, runs, rows, curve)
+    plots = draw(args.out, runs, rows, curve)
     report.write_json(
         args.out / "results.json",
         {

@@ -14,9 +14,9 @@ import torch
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import accuracy  # noqa: E402
 import finetune  # noqa: E402
 from finetuning import report, text_task, training  # noqa: E402
+from finetuning import study as study_module  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(40)]
 
@@ -240,21 +240,22 @@ def test_the_accuracy_study_continues_where_it_stopped(tmp_path: Path, monkeypat
         result = {"validation": [{"value": quality}], "trained_weights": 1, "steps": 1}
         return {**result, "test": {"value": 0.5}} if test else result
 
-    monkeypatch.setattr(accuracy, "train", fake_train)
-    monkeypatch.setattr(accuracy, "SEEDS", (0,))
+    monkeypatch.setattr(study_module, "train", fake_train)
     task = text_task.load_task("classification", write_rows(tmp_path / "rows.jsonl"))
     base = training.Config("dense", "models/tiny/model")
-    study = accuracy.Study(tmp_path / "accuracy.json", task, base)
+    entries, path = {"head": study_module.Entry("head", 1.0, 0.01)}, tmp_path / "accuracy.json"
+    study = study_module.Study(path, task, base, entries, (0,))
     assert study.search("head", 1.0) == 0.09
     assert [lr for _, lr in trained] == pytest.approx([0.01 / 3, 0.01, 0.03, 0.09, 0.27], rel=0.01)
-    again = accuracy.Study(tmp_path / "accuracy.json", task, base)
+    again = study_module.Study(path, task, base, entries, (0,))
     assert again.search("head", 1.0) == 0.09
     assert len(trained) == 5
     again.run("final", "head", 0.09, 0, 0.09, 3)
     again.summarise()
     assert "| head | 1 | 0.09 (0.09) | 50.0%" in (tmp_path / "accuracy.md").read_text()
+    other = training.Config("dense", "models/tiny/model", batch_size=4)
     with pytest.raises(text_task.DataError, match="other settings"):
-        accuracy.Study(tmp_path / "accuracy.json", task, training.Config("dense", "models/tiny/model", batch_size=4))
+        study_module.Study(path, task, other, entries, (0,))
 
 
 # ---- errors

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.methods.sift import default_head
+from sparsekernels.methods.fish import take
+from sparsekernels.names import default_head
 
 from .text_task import Batch
 
@@ -29,6 +30,7 @@ class Prepared:
     head: set[str]
     tuned: SparseModel | None = None
     gradient_curve: list[tuple[float, float]] | None = None
+    shrinking: list[dict[str, Any]] | None = None
 
     def extra_bytes(self, *, head: bool) -> int:
         """Bytes a sparse method keeps beside gradients and optimizer state: master values, positions, originals."""
@@ -91,19 +93,62 @@ def prepare_random(model: nn.Module, batches: list[Batch], config: Config) -> Pr
     return sparse(model, sk.Selection(indices), config)
 
 
+def prepare_fish(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
+    chosen = sk.methods.fish(model, batches, config.density, num_samples=config.samples)
+    return sparse(model, chosen, config)
+
+
+def prepare_ird(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
+    chosen = sk.methods.ird(model, take(batches, config.samples), config.density)
+    return sparse(model, chosen, config, history=chosen.report["history"])
+
+
+def prepare_reversed(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
+    """As many entries as FISH selects, those with the smallest Fisher information."""
+    head = set(default_head(model))
+    chosen = sk.methods.fish(model, batches, config.density, num_samples=config.samples)
+    names = [name for name, _ in model.named_parameters() if name not in head]
+    fisher = sk.fisher_diagonal(model, take(batches, config.samples), names=names)
+    count = sum(index.numel for name, index in chosen.items() if name not in head)
+    smallest = sk.Selection.top_k({name: -total for name, total in fisher.items()}, count)
+    heads = sk.Selection({name: index for name, index in chosen.items() if name in head})
+    return sparse(model, smallest | heads, config)
+
+
+def prepare_uniform(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
+    """As many entries as FISH selects, drawn uniformly over all that compete there."""
+    parameters, head = dict(model.named_parameters()), set(default_head(model))
+    count = int(config.density * sum(map(Tensor.numel, parameters.values())))
+    count -= sum(parameters[name].numel() for name in head)
+    if count < 1:
+        raise ValueError(f"density {config.density} leaves no weights beside the head's")
+    generator = torch.Generator().manual_seed(config.seed)
+    scores = {n: torch.rand(p.shape, generator=generator) for n, p in parameters.items() if n not in head}
+    heads = sk.Selection({name: sk.Index.full(parameters[name].shape) for name in head})
+    return sparse(model, sk.Selection.top_k(scores, count) | heads, config)
+
+
 def sparse(
-    model: nn.Module, selection: sk.Selection, config: Config, curve: list[tuple[float, float]] | None = None
+    model: nn.Module,
+    selection: sk.Selection,
+    config: Config,
+    curve: list[tuple[float, float]] | None = None,
+    history: list[dict[str, Any]] | None = None,
 ) -> Prepared:
     """Train a selection with `SparseAdamW`."""
     head = set(default_head(model))
     tuned = sk.sparsify(model, selection)
     parameters = dict(tuned.named_parameters())
-    return Prepared(parameters, sk.SparseAdamW(groups(parameters, head, config)), head, tuned, curve)
+    return Prepared(parameters, sk.SparseAdamW(groups(parameters, head, config)), head, tuned, curve, history)
 
 
 METHODS: dict[str, Method] = {
     "dense": Method(prepare_dense, 1e-4, "every weight, torch.optim.AdamW(fused=True)"),
     "sift": Method(prepare_sift, 1e-3, "the largest gradients of the first batch, and the head", sparse=True),
     "random": Method(prepare_random, 1e-3, "a random mask of the same size, and the head", sparse=True),
+    "fish": Method(prepare_fish, 3e-3, "the largest Fisher information over all tensors, and the head", sparse=True),
+    "ird": Method(prepare_ird, 3e-3, "the same, over samples that are selected by it too", sparse=True),
+    "reversed": Method(prepare_reversed, 3e-3, "the smallest Fisher information, and the head", sparse=True),
+    "uniform": Method(prepare_uniform, 9e-3, "a random mask over all tensors, and the head", sparse=True),
     "head": Method(prepare_head, None, "the head alone: classifier and, where the model has one, pooler"),
 }

@@ -30,7 +30,7 @@ def compare_step_times(configs: list[Config], task: TextTask, seconds: float) ->
         loaded = load(config, task)
         loaded.model.train()
         batches = loaded.batches(config, "train", seed=config.seed * 1000)
-        prepared = METHODS[config.method].prepare(loaded.model, batches[:1], config)
+        prepared = METHODS[config.method].prepare(loaded.model, batches, config)
         runs.append((config.name, loaded.model, prepared))
     times: dict[str, list[list[float]]] = {name: [] for name, _, _ in runs}
     deadline = time.perf_counter() + seconds

@@ -44,6 +44,7 @@ class Config:
     model: str
     task: str = "classification"
     density: float = 0.01
+    samples: int = 1024
     lr: float = 1e-4
     head_lr: float = 3e-3
     epochs: int = 1
@@ -228,7 +229,7 @@ def train(config: Config, task: TextTask, out: Path | None = None, *, test: bool
     started = time.perf_counter()
     model.train()
     try:
-        prepared = METHODS[config.method].prepare(model, epochs[0][:1], config)
+        prepared = METHODS[config.method].prepare(model, epochs[0], config)
     except ValueError as error:  # a model that the method does not fit; the message says how
         raise ModelError(f"{config.name}: {error}") from None
     preparing = time.perf_counter() - started
@@ -281,6 +282,7 @@ def train(config: Config, task: TextTask, out: Path | None = None, *, test: bool
         "losses": losses,
         "validation": curve,
         "gradient_curve": prepared.gradient_curve,
+        "shrinking": prepared.shrinking,
     }
     if test:
         result["test"] = evaluate(model, loaded.batches(config, "test"), config)

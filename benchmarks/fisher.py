@@ -1,0 +1,217 @@
+"""What the Fisher diagonal of a whole model costs: ours, a loop over single samples, and vmap(grad).
+
+    python benchmarks/fisher.py
+
+MiniLM (22.7M weights) as a classifier of 31 classes, 64 samples of 64 tokens each, fp32. Contenders take turns within
+one process for times; peaks are taken in a process each, above the loaded model. Every contender's result is checked
+against the loop over single samples. Then the global top 0.5 % of 100M scores in 50 tensors, beside torch.cat +
+torch.topk. Results: results/fisher.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetune import default_model, in_fresh_process
+from finetuning import report
+from finetuning.memory import PeakMemory
+from finetuning.training import ModelError, silence
+from torch import Tensor, nn
+
+import sparsekernels as sk
+
+RESULTS = Path(__file__).parent / "results" / "fisher.json"
+SAMPLES, TOKENS, CLASSES = 64, 64, 31
+SCORES, TENSORS, SHARE = 100_000_000, 50, 0.005
+TOLERANCE = 1e-4  # relative, of the whole diagonal: fp32 sums in other orders
+
+
+def load() -> tuple[Any, dict[str, Tensor]]:
+    silence()
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    # eager: the masks of the other attention cannot be made under vmap
+    model = AutoModelForSequenceClassification.from_pretrained(
+        default_model(), num_labels=CLASSES, attn_implementation="eager"
+    ).eval()
+    ids = torch.randint(1000, 20000, (SAMPLES, TOKENS))
+    return model, {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.randint(0, CLASSES, (SAMPLES,)),
+    }
+
+
+def parts(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    return [{key: x[i : i + size] for key, x in batch.items()} for i in range(0, SAMPLES, size)]
+
+
+def ours(size: int) -> Callable[[Any, Any], dict[str, Tensor]]:
+    return lambda model, batch: sk.fisher_diagonal(model, parts(batch, size), progress=False)
+
+
+def loop(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Batches of one and a dense accumulator, as the code of FISH Mask has it."""
+    totals = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for sample in parts(batch, 1):
+        model.zero_grad()
+        model(**sample).loss.backward()
+        for name, p in model.named_parameters():
+            totals[name] += torch.square(p.grad).data
+    model.zero_grad()
+    return totals
+
+
+def vmapped(size: int) -> Callable[[Any, Any], dict[str, Tensor]]:
+    """torch.func: per-sample gradients of `size` samples at a time."""
+
+    def run(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(weights: dict[str, Tensor], ids: Tensor, label: Tensor) -> Tensor:
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
+            logits = torch.func.functional_call(model, weights, (), inputs).logits
+            return nn.functional.cross_entropy(logits, label[None])
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
+        totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for part in parts(batch, size):
+            grads = per_sample(parameters, part["input_ids"], part["labels"])
+            for name, grad in grads.items():
+                totals[name] += grad.square_().sum(0)
+        return totals
+
+    return run
+
+
+CONTENDERS: dict[str, Callable[[Any, Any], dict[str, Tensor]]] = {
+    "fisher_diagonal, batches of 64": ours(64),
+    "fisher_diagonal, batches of 16": ours(16),
+    "loop over single samples": loop,
+    "vmap(grad), 64 at a time": vmapped(64),
+    "vmap(grad), 8 at a time": vmapped(8),
+}
+
+
+def peak(name: str) -> int:
+    """Bytes above the loaded model at the highest point, F included."""
+    model, batch = load()
+    memory = PeakMemory("cpu")
+    memory.start()
+    kept = CONTENDERS[name](model, batch)
+    assert kept
+    return memory.read()
+
+
+def times(rounds: int) -> dict[str, Any]:
+    model, batch = load()
+    expected = {name: x.double() for name, x in loop(model, batch).items()}
+    whole = sum(float(x.square().sum()) for x in expected.values()) ** 0.5
+    errors: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for turn in range(rounds + 1):
+        for name, contender in CONTENDERS.items():
+            start = time.perf_counter()
+            found = contender(model, batch)
+            took = time.perf_counter() - start
+            if turn:  # the first is a warm-up, and is checked
+                seconds[name].append(took)
+                continue
+            error = sum(float((found[n].double() - x).square().sum()) for n, x in expected.items()) ** 0.5 / whole
+            if not error <= TOLERANCE:
+                raise AssertionError(f"{name} is {error:.3g} away from the loop; it gets no time")
+            errors[name] = error
+    return {"seconds": seconds, "errors": errors}
+
+
+def scores() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(SCORES // TENSORS, generator=generator).square_() for _ in range(TENSORS)]
+
+
+def joined(found: list[Tensor]) -> Tensor:
+    return torch.topk(torch.cat(found), int(SHARE * SCORES), sorted=False).indices
+
+
+def listed(found: list[Tensor]) -> list[Tensor]:
+    return sk.ops.topk(found, int(SHARE * SCORES))
+
+
+TOPK: dict[str, Callable[[list[Tensor]], Any]] = {"sk.ops.topk": listed, "torch.cat + torch.topk": joined}
+
+
+def topk_peak(name: str) -> int:
+    found = scores()
+    memory = PeakMemory("cpu")
+    memory.start()
+    kept = TOPK[name](found)
+    assert len(kept)
+    return memory.read()
+
+
+def topk_times(rounds: int) -> dict[str, list[float]]:
+    found, seconds = scores(), {name: [] for name in TOPK}
+    positions = [part + i * (SCORES // TENSORS) for i, part in enumerate(listed(found))]
+    values = torch.cat(found)
+    mine, theirs = torch.cat(positions), joined(found).sort().values
+    if not torch.equal(mine, theirs) and not torch.equal(values[mine].sort().values, values[theirs].sort().values):
+        raise AssertionError("the sets differ by more than ties")
+    del values
+    for _ in range(rounds):
+        for name, select in TOPK.items():
+            start = time.perf_counter()
+            select(found)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def table(seconds: dict[str, list[float]], peaks: dict[str, int], first: str) -> list[str]:
+    """Markdown: medians, ratios to `first` formed round by round, peaks."""
+    lines = [f"| | seconds | {first} is faster by | peak memory | times ours |", "|---|---|---|---|---|"]
+    for name, mine in seconds.items():
+        ratio = statistics.median(theirs / own for theirs, own in zip(mine, seconds[first], strict=True))
+        lines.append(
+            f"| {name} | {statistics.median(mine):.2f} | {'' if name == first else f'{ratio:.2f}x'} "
+            f"| {peaks[name] / 2**20:,.0f} MiB | {peaks[name] / max(peaks[first], 1):.1f} |"
+        )
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender [%(default)s]")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file [%(default)s]")
+    args = parser.parse_args()
+    try:
+        default_model()
+    except ModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    measured = in_fresh_process(times, args.rounds)
+    peaks = {name: in_fresh_process(peak, name) for name in CONTENDERS}
+    print("\n".join(table(measured["seconds"], peaks, "fisher_diagonal, batches of 16")), "\n")
+    of_topk, peaks_of_topk = (
+        in_fresh_process(topk_times, args.rounds),
+        {n: in_fresh_process(topk_peak, n) for n in TOPK},
+    )
+    print("\n".join(table(of_topk, peaks_of_topk, "sk.ops.topk")))
+    content = {
+        "machine": report.machine(),
+        "fisher": {**measured, "peak_bytes": peaks},
+        "topk": {"seconds": of_topk, "peak_bytes": peaks_of_topk},
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    report.write_json(args.out, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
