@@ -2,12 +2,13 @@
 
     python benchmarks/ird.py
 
-The text task and the model of finetune.py, one epoch, three seeds, over densities and numbers of samples that the masks
-are made from. FISH takes the first so many texts of the seed's shuffled order; IRD starts from the same texts and
-shrinks them; the reversed mask is made from the larger number of texts. First every mask searches its learning rate
-with seed 0, at the first density and the larger number; dense training and the head have those that
-benchmarks/accuracy.py found. Every run is added to the results file as soon as it is finished; starting again continues
-where it stopped. Results: results/ird.json, ird.md, ird.png, ird_shrinking.png.
+The text task and the model of finetune.py, one epoch, three seeds, over densities and numbers of samples that the
+masks are made from. FISH takes the first so many texts of the seed's shuffled order; IRD starts from the same texts
+and shrinks them. At the larger density, masks are made from the larger number of texts only, as the reversed mask
+always is. First FISH, IRD and the random mask search their learning rates with seed 0, at the first density and the
+larger number; the reversed mask has that of FISH, dense training and the head have those that benchmarks/accuracy.py
+found. Every run is added to the results file as soon as it is finished; starting again continues where it stopped.
+Results: results/ird.json, ird.md, ird.png, ird_shrinking.png.
 """
 
 from __future__ import annotations
@@ -44,33 +45,25 @@ def entries() -> dict[str, Entry]:
     found = {"dense": Entry("dense", 1.0, DENSE_RATE)}
     for density in DENSITIES:
         for method, middle in (("fish", 3e-3), ("ird", 3e-3), ("reversed", 3e-3), ("uniform", 9e-3)):
-            for samples in SAMPLES if method in ("fish", "ird") else SAMPLES[-1:]:
+            several = method in ("fish", "ird") and density == DENSITIES[0]
+            for samples in SAMPLES if several else SAMPLES[-1:]:
                 found[name_of(method, density, samples)] = Entry(method, density, middle, samples)
     return found
 
 
 def draw(study: Study, rows: list[dict[str, Any]], shrinking: list[dict[str, Any]]) -> list[Path]:
-    """Accuracy against density, one panel for each number of samples; and how IRD shrinks both sets."""
+    """The accuracy of every mask; and how IRD shrinks samples and parameters."""
     plt = pyplot()
     folder, by_name = study.path.parent, {row["name"]: row for row in rows}
-    figure, panels = plt.subplots(1, len(SAMPLES), figsize=(9, 4), sharey=True)
-    for axes, samples in zip(panels, SAMPLES, strict=True):
-        for color, method in zip(COLORS, ("fish", "ird", "uniform", "reversed"), strict=False):
-            found = [by_name[name_of(method, density, samples)] for density in DENSITIES]
-            axes.errorbar(
-                [100 * density for density in DENSITIES],
-                [100 * row["test"] for row in found],
-                [100 * row["spread"] for row in found],
-                label=LABELS[method], color=color, marker="o", capsize=3,
-            )  # fmt: skip
-        axes.axhline(100 * by_name["dense"]["test"], color="black", linestyle="--", linewidth=1, label="dense")
-        axes.set(title=f"masks from {samples} texts", xlabel="weights that train, %", xscale="log")
-        axes.set_xticks([100 * density for density in DENSITIES], [f"{100 * density:g}" for density in DENSITIES])
-        axes.minorticks_off()
-    panels[0].set_ylabel("test accuracy, %")
-    panels[0].legend(frameon=False, fontsize=8)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    names = [row["name"] for row in sorted(rows, key=lambda row: row["test"])]
+    means, spreads = ([100 * by_name[name][key] for name in names] for key in ("test", "spread"))
+    methods = [*LABELS.values()]
+    colors = [COLORS[next(i for i, label in enumerate(methods) if name.startswith(label))] for name in names]
+    axes.barh(names, means, xerr=spreads, color=colors, height=0.6, capsize=3)
+    axes.set(xlabel="test accuracy, % (bars: standard deviation over the seeds)", xlim=(max(0, min(means) - 10), None))
+    axes.grid(axis="y", visible=False)
     paths = [save_figure(figure, folder / "ird.png")]
-
     title = f"IRD at {100 * DENSITIES[0]:g} %, from {SAMPLES[-1]} texts, seed 0"
     paths.append(draw_shrinking(folder / "ird_shrinking.png", shrinking, title))
     return paths
@@ -103,9 +96,9 @@ def main() -> int:
         )
         task, chosen = load_task("classification"), entries()
         study = Study(args.out, task, base, chosen, SEEDS)
-        masks = dict.fromkeys(entry.method for entry in chosen.values() if entry.method != "dense")
-        rates = {mask: study.search(name_of(mask, DENSITIES[0], SAMPLES[-1]), HEAD_RATE) for mask in masks}
-        rates["dense"] = DENSE_RATE
+        searched = ("fish", "ird", "uniform")
+        rates = {mask: study.search(name_of(mask, DENSITIES[0], SAMPLES[-1]), HEAD_RATE) for mask in searched}
+        rates |= {"dense": DENSE_RATE, "reversed": rates["fish"]}
         for seed in SEEDS:
             for name, entry in chosen.items():
                 study.run("final", name, rates[entry.method], seed, HEAD_RATE, base.epochs)

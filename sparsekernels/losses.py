@@ -53,9 +53,9 @@ class PerSampleLoss:
     """Computes the terms whose squared gradients are added up, each a tensor [B].
 
     With given labels there is one: the model's own loss on each sample alone, as far as that can be told from its
-    logits and labels; the first and the last sample of the first batch are run alone to see that it is. With expected
-    labels there is one term for each class y: sqrt(p(y|x)) * log p(y|x) with the root held fixed, so that its squared
-    gradient is that of log p(y|x) weighted by p(y|x).
+    logits and labels; the first sample of all is run alone to see that it is. With expected labels there is one term
+    for each class y: sqrt(p(y|x)) * log p(y|x) with the root held fixed, so that its squared gradient is that of
+    log p(y|x) weighted by p(y|x).
     """
 
     def __init__(self, loss: Loss | None, labels: str) -> None:
@@ -73,24 +73,21 @@ class PerSampleLoss:
             with torch.no_grad():
                 next(iter(self.terms(model, batch, size)))
             return
-        for b in dict.fromkeys((0, size - 1)):
-            alone = rows_of(batch, torch.tensor([b]), size)
-            with torch.no_grad():
-                own = getattr(model(**alone), "loss", None)
-                if own is None:
-                    raise ValueError("samples: the model returns no loss for them; put labels in or pass loss")
-                found = {shift: self._of_labels(model, alone, shift) for shift in self._shifts()}
-            fits = [shift for shift, ours in found.items() if torch.allclose(ours, own.to(ours), TOLERANCE, TOLERANCE)]
-            if not fits:
-                values = " or ".join(f"{float(ours):.6g}" for ours in found.values())
-                raise ValueError(
-                    f"loss: the model's own loss on one sample is {float(own):.6g}, cross-entropy or squared error "
-                    f"from its logits {values}; pass loss, a function of (model, batch) that returns one loss a sample"
-                )
-            self.shift = fits[0]
-
-    def _shifts(self) -> list[bool]:
-        return [True, False] if self.shift is None else [self.shift]
+        alone = rows_of(batch, torch.tensor([0]), size)
+        with torch.no_grad():
+            output = model(**alone)
+            own = getattr(output, "loss", None)
+            if own is None:
+                raise ValueError("samples: the model returns no loss for them; put labels in or pass loss")
+            found = {shift: _of_labels(_logits(output), _labels(alone), shift) for shift in (True, False)}
+        fits = [shift for shift, ours in found.items() if torch.allclose(ours, own.to(ours), TOLERANCE, TOLERANCE)]
+        if not fits:
+            values = " or ".join(f"{float(ours):.6g}" for ours in found.values())
+            raise ValueError(
+                f"loss: the model's own loss on one sample is {float(own):.6g}, cross-entropy or squared error "
+                f"from its logits {values}; pass loss, a function of (model, batch) that returns one loss a sample"
+            )
+        self.shift = fits[0]
 
     def terms(self, model: nn.Module, batch: Batch, size: int) -> Iterator[Tensor]:
         """Each term, [B]; they share one forward."""
@@ -103,7 +100,10 @@ class PerSampleLoss:
             yield from (roots * log_p).unbind(1)
             return
         if self.custom is None:
-            yield self._of_labels(model, batch, bool(self.shift))
+            # An encoder-decoder makes its decoder's input of them; others would compute their own loss for nothing.
+            inside = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+            output = model(**{key: x for key, x in batch.items() if inside or key != "labels"})
+            yield _of_labels(_logits(output), _labels(batch), bool(self.shift))
             return
         losses = self.custom(model, batch)
         single = size == 1 and isinstance(losses, Tensor) and losses.dim() == 0
@@ -115,26 +115,28 @@ class PerSampleLoss:
             )
         yield losses.reshape(size)
 
-    def _of_labels(self, model: nn.Module, batch: Batch, shift: bool) -> Tensor:
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor):
-            raise ValueError('samples have no labels; put them into the batches, or use labels="expected" or loss')
-        inside = getattr(
-            getattr(model, "config", None), "is_encoder_decoder", False
-        )  # makes its decoder's input of them
-        logits = _logits(model(**{key: x for key, x in batch.items() if inside or key != "labels"}))
-        if logits.dim() == 3 and labels.dim() == 2:
-            return _over_tokens(logits, labels, shift and not inside)
-        if logits.dim() == 2 and labels.is_floating_point():
-            if labels.dim() == 2 and labels.shape[1] > 1:
-                return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
-            return F.mse_loss(logits.reshape(-1), labels.to(logits).reshape(-1), reduction="none")
-        if logits.dim() == 2 and labels.dim() == 1:
-            return F.cross_entropy(logits, labels, reduction="none")
-        raise ValueError(
-            f"loss: no per-sample loss is known for logits {list(logits.shape)} and labels {list(labels.shape)}; "
-            "pass loss, a function of (model, batch) that returns one loss a sample"
-        )
+
+def _labels(batch: Batch) -> Tensor:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise ValueError('samples have no labels; put them into the batches, or use labels="expected" or loss')
+    return labels
+
+
+def _of_labels(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    """[B]: cross-entropy, over tokens if there are any, squared error, or binary cross-entropy of several labels."""
+    if logits.dim() == 3 and labels.dim() == 2:
+        return _over_tokens(logits, labels, shift)
+    if logits.dim() == 2 and labels.is_floating_point():
+        if labels.dim() == 2 and labels.shape[1] > 1:
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
+        return F.mse_loss(logits.reshape(-1), labels.to(logits).reshape(-1), reduction="none")
+    if logits.dim() == 2 and labels.dim() == 1:
+        return F.cross_entropy(logits, labels, reduction="none")
+    raise ValueError(
+        f"loss: no per-sample loss is known for logits {list(logits.shape)} and labels {list(labels.shape)}; "
+        "pass loss, a function of (model, batch) that returns one loss a sample"
+    )
 
 
 def _logits(output: Any) -> Tensor:

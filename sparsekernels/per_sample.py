@@ -186,7 +186,7 @@ class Collector:
         if target.total is not None:
             fisher_squares_([target.total], [grad])
         assert target.norms is not None
-        target.norms[sample] += grad.to(target.norms.dtype).square().sum()
+        target.norms[sample] += torch.linalg.vector_norm(grad, dtype=target.norms.dtype).square()
 
     # ---- trust, but verify
 
@@ -202,7 +202,8 @@ class Collector:
             assert parameter.grad is not None
             grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
             wide = torch.promote_types(grad.dtype, torch.float32)
-            expected[target.name] = expected.get(target.name, 0.0) + float(grad.to(wide).square().sum()) / 4
+            norm = float(torch.linalg.vector_norm(grad, dtype=wide))
+            expected[target.name] = expected.get(target.name, 0.0) + norm**2 / 4
             parameter.grad = None
 
         targets = list(self.targets.values())

@@ -66,8 +66,8 @@ def fisher_linear_(
     Numerics: products and squares in the dtype of total; norms are summed in fp64, but for runs of a few squares.
     Deterministic.
     Cost: 2*B*S*M*N operations, or 2*B*S*K where few elements are selected; one read and write of total for a chunk of
-    about 1024 tokens on the CPU, for all of them on a GPU. Copies: of the chunk, packed; on a GPU with elements selected
-    both activations transposed, or an int32 map of M*N places.
+    about 1024 tokens on the CPU, for all of them on a GPU. Copies: of the chunk, packed; on a GPU, with elements
+    selected, both activations transposed, or an int32 map of M*N places.
 
     Raises:
         ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
