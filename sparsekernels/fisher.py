@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, overload
 
 import torch
@@ -13,7 +16,7 @@ from tqdm.auto import tqdm
 from .autograd import is_sparsified
 from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of
 from .names import matching
-from .per_sample import Collector, Misfit
+from .per_sample import Collector, Misfit, Trust
 from .selection import Index, Selection
 
 Labels = Literal["given", "expected"]
@@ -67,11 +70,13 @@ def fisher_diagonal(
     Args:
         model: any torch model; a sparsified one must be restored first. Linear, GPT-2's Conv1D, Embedding, LayerNorm
             and RMSNorm are split by sample; tied weights count once. Parameters of any other module take an exact
-            backward for each sample, and a warning names them. A probe of one sample finds out which those are.
+            backward for each sample, and a warning names them, as do those whose norms differ from autograd's on the
+            first sample, or whose inputs have not one row of tokens a sample.
         samples: batches in Hugging Face form (mappings of tensors with labels), of any size; moved to the model's
             device. The result does not depend on how samples are batched.
-        loss: function of (model, batch) that returns one loss for each sample, [B], without mixing them. Default: the
-            model's own loss on each sample alone; for language models that is the mean over its labelled tokens.
+        loss: function of (model, batch) that returns one loss for each sample, [B], without mixing them; other models
+            in it need torch.no_grad(). Default: the model's own loss on each sample alone, which for language models
+            is the mean over its labelled tokens; a model with another loss than its logits tell is refused.
         labels: "given", or "expected" for classifiers: sum over classes y of p(y|x) times the square of the gradient of
             log p(y|x); labels are not used then.
         selection: restrict to these positions.
@@ -88,14 +93,16 @@ def fisher_diagonal(
     more for T tokens; F itself. A weight that is used more than once, tied ones included, is kept until its last use.
 
     Raises:
-        ValueError: no samples, samples without labels or with an empty attention mask, a loss that mixes samples, names
-            that match nothing, or a gradient that is not finite: the sample is named.
+        ValueError: no samples, samples without labels or with an empty attention mask, a loss that is not one value a
+            sample, names that match nothing, checkpointing with use_reentrant=True, or a gradient that is not finite:
+            the sample is named.
 
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1.
     """
     indices = _indices(model, selection, names)
     totals = {name: zeros_for(model.get_parameter(name), index) for name, index in indices.items()}
-    norms = accumulate(model, list(samples), indices, totals, loss, labels, progress)
+    batches = list(samples)
+    norms = accumulate(model, batches, indices, totals, prepare(model, batches, indices, loss, labels), progress)
     return (totals, norms) if return_norms else totals
 
 
@@ -119,7 +126,8 @@ def squared_gradient_norms(
         [samples], in the order of the samples; fp32 (fp64 for fp64 models), on the model's device.
     """
     indices = _indices(model, selection, names)
-    return accumulate(model, list(samples), indices, {}, loss, labels, progress)
+    batches = list(samples)
+    return accumulate(model, batches, indices, {}, prepare(model, batches, indices, loss, labels), progress)
 
 
 def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str] | None) -> dict[str, Index | None]:
@@ -132,7 +140,10 @@ def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str]
             raise ValueError("give either selection or names")
         return {name: index.to(parameters[name].device) for name, index in selection.items()}
     floating = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    return dict.fromkeys(floating if names is None else matching(floating, names, "names"))
+    chosen = floating if names is None else matching(floating, names, "names")
+    if not chosen:
+        raise ValueError("names: no parameter is left")
+    return dict.fromkeys(chosen)
 
 
 def zeros_for(parameter: Tensor, index: Index | None) -> Tensor:
@@ -140,39 +151,61 @@ def zeros_for(parameter: Tensor, index: Index | None) -> Tensor:
     return parameter.new_zeros(shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
+@dataclass
+class Plan:
+    """How the samples are differentiated, and which parameters are split by sample."""
+
+    terms: PerSampleLoss
+    trust: Trust
+
+
+def prepare(
+    model: nn.Module, batches: Sequence[Batch], indices: Mapping[str, Index | None], loss: Loss | None, labels: str
+) -> Plan:
+    """Check the loss and the model on the first batch; warn of parameters that will be slow."""
+    if not batches:
+        raise ValueError("samples holds no batch")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("there are no gradients within torch.inference_mode(); leave it first")
+    sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
+    plan = Plan(PerSampleLoss(loss, labels), Trust())
+    with Collector(model, indices, trust=plan.trust) as collector, torch.enable_grad():
+        first = _moved(batches[0], collector.device)
+        plan.terms.check(model, first)
+        twin = rows_of(first, torch.tensor([0, 0]), sizes[0])
+        if not collector.check(lambda: plan.terms.terms(model, twin, 2), _length(twin)):
+            raise ValueError("loss: no gradient of it reaches any of the chosen parameters")
+    _say(plan.trust.fallback)
+    return plan
+
+
 def accumulate(
     model: nn.Module,
     batches: Sequence[Batch],
     indices: Mapping[str, Index | None],
     totals: Mapping[str, Tensor],
-    loss: Loss | None,
-    labels: str,
+    plan: Plan,
     progress: bool,
 ) -> Tensor:
-    """Add squares of all samples to `totals`; return the squared norm of each sample."""
-    if not batches:
-        raise ValueError("samples holds no batch")
+    """Add squares of all samples to `totals`, which are zero; return the squared norm of each sample."""
     sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
-    terms = PerSampleLoss(loss, labels)
-    with Collector(model, indices, totals) as collector, torch.enable_grad():
-        first = _moved(batches[0], collector.device)
-        terms.check(model, first)
-        twin = rows_of(first, torch.tensor([0, 0]), sizes[0])
-        collector.check(lambda: terms.terms(model, twin, 2), _length(twin))
-        said: set[str] = set()
+    with torch.enable_grad():
         while True:
-            _say_fallback(collector, said)
+            known = dict(plan.trust.fallback)
             norms: list[Tensor] = []
             try:
-                with tqdm(total=sum(sizes), desc="Fisher", unit="sample", disable=not progress, leave=False) as bar:
+                with (
+                    Collector(model, indices, totals, plan.trust) as collector,
+                    tqdm(total=sum(sizes), desc="Fisher", unit="sample", disable=not progress, leave=False) as bar,
+                ):
                     for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
-                        norms.append(_one_batch(collector, terms, _moved(batch, collector.device), size, number))
+                        norms.append(_one_batch(collector, plan.terms, _moved(batch, collector.device), size, number))
                         bar.update(size)
+                return torch.cat(norms)
             except Misfit:
+                _say({name: why for name, why in plan.trust.fallback.items() if name not in known})
                 for total in totals.values():
                     total.zero_()
-                continue
-            return torch.cat(norms)
 
 
 def _one_batch(collector: Collector, terms: PerSampleLoss, batch: Batch, size: int, number: int) -> Tensor:
@@ -189,17 +222,20 @@ def _one_batch(collector: Collector, terms: PerSampleLoss, batch: Batch, size: i
     return norms
 
 
-def _say_fallback(collector: Collector, said: set[str]) -> None:
-    new = {name: why for name, why in collector.fallback.items() if name not in said}
-    if new:
-        listed = "; ".join(f"{name} ({why})" for name, why in list(new.items())[:5])
-        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
-        warnings.warn(
-            f"fisher: {len(new)} parameters take one backward a sample, exact but slow: {listed}{more}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        said.update(new)
+def _say(fallback: Mapping[str, str]) -> None:
+    """Warn, at the line of the user that called into this package."""
+    if not fallback:
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(str(Path(__file__).parent)):
+        level, frame = level + 1, frame.f_back
+    listed = "; ".join(f"{name} ({why})" for name, why in list(fallback.items())[:5])
+    more = f" and {len(fallback) - 5} more" if len(fallback) > 5 else ""
+    warnings.warn(
+        f"fisher: {len(fallback)} parameters take one backward a sample, exact but slow: {listed}{more}",
+        RuntimeWarning,
+        stacklevel=level,
+    )
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

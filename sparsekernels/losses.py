@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
 IGNORED = -100  # the label of tokens that have none
-TOLERANCE = 1e-3  # between the model's own loss on a sample and ours: half precision rounds it
+TOLERANCE, TOLERANCE_HALF = 1e-5, 2e-2  # relative, between the model's own loss on a sample and ours
 
 
 def batch_size(batch: Batch, number: int) -> int:
@@ -43,18 +43,21 @@ def batch_size(batch: Batch, number: int) -> int:
 
 def rows_of(batch: Batch, chosen: Tensor, size: int) -> dict[str, Any]:
     """The batch with these samples only; what has not one entry for each sample stays as it is."""
-    return {
-        key: x[chosen.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == size else x
-        for key, x in batch.items()
-    }
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x[chosen.to(x.device)] if x.dim() and len(x) == size else x
+        return [x[i] for i in chosen.tolist()] if isinstance(x, list | tuple) and len(x) == size else x
+
+    return {key: cut(x) for key, x in batch.items()}
 
 
 class PerSampleLoss:
     """Computes the terms whose squared gradients are added up, each a tensor [B].
 
     With given labels there is one: the model's own loss on each sample alone, as far as that can be told from its
-    logits and labels; the first sample of all is run alone to see that it is. With expected labels there is one term
-    for each class y: sqrt(p(y|x)) * log p(y|x) with the root held fixed, so that its squared gradient is that of
+    logits and labels; samples of the first batch are run alone to see that it is. With expected labels there is one
+    term for each class y: sqrt(p(y|x)) * log p(y|x) with the root held fixed, so that its squared gradient is that of
     log p(y|x) weighted by p(y|x).
     """
 
@@ -73,21 +76,22 @@ class PerSampleLoss:
             with torch.no_grad():
                 next(iter(self.terms(model, batch, size)))
             return
-        alone = rows_of(batch, torch.tensor([0]), size)
-        with torch.no_grad():
-            output = model(**alone)
+        candidates = [True, False]  # whether tokens are to predict the next label, or their own
+        for b in range(size):
+            alone = rows_of(batch, torch.tensor([b]), size)
+            with torch.no_grad():
+                output = model(**alone)
             own = getattr(output, "loss", None)
             if own is None:
                 raise ValueError("samples: the model returns no loss for them; put labels in or pass loss")
-            found = {shift: _of_labels(_logits(output), _labels(alone), shift) for shift in (True, False)}
-        fits = [shift for shift, ours in found.items() if torch.allclose(ours, own.to(ours), TOLERANCE, TOLERANCE)]
-        if not fits:
-            values = " or ".join(f"{float(ours):.6g}" for ours in found.values())
-            raise ValueError(
-                f"loss: the model's own loss on one sample is {float(own):.6g}, cross-entropy or squared error "
-                f"from its logits {values}; pass loss, a function of (model, batch) that returns one loss a sample"
-            )
-        self.shift = fits[0]
+            logits, labels = _logits(output), _labels(alone)
+            if logits.dim() < 3:
+                candidates = [False]
+            candidates = _fitting(own, logits, labels, candidates)
+            if len(candidates) == 1:
+                self.shift = candidates[0]
+                return
+        raise ValueError("loss: no sample tells whether the model's labels are shifted by one token; pass loss")
 
     def terms(self, model: nn.Module, batch: Batch, size: int) -> Iterator[Tensor]:
         """Each term, [B]; they share one forward."""
@@ -123,6 +127,28 @@ def _labels(batch: Batch) -> Tensor:
     return labels
 
 
+def _fitting(own: Tensor, logits: Tensor, labels: Tensor, candidates: list[bool]) -> list[bool]:
+    """Those of the candidates for `shift` with which our loss of one sample is the model's own."""
+    found: dict[bool, Tensor] = {}
+    failure: ValueError | None = None
+    for shift in candidates:
+        try:
+            found[shift] = _of_labels(logits, labels, shift)
+        except ValueError as error:
+            failure = error
+    if failure and not found:
+        raise failure
+    near = TOLERANCE if own.dtype in (torch.float32, torch.float64) else TOLERANCE_HALF
+    fits = [shift for shift, ours in found.items() if torch.allclose(ours, own.to(ours), near, 1e-3 * near)]
+    if not fits:
+        values = " or ".join(f"{float(ours):.6g}" for ours in found.values())
+        raise ValueError(
+            f"loss: the model's own loss on one sample is {float(own):.6g}, cross-entropy or squared error from its "
+            f"logits {values}; pass loss, a function of (model, batch) that returns one loss a sample"
+        )
+    return fits
+
+
 def _of_labels(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
     """[B]: cross-entropy, over tokens if there are any, squared error, or binary cross-entropy of several labels."""
     if logits.dim() == 3 and labels.dim() == 2:
@@ -132,6 +158,10 @@ def _of_labels(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
         return F.mse_loss(logits.reshape(-1), labels.to(logits).reshape(-1), reduction="none")
     if logits.dim() == 2 and labels.dim() == 1:
+        if bool((labels == IGNORED).any()):
+            raise ValueError(
+                f"samples: sample {int((labels == IGNORED).nonzero()[0])} of a batch has the label {IGNORED}"
+            )
         return F.cross_entropy(logits, labels, reduction="none")
     raise ValueError(
         f"loss: no per-sample loss is known for logits {list(logits.shape)} and labels {list(labels.shape)}; "

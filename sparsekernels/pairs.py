@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .ops import fisher_embedding_, fisher_linear_, fisher_vector_
 from .selection import Index
 
+NORMS = ("RMSNorm", "LayerNorm")  # transformers has one for each model, alike: linear in its weight, elementwise
+
 
 @dataclass
 class Pair:
@@ -29,15 +31,18 @@ class Pair:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """How the gradient of a module's own parameters is made, or None where that is not known."""
-    name = type(module).__name__
-    if isinstance(module, nn.Linear):
+    """How the gradient of a module's own parameters is made, or None where that is not known.
+
+    A subclass with a forward of its own may do anything: rows moved, a table scaled, a weight transposed.
+    """
+    kind, name = type(module), type(module).__name__
+    if kind.forward is nn.Linear.forward:
         return "linear"
     if name == "Conv1D" and hasattr(module, "nf"):  # of transformers' GPT-2: a Linear with its weight transposed
         return "conv1d"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
         return None if module.max_norm is not None or module.scale_grad_by_freq else "embedding"
-    if isinstance(module, nn.LayerNorm) or name.endswith(("RMSNorm", "LayerNorm")):
+    if kind.forward is nn.LayerNorm.forward or (not isinstance(module, nn.LayerNorm) and name.endswith(NORMS)):
         plain = all(p is None or p.dim() == 1 for p in module._parameters.values())
         return "norm" if plain and set(module._parameters) <= {"weight", "bias"} else None
     return None
@@ -75,9 +80,9 @@ def add_squares_(
     pairs: Sequence[Pair], shape: torch.Size, total: Tensor | None, norms: Tensor | None, index: Index | None
 ) -> None:
     """Square the per-sample gradients of one parameter of this shape; several uses are one, their tokens in a row."""
-    first, kinds = pairs[0], {pair.kind for pair in pairs}
-    if len(pairs) > 1 and kinds != {"lookup"} and kinds != {"vector"}:
-        _reused_matrix(pairs, shape[0], total, norms, index)
+    first = pairs[0]
+    if len({pair.kind for pair in pairs}) > 1:
+        _tied(pairs, shape[0], total, norms, index)
         return
     left = first.left if len(pairs) == 1 else torch.cat([pair.left for pair in pairs], 1)
     rights = [pair.right for pair in pairs if pair.right is not None]
@@ -92,10 +97,8 @@ def add_squares_(
         fisher_linear_(left, right, total, norms, index)
 
 
-def _reused_matrix(
-    pairs: Sequence[Pair], table: int, total: Tensor | None, norms: Tensor | None, index: Index | None
-) -> None:
-    """A matrix that is used more than once, as one product: a lookup is a product with rows of the identity.
+def _tied(pairs: Sequence[Pair], table: int, total: Tensor | None, norms: Tensor | None, index: Index | None) -> None:
+    """A matrix that is looked up and multiplied, as one product: a lookup is a product with rows of the identity.
 
     One sample at a time, since those rows are as long as the table.
     """

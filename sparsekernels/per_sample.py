@@ -2,18 +2,21 @@
 
 A weight's gradient is a sum over tokens of products of two activations. Hooks catch both, and since each token belongs
 to one sample, the gradient of every sample can be had from them. That a module's tokens are laid out by sample, and
-that its parameters are used nowhere else, is not taken on trust: `Collector.check` compares with autograd.
+that its parameters are used nowhere else, is checked: `Collector.check` compares norms with autograd on one sample, and
+the shapes of every batch must fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .evaluating import evaluating
 from .ops import fisher_squares_, gather
 from .pairs import Pair, add_squares_, kind_of, pair_of
 from .selection import Index
@@ -63,6 +66,18 @@ class Target:
         self.pairs: list[Pair] = []
 
 
+@dataclass
+class Trust:
+    """What checks found: parameters that need a backward for each sample and why, modules that were checked.
+
+    expand: whether positions that all samples share may be given to each of them.
+    """
+
+    fallback: dict[str, str] = field(default_factory=dict)
+    seen: set[nn.Module] = field(default_factory=set)
+    expand: bool = True
+
+
 class Collector:
     """Adds up squares of the per-sample gradients of some parameters of a model; a context manager.
 
@@ -72,13 +87,15 @@ class Collector:
     Args:
         model: any torch model. indices: name of a parameter -> the part of it that counts, or None for the whole.
         totals: name -> tensor that the squares are added to, summed over samples; names may be missing.
-
-    Attributes:
-        fallback: name -> why the gradient of this parameter is taken one sample at a time.
+        trust: what an earlier `check` of these parameters found; it is shared and added to.
     """
 
     def __init__(
-        self, model: nn.Module, indices: Mapping[str, Index | None], totals: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        indices: Mapping[str, Index | None],
+        totals: Mapping[str, Tensor] | None = None,
+        trust: Trust | None = None,
     ) -> None:
         self.model = model
         named = dict(model.named_parameters(remove_duplicate=False))
@@ -89,26 +106,36 @@ class Collector:
                     f"{name!r} and {self.targets[id(named[name])].name!r} are one tied parameter; name one"
                 )
             self.targets[id(named[name])] = Target(name, named[name], index, (totals or {}).get(name))
-        self.fallback: dict[str, str] = {}
+        if len({(t.parameter.device, t.parameter.dtype == torch.float64) for t in self.targets.values()}) > 1:
+            raise ValueError(
+                "the parameters are on several devices, or partly fp64: take them one part after the other"
+            )
+        self.trust = trust or Trust()
         self.owners: dict[nn.Module, dict[str, Target]] = {}
         for module in model.modules():
             mine = {n: self.targets[id(p)] for n, p in module._parameters.items() if id(p) in self.targets}
             if mine and kind_of(module) is not None:
                 self.owners[module] = mine
-            else:
-                self.fallback |= {t.name: f"{type(module).__name__} is not split by sample" for t in mine.values()}
-        for target in (target for mine in self.owners.values() for target in mine.values()):
-            self.fallback.pop(target.name, None)  # another module owns it too, but perhaps does not use it
-        self._catching = self._recomputing = False
+        caught = {target.name for mine in self.owners.values() for target in mine.values()}
+        for target in self.targets.values():
+            if target.name not in caught:
+                owner = model.get_submodule(target.name.rpartition(".")[0])
+                self.fallback.setdefault(target.name, f"{type(owner).__name__} is not split by sample")
+        self._catching = self._recomputing = self._checking = self._expanded = False
         self._inputs: dict[nn.Module, Tensor] = {}
 
+    @property
+    def fallback(self) -> dict[str, str]:
+        """name -> why the gradient of this parameter is taken one sample at a time."""
+        return self.trust.fallback
+
     def __enter__(self) -> Collector:
-        self._modes = [(m, m.training) for m in self.model.modules()]
         self._flags = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
         for p, _, _ in self._flags:
             p.requires_grad_(False)
             p.grad = None
-        self.model.eval()
+        self._mode = evaluating(self.model)
+        self._mode.__enter__()
         self.device = next(self.model.parameters()).device
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._hooks = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in self.owners]
@@ -118,8 +145,7 @@ class Collector:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module, training in self._modes:
-            module.training = training
+        self._mode.__exit__(None, None, None)
         for p, flag, grad in self._flags:
             p.requires_grad_(flag)
             p.grad = grad
@@ -190,11 +216,11 @@ class Collector:
 
     # ---- trust, but verify
 
-    def check(self, terms: Terms, length: int) -> None:
+    def check(self, terms: Terms, length: int) -> bool:
         """Compare with autograd on a batch that is one sample twice; parameters that disagree go to the fallback.
 
         For each parameter the norms of both samples must be equal, and a quarter of that of the whole gradient. Whole
-        gradients exist one at a time.
+        gradients exist one at a time. Returns whether any parameter had a gradient.
         """
         expected: dict[str, float] = {}
 
@@ -206,6 +232,7 @@ class Collector:
             expected[target.name] = expected.get(target.name, 0.0) + norm**2 / 4
             parameter.grad = None
 
+        self._checking, self._expanded = True, False
         targets = list(self.targets.values())
         kept = [(target.index, target.total) for target in targets]
         hooks = []
@@ -225,7 +252,12 @@ class Collector:
                     break
                 except Misfit:
                     continue  # with one parameter less to check
+                except Exception:
+                    if not self._expanded or not self.trust.expand:
+                        raise
+                    self.trust.expand = False  # the model does not bear positions that are given to each sample
         finally:
+            self._checking = False
             for hook in hooks:
                 hook.remove()
             for target, (target.index, target.total) in zip(targets, kept, strict=True):
@@ -239,17 +271,31 @@ class Collector:
             allowed = (AGREES_HALF if rounds else AGREES.get(target.parameter.dtype, AGREES_HALF)) * own + negligible
             if target.name not in self.fallback and float((target.norms - own).abs().max()) > allowed:
                 self.fallback[target.name] = "what its module sees is not all of its gradient"
+        return bool(expected)
 
     # ---- hooks
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._catching or not torch.is_grad_enabled() or not self._caught(module):
+        if not self._catching or not self._caught(module):
             return None
+        if not torch.is_grad_enabled():
+            if self._recomputing:
+                return None  # a norm that is asked for what its weight multiplies
+            name = next(iter(self._caught(module).values())).name
+            raise ValueError(
+                f"the module of {name!r} runs without gradients; with gradient checkpointing pass use_reentrant=False, "
+                "else leave the parameter out"
+            )
+        if self._checking:
+            self.trust.seen.add(module)
+        elif module not in self.trust.seen:
+            self._give_up(module, "was not used by the sample that was checked")
         x: Any = args[0] if args else kwargs.get("input", kwargs.get("hidden_states"))
         if not isinstance(x, Tensor):
             self._give_up(module, "has no tensor as its first argument")
         changed = x
-        if kind_of(module) == "embedding" and x.dim() == 2 and len(x) == 1:
+        if kind_of(module) == "embedding" and x.dim() == 2 and len(x) == 1 < self.size and self.trust.expand:
+            self._expanded = True
             changed = x.expand(self.size, -1)  # positions that all samples share: each sample gets its own gradient
         elif x.requires_grad:
             changed = _Hold.apply(x)
@@ -264,8 +310,8 @@ class Collector:
             return None
         lead = x.shape if kind_of(module) == "embedding" else x.shape[:-1]
         by_sample = len(lead) > 0 and lead[0] == self.size
-        flattened = len(lead) == 1 and lead[0] == self.size * self.length  # samples and tokens in one dimension
-        if not (by_sample or flattened) or output.shape[:-1] != lead:
+        flattened = len(lead) == 1 and lead[0] == self.size * self.length > 0  # samples and tokens in one dimension
+        if not (by_sample or flattened) or not isinstance(output, Tensor) or output.shape[:-1] != lead:
             self._give_up(module, f"has input {list(x.shape)}, which is not split into {self.size} samples")
         targets = self._caught(module)
         if not self._recomputing:
@@ -281,7 +327,7 @@ class Collector:
         return {n: t for n, t in self.owners[module].items() if t.name not in self.fallback}
 
     def _give_up(self, module: nn.Module, reason: str) -> None:
-        self.fallback |= {t.name: f"{type(module).__name__} {reason}" for t in self._caught(module).values()}
+        self.fallback.update({t.name: f"{type(module).__name__} {reason}" for t in self._caught(module).values()})
         raise Misfit
 
     def _arrived(self, module: nn.Module, targets: dict[str, Target], saved: Any, grad: Tensor) -> None:

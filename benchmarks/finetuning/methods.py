@@ -104,7 +104,10 @@ def prepare_ird(model: nn.Module, batches: list[Batch], config: Config) -> Prepa
 
 
 def prepare_reversed(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
-    """As many entries as FISH selects, those with the smallest Fisher information."""
+    """As many entries as FISH selects, those with the smallest Fisher information.
+
+    Where it is zero, as for rows of the embedding that no text looks up, the first come: little but the head trains then.
+    """
     head = set(default_head(model))
     chosen = sk.methods.fish(model, batches, config.density, num_samples=config.samples)
     names = [name for name, _ in model.named_parameters() if name not in head]

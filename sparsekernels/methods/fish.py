@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..fisher import Labels, accumulate, zeros_for
+from ..fisher import Labels, Plan, accumulate, prepare, zeros_for
 from ..losses import Batch, Loss, batch_size, rows_of
 from ..names import default_head, matching
 from ..ops import topk
@@ -59,8 +58,8 @@ def fish(
 
     Source: paper and the authors' code (global top-k, budget, eval mode, density, 1024 samples). Ours: groups.
     """
-    search = Search.start(model, density, targets, head, loss, labels, max_fisher_bytes, progress)
     batches = take(samples, num_samples)
+    search = Search.start(model, batches, density, targets, head, loss, labels, max_fisher_bytes, progress)
     chosen, carried = search.top(batches, search.everything, search.k)
     selection = search.selection(chosen)
     selection.report = {"samples": sum(batch_size(batch, i) for i, batch in enumerate(batches)), "carried": carried}
@@ -94,13 +93,15 @@ class Search:
     everything: dict[str, Index | None]
     head: list[str]
     k: int
-    options: dict[str, Any]
     max_bytes: int
+    plan: Plan
+    progress: bool
 
     @classmethod
     def start(
         cls,
         model: nn.Module,
+        batches: Sequence[Batch],
         density: float,
         targets: Iterable[str] | None,
         head: Iterable[str] | None,
@@ -118,13 +119,16 @@ class Search:
         total = sum(p.numel() for p in parameters.values())
         charged, available = sum(parameters[n].numel() for n in dense), sum(parameters[n].numel() for n in chosen)
         k = min(int(total * density) - charged, available)
+        if not chosen:
+            raise ValueError("targets: all of them belong to the head, which trains densely; nothing is left to select")
         if k < 1:
             raise ValueError(
                 f"density {density} of {total:,} weights leaves none beside the {charged:,} of the head, which train "
                 "densely; raise density, or name less as head"
             )
-        options = {"loss": loss, "labels": labels, "progress": progress}
-        return cls(model, dict.fromkeys(chosen), dense, k, options, max_fisher_bytes)
+        everything: dict[str, Index | None] = dict.fromkeys(chosen)
+        plan = prepare(model, batches, everything, loss, labels)
+        return cls(model, everything, dense, k, max_fisher_bytes, plan, progress)
 
     def numel(self, name: str, index: Index | None) -> int:
         return self.model.get_parameter(name).numel() if index is None else index.numel
@@ -137,7 +141,7 @@ class Search:
         whole = 0.0
         for group in self._groups(among):
             totals = {name: zeros_for(self.model.get_parameter(name), among[name]) for name in group}
-            accumulate(self.model, batches, {name: among[name] for name in group}, totals, **self.options)
+            accumulate(self.model, batches, {name: among[name] for name in group}, totals, self.plan, self.progress)
             whole += sum(float(total.sum(dtype=torch.float64)) for total in totals.values())
             names = [*kept, *group]
             scores = [kept[name][1] if name in kept else totals[name] for name in names]

@@ -53,7 +53,8 @@ def ird(
     Raises:
         ValueError: factors out of range, and all that `fish` raises.
 
-    Cost: for each iteration a pass for norms over S and one for Fisher over what is kept of it.
+    Cost: for each iteration a pass for norms over S and one for Fisher over what is kept of it. The first iteration
+    holds positions and Fisher information of a share `parameter_factor` of all targets, whatever max_fisher_bytes is.
 
     Source: the idea is the paper's. The authors' schedule could not be read: the rules above, halves and all, are ours.
     """
@@ -63,8 +64,8 @@ def ird(
         raise ValueError(f"parameter_factor must lie in (0, 1), got {parameter_factor}")
     if min_samples < 1:
         raise ValueError(f"min_samples must be at least 1, got {min_samples}")
-    search = Search.start(model, density, targets, head, loss, labels, max_fisher_bytes, False)
     batches = list(samples)
+    search = Search.start(model, batches, density, targets, head, loss, labels, max_fisher_bytes, False)
     kept_samples = torch.arange(sum(batch_size(batch, number) for number, batch in enumerate(batches)))
     among: dict[str, Index | None] = search.everything
     size = sum(search.numel(name, index) for name, index in among.items())
@@ -78,7 +79,7 @@ def ird(
     )
     with bar:
         while size > search.k:
-            norms = accumulate(model, batches, among, {}, **search.options)
+            norms = accumulate(model, batches, among, {}, search.plan, False)
             wanted = min(len(norms), max(min_samples, math.ceil(sample_factor * len(norms))))
             best = norms.argsort(descending=True, stable=True)[:wanted].sort().values.cpu()
             batches, kept_samples = _subset(batches, best), kept_samples[best]

@@ -1,0 +1,54 @@
+"""Eval mode that keeps gradient checkpointing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; on leaving, every module is in the mode that it was in.
+
+    Layers of transformers checkpoint in train mode alone: those that are told to stay in it, and go into eval mode
+    inside of what is checkpointed. No keys and values are cached, as in training: a recomputed layer would cache twice.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    layers = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
+    told = [m for m in model.modules() if isinstance(m, layers) and getattr(m, "gradient_checkpointing", False)]
+    before = [(layer, layer._gradient_checkpointing_func) for layer in told]
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    caches = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    try:
+        for config, _ in caches:
+            config.use_cache = False
+        for layer, checkpoint in before:
+            layer.training = True
+            layer._gradient_checkpointing_func = _in_eval_mode(layer, checkpoint)
+        yield
+    finally:
+        for config, cache in caches:
+            config.use_cache = cache
+        for layer, checkpoint in before:
+            layer._gradient_checkpointing_func = checkpoint
+        for module, training in modes:
+            module.training = training
+
+
+def _in_eval_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        def inside(*args: Any) -> Any:
+            layer.training = False
+            try:
+                return function(*args)
+            finally:
+                layer.training = True
+
+        return checkpoint(inside, *args)
+
+    return run
