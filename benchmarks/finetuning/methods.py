@@ -106,7 +106,7 @@ def prepare_ird(model: nn.Module, batches: list[Batch], config: Config) -> Prepa
 def prepare_reversed(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
     """As many entries as FISH selects, those with the smallest Fisher information.
 
-    Where it is zero, as for rows of the embedding that no text looks up, the first come: little but the head trains then.
+    Where it is zero, as for rows of the embedding that no text looks up, the first come: little but the head trains.
     """
     head = set(default_head(model))
     chosen = sk.methods.fish(model, batches, config.density, num_samples=config.samples)
