@@ -99,8 +99,8 @@ def main() -> int:
         searched = ("fish", "ird", "uniform")
         rates = {mask: study.search(name_of(mask, DENSITIES[0], SAMPLES[-1]), HEAD_RATE) for mask in searched}
         rates |= {"dense": DENSE_RATE, "reversed": rates["fish"]}
-        for seed in SEEDS:
-            for name, entry in chosen.items():
+        for name, entry in chosen.items():
+            for seed in SEEDS:
                 study.run("final", name, rates[entry.method], seed, HEAD_RATE, base.epochs)
         rows = study.summarise()
         probe = Config(**{**vars(base), "method": "ird", "density": DENSITIES[0], "samples": SAMPLES[-1]})

@@ -93,6 +93,10 @@ def test_more_bad_input() -> None:
     chosen = Selection.random(net, 0.1, names=["classifier.weight"])
     with pytest.raises(ValueError, match="give either selection or names"):
         fisher_diagonal(net, [batch], selection=chosen, names="*", **QUIET)
+    mixed = model("bert")
+    mixed.classifier.double()
+    with pytest.raises(ValueError, match="on several devices, or partly fp64"):
+        fisher_diagonal(mixed, [batch], **QUIET)
     gpt = model("gpt2")
     tied = Selection({n: Index(torch.tensor([1]), (37, 16)) for n in ("transformer.wte.weight", "lm_head.weight")})
     with pytest.raises(ValueError, match="are one tied parameter"):

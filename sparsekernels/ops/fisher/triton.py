@@ -20,9 +20,9 @@ from ..masked_grad.triton import ALIGNMENT, BLOCK_P, BLOCK_T, ELEMENTS_TILE
 BLOCK = 1024  # elements of a tensor that a program owns
 BLOCK_M, BLOCK_S = 64, 32  # columns of a vector that a program owns, tokens that it takes at a time
 FEW = 100  # where less than one element in so many is selected, a dot product for each is cheaper than whole tiles
-# Rows and columns of a weight that a program owns, tokens that it takes at a time, warps: nothing spills.
-TILES = {torch.float32: (64, 32, 16, 4), torch.float64: (32, 32, 1, 8)}
-HALF_TILE = (64, 64, 32, 4)
+# Rows and columns of a weight that a program owns, tokens that it takes at a time, warps, stages: nothing spills.
+TILES = {torch.float32: (64, 32, 16, 4, 1), torch.float64: (32, 32, 1, 4, 3)}
+HALF_TILE = (64, 64, 32, 4, 3)
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def fisher_linear_(
     if positions is not None:
         slots = positions.new_full((m * n,), -1, dtype=torch.int32)
         scatter_(slots, positions, torch.arange(positions.shape[0], dtype=torch.int32, device=slots.device), False)
-    tile_m, tile_n, tile_s, warps = TILES.get(input.dtype, HALF_TILE)
+    tile_m, tile_n, tile_s, warps, stages = TILES.get(input.dtype, HALF_TILE)
     programs = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
     shares = _shares(grad_output, (grad_output.shape[0], programs))
     with device_of(input):
@@ -224,7 +224,7 @@ def fisher_linear_(
             grad_output, input, real, slots, total, shares, *grad_output.shape[:2], m, n,
             SLOTS=slots is not None, TOTAL=total is not None, NORMS=norms is not None,
             UPCAST=_is_interpreted(fisher_linear_kernel), TILE_M=tile_m, TILE_N=tile_n, TILE_S=tile_s,
-            num_warps=warps,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     _add_shares(norms, shares, 1)
 
@@ -268,13 +268,15 @@ def fisher_embedding_(
             idle |= (owners < 0) | (owners >= total.shape[0])
     lasts = torch.where(idle, firsts, lasts)
     count, width = owners.shape[0], 1 if elements else dim
-    grid, block_k, block_d = tile_grid(count, width, ELEMENTS_TILE if elements else TILE)
+    # Of fp64, half a tile and half the warps: nothing spills.
+    tile, warps = (TILE // 2, 2) if grad_output.dtype == torch.float64 else (TILE, 4)
+    grid, block_k, block_d = tile_grid(count, width, ELEMENTS_TILE if elements else tile)
     shares = _shares(grad_output, (*grid, samples)).zero_()
     with device_of(grad_output):
         fisher_embedding_kernel[grid](
             grad_output, order, firsts, lasts, owners, positions, total, shares, count, width, dim, samples, tokens,
             WHOLE=positions is None, ELEMENTS=elements, TOTAL=total is not None, NORMS=norms is not None,
-            BLOCK_K=block_k, BLOCK_D=block_d,
+            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
     _add_shares(norms, shares, 0)
 
