@@ -5,6 +5,7 @@ from .adamw import adamw_compact_, adamw_gathered_
 from .adamw_rows import adamw_rows_
 from .fisher import fisher_embedding_, fisher_linear_, fisher_squares_, fisher_vector_
 from .gather_scatter import gather, scatter_, scatter_add_
+from .ks import ks_2samp
 from .masked_grad import masked_grad_embedding, masked_grad_linear
 from .table import OPS
 from .topk import topk
@@ -21,6 +22,7 @@ __all__ = [
     "fisher_squares_",
     "fisher_vector_",
     "gather",
+    "ks_2samp",
     "masked_grad_embedding",
     "masked_grad_linear",
     "scatter_",

@@ -18,6 +18,7 @@ from .adamw import reference as adamw
 from .adamw_rows import reference as adamw_rows
 from .fisher import reference as fisher
 from .gather_scatter import reference as gather_scatter
+from .ks import reference as ks
 from .masked_grad import reference as masked_grad
 from .topk import reference as topk
 
@@ -149,5 +150,13 @@ OPS: tuple[Op, ...] = (
         "positions of the k largest entries over a list of tensors; ties go to the lowest position",
         topk.topk,
         topk.topk_fake,
+    ),
+    Op(
+        "ks_2samp",
+        "ks",
+        "(Tensor x, Tensor y, int alternative) -> (Tensor differences, Tensor locations)",
+        "Kolmogorov-Smirnov test of two samples, row by row: statistics as exact integers, and where they are reached",
+        ks.ks_2samp,
+        ks.ks_2samp_fake,
     ),
 )
