@@ -95,8 +95,8 @@ class Tester {
           });
       return true;
     }
-    std::copy(x, x + n_, wide_.get());
-    std::copy(y, y + m_, wide_.get() + n_);
+    cpu::widen(x, n_, wide_.get());
+    cpu::widen(y, m_, wide_.get() + n_);
     return run_wide(wide_.get(), wide_.get() + n_, same, found);
   }
 

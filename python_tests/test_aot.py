@@ -124,6 +124,9 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         torch.zeros(32, 64, dtype=dtype), torch.zeros(32, 2048, dtype=dtype), elements
     )
     yield from fisher_calls(dtype)
+    for alternative in (-1, 0, 1):
+        for n in (8, 4096):  # the smallest block and the largest
+            yield lambda a=alternative, n=n: kernel("ks_2samp")(dense.view(-1, n), dense.view(-1, n), a)
     yield lambda: kernel("topk")([dense, dense[:, :7].contiguous()], 5, False)
     yield lambda: kernel("topk")([dense], 5, True)
 

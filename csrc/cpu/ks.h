@@ -310,6 +310,11 @@ void search(
   }
 }
 
+template <typename T, typename F>
+SK_CLONES void widen(const T* from, int64_t n, F* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = F(from[i]);
+}
+
 // For dtypes of 16 bits: magnitudes, without those of zeros, and whether there is a NaN.
 struct Magnitudes {
   uint16_t least, most;

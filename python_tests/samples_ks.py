@@ -1,0 +1,172 @@
+"""Samples of ks_2samp; the oracle counts with numpy's searchsorted, as scipy does, but in integers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from samples import BF16, FP16, FP32, FP64, Case, Maker, Sample, short
+from scipy import stats
+from torch import Tensor
+
+from sparsekernels import ops
+
+INF, NAN = float("inf"), float("nan")
+CODES = {"two-sided": 0, "less": -1, "greater": 1}
+Pair = tuple[Tensor, Tensor]
+Build = Callable[[torch.Generator], Pair]
+
+
+def difference(x: np.ndarray, y: np.ndarray, alternative: str) -> tuple[int, float]:
+    """The difference of distribution functions in units of 1 / lcm, and the first place of it in sorted x, then y."""
+    x, y = np.sort(x), np.sort(y)
+    both = np.concatenate([x, y])
+    divisor = math.gcd(len(x), len(y))
+    up, down = len(y) // divisor, len(x) // divisor
+    differences = np.searchsorted(x, both, "right") * up - np.searchsorted(y, both, "right") * down
+    low, high = differences.argmin(), differences.argmax()
+    is_low = alternative == "less" or (alternative == "two-sided" and -differences[low] > differences[high])
+    found = low if is_low else high
+    return int(differences[found]), float(both[found])
+
+
+def oracle(x: Tensor, y: Tensor, alternative: str) -> list[Tensor]:
+    """statistic, location and sign, exactly; the p-value is that of scipy."""
+    rows = []
+    for a, b in zip(x.cpu().double().numpy(), y.cpu().double().numpy(), strict=True):
+        if np.isnan(a).any() or np.isnan(b).any():
+            rows.append((NAN, NAN, NAN, 0))
+            continue
+        units, location = difference(a, b, alternative)
+        negative = alternative == "less" or (alternative == "two-sided" and units < 0)
+        pvalue = float(stats.ks_2samp(a, b, alternative).pvalue)
+        rows.append((abs(units) / math.lcm(len(a), len(b)), pvalue, location + 0.0, -1 if negative else 1))
+    statistic, pvalue, location, sign = torch.tensor(rows, dtype=FP64).reshape(-1, 4).unbind(1)
+    return [statistic, pvalue, location, sign.to(torch.int8)]
+
+
+def ks(build: Build, dtype: torch.dtype, alternative: str, strided: bool = False) -> Callable[[Maker], Case]:
+    def make(maker: Maker) -> Case:
+        x, y = (sample.to(dtype) for sample in build(maker.generator))
+        if strided:
+            x, y = (maker.put(sample.T.contiguous()).T for sample in (x, y))
+        else:
+            x, y = maker.put(x), maker.put(y)
+        statistic, pvalue, location, sign = oracle(x, y, alternative)
+        return Case(
+            ops.ks_2samp,
+            (x, y, alternative),
+            (x.contiguous(), y.contiguous(), CODES[alternative]),
+            [statistic, pvalue, location.to(dtype), sign],
+        )
+
+    return make
+
+
+def normal(rows: int, n: int, m: int, shift: float = 0.0, scale: float = 1.0) -> Build:
+    def build(generator: torch.Generator) -> Pair:
+        x = torch.randn(rows, n, generator=generator, dtype=FP64)
+        return scale * x, scale * (torch.randn(rows, m, generator=generator, dtype=FP64) + shift)
+
+    return build
+
+
+def moved(by: Callable[[Tensor], Tensor], rows: int = 3, n: int = 200) -> Build:
+    """x as a trained model might have it, y what became of it."""
+
+    def build(generator: torch.Generator) -> Pair:
+        x = 0.02 * torch.randn(rows, n, generator=generator, dtype=FP64)
+        return x, by(x)
+
+    return build
+
+
+def tied(rows: int, n: int, m: int, levels: int) -> Build:
+    def build(generator: torch.Generator) -> Pair:
+        x, y = (torch.randint(0, levels, (rows, k), generator=generator).double() - levels // 2 for k in (n, m))
+        return x, y
+
+    return build
+
+
+def with_outliers(*outliers: float, n: int = 200, m: int = 200) -> Build:
+    """A few values so far out, or so close together, that buckets of equal width hold nearly all or nothing."""
+
+    def build(generator: torch.Generator) -> Pair:
+        x, y = normal(2, n, m)(generator)
+        x[:, : len(outliers)] = torch.tensor(outliers, dtype=FP64)
+        return x, y
+
+    return build
+
+
+def listed(x: list[float], y: list[float]) -> Build:
+    return lambda _: (torch.tensor([x], dtype=FP64), torch.tensor([y], dtype=FP64))
+
+
+def huge_and_tiny(generator: torch.Generator) -> Pair:
+    x, y = normal(2, 300, 200, scale=20)(generator)
+    return x.exp2() * x.sign(), y.exp2() * y.sign()
+
+
+SMALL: dict[str, Build] = {
+    "normal": normal(3, 30, 30),
+    "unequal": normal(3, 30, 45),
+    "one-element": normal(3, 1, 1),
+    "one-against-many": normal(3, 1, 9),
+    "tied": tied(3, 40, 30, 5),
+    "all-equal": tied(2, 6, 4, 1),
+    "zeros": listed([0.0, -0.0, -0.0, 1.0], [-0.0, 0.0, 1.0, 1.0]),
+    "infinite": listed([INF, -INF, 0.0, INF, -INF, 2.0], [INF, INF, 1.0, -INF, 0.0]),
+    "all-infinite": listed([INF, INF], [-INF, INF, INF]),
+    "apart": listed([1.0, 2.0, 3.0], [4.0, 5.0]),
+    "apart-below": listed([4.0, 5.0], [1.0, 2.0, 3.0]),
+    "nan-in-x": lambda g: (torch.tensor([[1.0, NAN, 2.0], [1.0, 2.0, 3.0]]), torch.tensor([[1.0, 2.0], [NAN, INF]])),
+    "no-rows": normal(0, 3, 4),
+}
+LARGE: dict[str, Build] = {
+    "shifted": moved(lambda x: x + 1e-3),
+    "noisy": moved(lambda x: x + 1e-3 * torch.cos(1e5 * x)),
+    "permuted": moved(lambda x: x.flip(1)),
+    "identical": moved(lambda x: x.clone()),
+    "identical-nan": moved(lambda x: x.index_fill_(1, torch.tensor([7]), NAN).clone()),
+    "independent": normal(3, 200, 200),
+    "unequal-large": normal(3, 300, 150, shift=0.2),
+    "tied-large": tied(3, 160, 240, 30),
+    "outlier": with_outliers(3e4),
+    "outliers": with_outliers(3e4, 3e3, -3e2, 30.0, n=300),
+    "infinities": with_outliers(INF, -INF, INF),
+    "huge-and-tiny": huge_and_tiny,
+    "denormal": normal(2, 200, 200, scale=1e-40),
+    "all-equal-large": tied(2, 100, 150, 1),
+}
+
+
+def ks_samples() -> Iterator[Sample]:
+    for name, alternative in itertools.product(SMALL, CODES):
+        yield Sample("ks_2samp", f"{name}-{alternative}", ks(SMALL[name], FP32, alternative))
+    for i, (name, build) in enumerate(LARGE.items()):
+        alternatives = CODES if name in ("shifted", "tied-large") else [list(CODES)[i % 3]]
+        for alternative in alternatives:
+            yield Sample("ks_2samp", f"{name}-{alternative}", ks(build, FP32, alternative))
+    for dtype in (BF16, FP16, FP64):
+        for i, (name, build) in enumerate({**SMALL, **LARGE}.items()):
+            alternative = list(CODES)[i % 3]
+            yield Sample("ks_2samp", f"{name}-{alternative}-{short(dtype)}", ks(build, dtype, alternative))
+    for dtype in (FP32, BF16):
+        yield Sample("ks_2samp", f"strided-{short(dtype)}", ks(normal(3, 40, 60), dtype, "two-sided", strided=True))
+    largest = 3e38  # the range of a row overflows
+    spread = listed([largest, -largest, *map(float, range(100))], [0.5 * largest, *map(float, range(1, 90))])
+    yield Sample("ks_2samp", "overflowing-range", ks(spread, FP32, "two-sided"))
+    many = {
+        "4096": normal(2, 4096, 4096),
+        "4096-shifted": moved(lambda x: x + 1e-4, 2, 4096),
+        "tied": tied(2, 4096, 4096, 90),
+    }
+    for (name, build), dtype in itertools.product(many.items(), (FP32, BF16, FP16)):
+        yield Sample("ks_2samp", f"many-{name}-{short(dtype)}", ks(build, dtype, "two-sided"), heavy=True)
+    wide = normal(1, 65_600, 3)  # more elements than 16 bits count
+    yield Sample("ks_2samp", "wide-counts", ks(wide, FP32, "two-sided"), heavy=True)
