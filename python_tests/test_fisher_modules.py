@@ -11,6 +11,7 @@ from fishing import (
     QUIET,
     assert_close,
     fisher,
+    gradients,
     model,
     norms,
     ragged,
@@ -40,10 +41,40 @@ def zoo_gradients(net: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:
 
 def test_every_kind_of_module_and_a_loss_of_ones_own() -> None:
     net, tokens = Zoo(), ids(6, 7)
-    with pytest.warns(RuntimeWarning, match=r"1 parameters take one backward a sample.*experts.weight \(Experts"):
+    with pytest.warns(
+        RuntimeWarning, match=r"1 parameters take one backward a sample.*experts.weight \(Experts"
+    ) as said:
         found = fisher_diagonal(net, [{"ids": tokens}], loss=zoo_loss, **QUIET)
     assert_close(found, fisher(zoo_gradients(net, tokens)))
     assert not found["embed.weight"][3].any()  # its padding_idx
+    assert said[0].filename == __file__
+
+
+def test_the_padding_row_of_a_tied_embedding() -> None:
+    """Its lookups do not count, its scores do; here with tokens that are the padding id and not masked."""
+    net, batch = model("llama-tied"), ragged("llama-tied")
+    batch["input_ids"][0, 2:5] = batch["input_ids"][2, 3] = 0
+    assert net.model.embed_tokens.padding_idx == 0
+    assert_close(fisher_diagonal(net, [batch], **QUIET), fisher(gradients(net, [batch])))
+
+
+def test_a_parameter_that_nothing_uses() -> None:
+    net, tokens = Reused("nothing"), ids(5, 7)
+    net.spare = nn.Parameter(torch.ones(3))
+    with pytest.warns(RuntimeWarning, match=r"spare \(Reused"):
+        found = fisher_diagonal(net, [{"input_ids": tokens}], loss=squares, **QUIET)
+    assert_close(found, fisher(each(net, tokens)))
+    assert not found["spare"].any()
+
+
+def test_part_of_a_model_in_another_precision() -> None:
+    net, tokens = Reused("nothing"), ids(5, 7)
+    net.last.double()
+    net.last.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+    found = fisher_diagonal(net, [{"input_ids": tokens}], loss=squares, names="last.*", **QUIET)
+    expected = fisher(each(net, tokens))
+    assert found["last.weight"].dtype == torch.float64
+    assert_close(found, {name: expected[name] for name in found})
 
 
 def test_selection() -> None:

@@ -1,13 +1,30 @@
-"""Eval mode that keeps gradient checkpointing."""
+"""How a model is put for a while to be differentiated: in eval mode, frozen but for some parameters."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+
+@contextmanager
+def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Just these require gradients, and start without one; everything is put back on leaving."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag, grad in before:
+            p.requires_grad_(flag)
+            p.grad = grad
 
 
 @contextmanager

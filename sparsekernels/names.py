@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -21,6 +21,19 @@ def matching(names: Iterable[str], patterns: Iterable[str], argument: str) -> li
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"{argument}: no parameter matches {pattern!r}; names look like {names[0]!r}")
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def groups(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """The names in their order, in groups whose sizes stay within the limit; a larger one is a group of its own."""
+    group: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if group and held + size > limit:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
 
 
 def default_targets(model: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ the shapes of every batch must fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluating import evaluating
+from .evaluating import evaluating, only_trainable
 from .ops import fisher_squares_, gather
 from .pairs import Pair, add_squares_, kind_of, pair_of
 from .selection import Index
@@ -130,25 +131,20 @@ class Collector:
         return self.trust.fallback
 
     def __enter__(self) -> Collector:
-        self._flags = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        for p, _, _ in self._flags:
-            p.requires_grad_(False)
-            p.grad = None
-        self._mode = evaluating(self.model)
-        self._mode.__enter__()
-        self.device = next(self.model.parameters()).device
+        with ExitStack() as stack:
+            stack.enter_context(only_trainable(self.model))
+            stack.enter_context(evaluating(self.model))
+            for module in self.owners:
+                stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._after).remove)
+            self._left = stack.pop_all()
+        parameter = next(iter(self.targets.values())).parameter
+        self.device, self._wide = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
-        self._hooks = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in self.owners]
-        self._hooks += [m.register_forward_hook(self._after) for m in self.owners]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._mode.__exit__(None, None, None)
-        for p, flag, grad in self._flags:
-            p.requires_grad_(flag)
-            p.grad = grad
+        self._left.close()
 
     # ---- one batch
 
@@ -165,8 +161,7 @@ class Collector:
         Raises:
             Misfit: a parameter has just been moved to the fallback; totals are void.
         """
-        wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
-        norms = torch.zeros(size, dtype=wide, device=self.device)
+        norms = torch.zeros(size, dtype=self._wide, device=self.device)
         for target in self.targets.values():
             target.norms = norms
         self._run(terms, size, length)
@@ -198,6 +193,8 @@ class Collector:
         parameters = [target.parameter.requires_grad_(True) for target in targets]
         try:
             for term, last in _with_last(terms):
+                if not term.requires_grad:
+                    continue  # none of them is used
                 grads = torch.autograd.grad(term.sum(), parameters, allow_unused=True, retain_graph=not last)
                 for target, grad in zip(targets, grads, strict=True):
                     if grad is not None:

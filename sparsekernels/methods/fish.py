@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..fisher import Labels, Plan, accumulate, prepare, zeros_for
 from ..losses import Batch, Loss, batch_size, rows_of
-from ..names import default_head, matching
+from ..names import default_head, groups, matching
 from ..ops import topk
 from ..selection import Index, Selection
 
@@ -139,7 +139,8 @@ class Search:
         """The k entries with the largest Fisher information, and the share of all of it that they carry."""
         kept: dict[str, tuple[Index, Tensor]] = {}
         whole = 0.0
-        for group in self._groups(among):
+        sizes = {name: 4 * self.numel(name, index) for name, index in among.items()}
+        for group in groups(sizes, self.max_bytes):
             totals = {name: zeros_for(self.model.get_parameter(name), among[name]) for name in group}
             accumulate(self.model, batches, {name: among[name] for name in group}, totals, self.plan, self.progress)
             whole += sum(float(total.sum(dtype=torch.float64)) for total in totals.values())
@@ -153,18 +154,6 @@ class Search:
                 kept[name] = Index.trusted(positions, shape, rows=False), score.reshape(-1)[chosen]
         carried = sum(float(score.sum(dtype=torch.float64)) for _, score in kept.values())
         return {name: index for name, (index, _) in kept.items() if len(index)}, carried / whole if whole else 0.0
-
-    def _groups(self, among: Mapping[str, Index | None]) -> Iterator[list[str]]:
-        group: list[str] = []
-        held = 0
-        for name, index in among.items():
-            size = 4 * self.numel(name, index)
-            if group and held + size > self.max_bytes:
-                yield group
-                group, held = [], 0
-            group.append(name)
-            held += size
-        yield group
 
     def selection(self, chosen: Mapping[str, Index]) -> Selection:
         """The chosen entries, and the head."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..names import default_head, default_targets, matching
+from ..evaluating import only_trainable
+from ..names import default_head, default_targets, groups, matching
 from ..selection import Index, Selection, count_for
 
 SHARES = tuple(10 ** (-4 + i / 8) for i in range(33))  # 0.01 % to 100 %, eight points a decade
@@ -87,7 +87,9 @@ def sift(
         bar.update()
 
     with tqdm(total=len(chosen), desc="SIFT: selecting", unit="tensor", disable=not progress, leave=False) as bar:
-        for group in _groups(chosen, names, max_gradient_bytes) if num_batches > 1 else [chosen]:
+        for group in (
+            groups({name: names[name].nbytes for name in chosen}, max_gradient_bytes) if num_batches > 1 else [chosen]
+        ):
             _gradients(model, {name: names[name] for name in group}, first, loss or default_loss, take)
     missing = [name for name in chosen if name not in found]
     if missing:
@@ -107,35 +109,6 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         raise ValueError("loss: the model returned none; put labels into the batches or pass a function as loss")
     loss: Tensor = output.loss
     return loss
-
-
-def _groups(names: list[str], parameters: Mapping[str, nn.Parameter], limit: int) -> Iterator[list[str]]:
-    group: list[str] = []
-    held = 0
-    for name in names:
-        if group and held + parameters[name].nbytes > limit:
-            yield group
-            group, held = [], 0
-        group.append(name)
-        held += parameters[name].nbytes
-    yield group
-
-
-@contextmanager
-def _only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Just these require gradients, and start without one; everything is put back on leaving."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        for p, _, _ in before:
-            p.requires_grad_(False)
-            p.grad = None
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, flag, grad in before:
-            p.requires_grad_(flag)
-            p.grad = grad
 
 
 def _gradients(
@@ -161,7 +134,7 @@ def _gradients(
 
         return freed
 
-    with _only_trainable(model, parameters.values()), torch.enable_grad():
+    with only_trainable(model, parameters.values()), torch.enable_grad():
         hooks = []
         if len(batches) == 1:
             hooks = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in parameters.items()]
