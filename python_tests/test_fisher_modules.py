@@ -67,6 +67,18 @@ def test_a_parameter_that_nothing_uses() -> None:
     assert not found["spare"].any()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_embeddings_stay_dense_or_sparse(sparse: bool) -> None:
+    net, tokens = Reused("nothing"), ids(5, 7)
+    expected = fisher(each(net, tokens))
+    tables = [module for module in net.modules() if isinstance(module, nn.Embedding)]
+    for table in tables:
+        table.sparse = sparse
+    assert_close(silently(fisher_diagonal, net, [{"input_ids": tokens}], loss=squares), expected)
+    assert len(tables) == 2
+    assert all(table.sparse is sparse for table in tables)
+
+
 def test_part_of_a_model_in_another_precision() -> None:
     net, tokens = Reused("nothing"), ids(5, 7)
     net.last.double()

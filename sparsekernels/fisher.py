@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -147,8 +148,12 @@ def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str]
 
 
 def zeros_for(parameter: Tensor, index: Index | None) -> Tensor:
+    """On the CPU pages that nothing is added to, such as rows of tokens that never occur, are never made."""
     shape = parameter.shape if index is None else index.compact_shape
-    return parameter.new_zeros(shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if parameter.device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, np.float64 if dtype == torch.float64 else np.float32))
+    return parameter.new_zeros(shape, dtype=dtype)
 
 
 @dataclass

@@ -223,7 +223,7 @@ class Collector:
 
         def freed(target: Target, parameter: Tensor) -> None:
             assert parameter.grad is not None
-            grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            grad = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
             wide = torch.promote_types(grad.dtype, torch.float32)
             norm = float(torch.linalg.vector_norm(grad, dtype=wide))
             expected[target.name] = expected.get(target.name, 0.0) + norm**2 / 4
@@ -233,7 +233,10 @@ class Collector:
         targets = list(self.targets.values())
         kept = [(target.index, target.total) for target in targets]
         hooks = []
+        tables = [module for module in self.owners if kind_of(module) == "embedding" and not module.sparse]
         try:
+            for table in tables:
+                table.sparse = True  # type: ignore[assignment]  # a dense gradient would be mostly zeros
             for target in targets:
                 target.index = target.total = None
                 target.parameter.requires_grad_(True)
@@ -255,6 +258,8 @@ class Collector:
                     self.trust.expand = False  # the model does not bear positions that are given to each sample
         finally:
             self._checking = False
+            for table in tables:
+                table.sparse = False  # type: ignore[assignment]
             for hook in hooks:
                 hook.remove()
             for target, (target.index, target.total) in zip(targets, kept, strict=True):
@@ -330,7 +335,9 @@ class Collector:
     def _arrived(self, module: nn.Module, targets: dict[str, Target], saved: Any, grad: Tensor) -> None:
         x = saved if isinstance(saved, Tensor) else saved.saved_tensors[0]
         grad = grad.detach().reshape(self.size, -1, grad.shape[-1])
-        self._finite &= grad.flatten(1).sum(1, dtype=torch.promote_types(grad.dtype, torch.float32)).isfinite()
+        bias = targets.get("bias")
+        if bias is None or bias.index is not None:  # else the norm of its gradient, the same sum, will tell
+            self._finite &= grad.flatten(1).sum(1, dtype=self._wide).isfinite()
         for attribute, target in targets.items():
             target.pairs.append(pair_of(module, attribute, grad, x.detach()))
             if len(target.pairs) >= target.calls:
