@@ -1,4 +1,4 @@
-"""One loss for each sample of a batch: what per-sample gradients are gradients of."""
+"""What is differentiated: the loss of a batch, or one loss for each sample of it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,16 @@ def rows_of(batch: Batch, chosen: Tensor, size: int) -> dict[str, Any]:
         return [x[i] for i in chosen.tolist()] if isinstance(x, list | tuple) and len(x) == size else x
 
     return {key: cut(x) for key, x in batch.items()}
+
+
+def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss a Hugging Face model computes itself from a batch with labels."""
+    device = next(model.parameters()).device
+    output = model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
+    if getattr(output, "loss", None) is None:
+        raise ValueError("loss: the model returned none; put labels into the batches or pass a function as loss")
+    loss: Tensor = output.loss
+    return loss
 
 
 class PerSampleLoss:

@@ -50,6 +50,24 @@ def default_targets(model: nn.Module) -> list[str]:
     ]
 
 
+def embedding_weight(model: nn.Module, name: str | None = None) -> str:
+    """The name of the input embedding's table, [V, D]; or `name`, if that is a parameter with rows.
+
+    Raises:
+        ValueError: the model does not say what its input embedding is, or has no such parameter.
+    """
+    parameters = dict(model.named_parameters())
+    if name is None:
+        ask = getattr(model, "get_input_embeddings", None)
+        weight = getattr(ask() if ask else None, "weight", None)
+        name = next((n for n, p in parameters.items() if p is weight), None)
+        if name is None:
+            raise ValueError("embedding: the model has no get_input_embeddings() with a weight; name the table")
+    if name not in parameters or parameters[name].dim() != 2:
+        raise ValueError(f"embedding: {name!r} is no two-dimensional parameter of the model")
+    return name
+
+
 def default_head(model: nn.Module) -> list[str]:
     """The parameters of a task head, which starts from random weights and trains densely."""
     return [name for name, _ in model.named_parameters() if in_head(name)]

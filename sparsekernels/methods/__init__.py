@@ -1,7 +1,22 @@
 """The methods: each is a module that reads like its paper's pseudo-code and returns a Selection."""
 
+from .embedding_tuning import Certificate, certificate, embed_tune, partial_transfer, partial_tune, predictions
 from .fish import fish
 from .ird import ird
+from .ks_lottery import by_frequency, by_shift, ks_lottery
 from .sift import sift
 
-__all__ = ["fish", "ird", "sift"]
+__all__ = [
+    "Certificate",
+    "by_frequency",
+    "by_shift",
+    "certificate",
+    "embed_tune",
+    "fish",
+    "ird",
+    "ks_lottery",
+    "partial_transfer",
+    "partial_tune",
+    "predictions",
+    "sift",
+]

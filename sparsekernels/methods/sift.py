@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..evaluating import only_trainable
+from ..losses import default_loss
 from ..names import default_head, default_targets, groups, matching
 from ..selection import Index, Selection, count_for
 
@@ -99,16 +100,6 @@ def sift(
     )
     selection.report["curve"] = curve.points(SHARES)
     return selection
-
-
-def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss a Hugging Face model computes itself from a batch with labels."""
-    device = next(model.parameters()).device
-    output = model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
-    if getattr(output, "loss", None) is None:
-        raise ValueError("loss: the model returned none; put labels into the batches or pass a function as loss")
-    loss: Tensor = output.loss
-    return loss
 
 
 def _gradients(
