@@ -26,6 +26,7 @@ ARCHITECTURES = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FAMILIES = sorted({op.family for op in OPS})
 SHARED_BYTES = 48 * 1024  # what a kernel gets without asking
+ASKING = {"ks_kernel": 64 * 1024}  # two rows of 4096 keys of 64 bits; Triton asks, and sm_80 and sm_90 have as much
 
 
 def missing_tools() -> str | None:
@@ -67,7 +68,7 @@ def test_no_register_spills(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
-    assert [each for each in compiled if each["shared"] > SHARED_BYTES] == []
+    assert [each for each in compiled if each["shared"] > ASKING.get(each["kernel"], SHARED_BYTES)] == []
     assert max(each["shared"] for each in compiled) > 0, "topk shares histograms: nothing was read"
 
 

@@ -86,7 +86,7 @@ def _outside_each(h: Integers, n: int, m: int, two_sided: bool) -> Floats:
     g = math.gcd(n, m)
     up, down = n // g, m // g
     widest = int(h.max())
-    width = min(2 * widest // (up + down) + 3, m + 2) if two_sided else m + 1
+    width = 2 * widest // (up + down) + 3 if two_sided else m + 1
     bound = h[:, None].astype(np.float64)
     shares = np.ones((len(h), width + 2))  # between a share of 1 on the left and one on the right
     fresh = np.empty((len(h), width))

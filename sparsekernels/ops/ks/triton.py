@@ -90,6 +90,6 @@ def ks_2samp(x: Tensor, y: Tensor, alternative: int) -> tuple[Tensor, Tensor]:
             ks_kernel[(rows,)](
                 x.view(integers), y.view(integers), differences, locations.view(integers), n, m, m // divisor,
                 n // divisor, ALTERNATIVE=alternative, INFINITY=_INFINITY[x.dtype], BLOCK=block,
-                num_warps=min(max(block // 256, 1), 32),
+                num_warps=min(max(block // 256, 1), 16),
             )  # fmt: skip
     return differences, locations
