@@ -19,20 +19,15 @@ _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F8
 
 
 @triton.jit
-def _largest(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
 def ks_kernel(
     x, y, differences, locations, n, m, up, down,
     ALTERNATIVE: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program owns a row of both samples, n elements of x and m of y, given as integers of the same bits.
 
-    It sorts keys 2 * (the bits of a float without its sign, negated where that is set) + (1 for y), so that -0.0 equals
-    0.0 and x precedes y among equals. An element of x lifts the difference by `up`, one of y lowers it by `down`; it
-    counts where the next key is another value.
+    It sorts keys 2 * (the bits of a float without its sign, negated where that is set) + (1 for x), so that -0.0 equals
+    0.0, and the last key of a value tells whether x has it. An element of x lifts the difference by `up`, one of y
+    lowers it by `down`; it counts where the next key is another value.
     """
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
@@ -46,12 +41,12 @@ def ks_kernel(
         wide = bits.to(tl.int64)
     magnitude = wide & (0x7FFF if bits.dtype == tl.int16 else 0x7FFFFFFF)
     nan = tl.max((magnitude > INFINITY).to(tl.int32))
-    key = tl.where(wide < 0, -magnitude, magnitude) * 2 + tl.where(of_x, 0, 1)
+    key = tl.where(wide < 0, -magnitude, magnitude) * 2 + tl.where(of_x, 1, 0)
     beyond = 0x7FFFFFFF if bits.dtype == tl.int16 else 0x7FFFFFFFFFFFFFFF
     key = tl.sort(tl.where(inside, key, beyond))
 
     value = key >> 1
-    in_x = (key & 1) == 0
+    in_x = (key & 1) == 1
     count = tl.cumsum(in_x.to(tl.int32))
     difference = count * up - (place + 1 - count) * down
     # The last element has itself for a next one, and is no less the end of its value.
@@ -68,8 +63,7 @@ def ks_kernel(
     found = tl.min(tl.where(reached, value, beyond))
     if ALTERNATIVE <= 0:
         # The smallest difference may be reached at values of y alone; values of x come first.
-        latest = tl.associative_scan(tl.where(in_x, value, -beyond), 0, _largest)
-        also = tl.min(tl.where(reached & (latest == value), value, beyond))
+        also = tl.min(tl.where(reached & in_x, value, beyond))
         found = tl.where(also == beyond, found, also)
     location = tl.where(found < 0, -found | (0x8000 if bits.dtype == tl.int16 else 0x80000000), found)
     location = tl.where(nan > 0, INFINITY + 1, location)
