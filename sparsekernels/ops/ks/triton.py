@@ -85,5 +85,6 @@ def ks_2samp(x: Tensor, y: Tensor, alternative: int) -> tuple[Tensor, Tensor]:
                 x.view(integers), y.view(integers), differences, locations.view(integers), n, m, m // divisor,
                 n // divisor, ALTERNATIVE=alternative, INFINITY=_INFINITY[x.dtype], BLOCK=block,
                 num_warps=min(max(block // 256, 1), 16),
+                maxnreg=128,  # what 16 warps have; ptxas by itself may settle for 64, and spill
             )  # fmt: skip
     return differences, locations
