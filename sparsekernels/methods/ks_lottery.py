@@ -71,8 +71,8 @@ def ks_lottery(
     pvalues, statistics = [], []
     step = max(1, CHUNK // max(1, width))
     for start in range(0, rows, step):
-        pair = [x[start : start + step].to(_common(tables)) for x in (tables.before, tables.after)]
-        found = ks_2samp(*pair)
+        x, y = (table[start : start + step].to(_common(tables)) for table in (tables.before, tables.after))
+        found = ks_2samp(x, y)
         pvalues.append(found.pvalue.cpu())
         statistics.append(found.statistic.cpu())
     p = torch.cat(pvalues)
