@@ -79,6 +79,30 @@ def test_embeddings_stay_dense_or_sparse(sparse: bool) -> None:
     assert all(table.sparse is sparse for table in tables)
 
 
+def test_a_hook_on_a_table_sees_what_it_always_sees() -> None:
+    net, tokens = Reused("nothing"), ids(5, 7)
+    seen: list[Tensor] = []
+
+    def only_new_rows(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad[:3] = 0
+        seen.append(grad)
+        return grad
+
+    handle = net.embed.weight.register_hook(only_new_rows)
+    expected = fisher(each(net, tokens))
+    with pytest.warns(RuntimeWarning, match="embed.weight"):  # whose gradient is not all that autograd would give
+        fisher_diagonal(net, [{"input_ids": tokens}], loss=squares, **QUIET)
+    assert seen
+    handle.remove()
+    assert_close(silently(fisher_diagonal, net, [{"input_ids": tokens}], loss=squares), expected)
+
+
+def test_an_empty_selection_is_refused() -> None:
+    with pytest.raises(ValueError, match="selection is empty"):
+        fisher_diagonal(Reused("nothing"), [{"input_ids": ids(2, 7)}], loss=squares, selection=Selection({}), **QUIET)
+
+
 def test_part_of_a_model_in_another_precision() -> None:
     net, tokens = Reused("nothing"), ids(5, 7)
     net.last.double()

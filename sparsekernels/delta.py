@@ -36,6 +36,12 @@ class Change:
     values: Tensor
     base: str
 
+    @classmethod
+    def of(cls, index: Index, values: Tensor, originals: Tensor) -> Change:
+        """The change from originals to values, on the CPU."""
+        base = "" if index.numel == index.shape.numel() else fingerprint(originals)
+        return cls(index.to("cpu"), values.cpu(), base)
+
 
 class Delta:
     """Positions, the absolute values that belong there, and a fingerprint of the values they replace.
@@ -72,9 +78,7 @@ class Delta:
             found[name] = (entry.weight, part)
         changes = {}
         for name, (weight, (index, originals)) in found.items():
-            values = gather(weight.detach(), index)
-            base = "" if index.numel == index.shape.numel() else fingerprint(originals)
-            changes[name] = Change(index.to("cpu"), values.cpu(), base)
+            changes[name] = Change.of(index, gather(weight.detach(), index), originals)
         return cls(changes)
 
     def save(self, path: str | Path) -> None:

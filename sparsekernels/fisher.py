@@ -137,6 +137,8 @@ def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str]
         raise ValueError("model is sparsified, so its weights have no gradients of their own; call restore() first")
     if selection is not None:
         parameters = selection.check(model)
+        if not selection:
+            raise ValueError("selection is empty: there is no gradient to square")
         if names is not None:
             raise ValueError("give either selection or names")
         return {name: index.to(parameters[name].device) for name, index in selection.items()}

@@ -50,21 +50,22 @@ def default_targets(model: nn.Module) -> list[str]:
     ]
 
 
-def embedding_weight(model: nn.Module, name: str | None = None) -> str:
-    """The name of the input embedding's table, [V, D]; or `name`, if that is a parameter with rows.
+def embedding_weight(model: nn.Module, name: str | None = None, argument: str = "embedding") -> str:
+    """The name of the input embedding's table, [V, D]; or `name`, if that is such a parameter.
 
     Raises:
-        ValueError: the model does not say what its input embedding is, or has no such parameter.
+        ValueError: the model does not say what its input embedding is, or has no such parameter; `argument` is for the
+            message.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     if name is None:
         ask = getattr(model, "get_input_embeddings", None)
         weight = getattr(ask() if ask else None, "weight", None)
         name = next((n for n, p in parameters.items() if p is weight), None)
         if name is None:
-            raise ValueError("embedding: the model has no get_input_embeddings() with a weight; name the table")
+            raise ValueError(f"{argument}: the model has no get_input_embeddings() with a weight; name the table")
     if name not in parameters or parameters[name].dim() != 2:
-        raise ValueError(f"embedding: {name!r} is no two-dimensional parameter of the model")
+        raise ValueError(f"{argument}: {name!r} is no two-dimensional parameter of the model")
     return name
 
 

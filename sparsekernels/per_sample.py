@@ -131,6 +131,9 @@ class Collector:
         return self.trust.fallback
 
     def __enter__(self) -> Collector:
+        parameter = next(iter(self.targets.values())).parameter
+        self.device, self._wide = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+        self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         with ExitStack() as stack:
             stack.enter_context(only_trainable(self.model))
             stack.enter_context(evaluating(self.model))
@@ -138,9 +141,6 @@ class Collector:
                 stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._after).remove)
             self._left = stack.pop_all()
-        parameter = next(iter(self.targets.values())).parameter
-        self.device, self._wide = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
-        self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -233,7 +233,7 @@ class Collector:
         targets = list(self.targets.values())
         kept = [(target.index, target.total) for target in targets]
         hooks = []
-        tables = [module for module in self.owners if kind_of(module) == "embedding" and not module.sparse]
+        tables = [module for module in self.owners if _may_be_sparse(module)]
         try:
             for table in tables:
                 table.sparse = True  # type: ignore[assignment]  # a dense gradient would be mostly zeros
@@ -347,6 +347,14 @@ class Collector:
         pairs, target.pairs = target.pairs, []
         if pairs:
             add_squares_(pairs, target.parameter.shape, target.total, target.norms, target.index)
+
+
+def _may_be_sparse(module: nn.Module) -> bool:
+    """Whether it is an embedding with dense gradients that no hook of the user waits for."""
+    if kind_of(module) != "embedding" or module.sparse:
+        return False
+    weight: Any = module.weight
+    return not weight._backward_hooks and not weight._post_accumulate_grad_hooks
 
 
 def _with_last(items: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

@@ -65,7 +65,7 @@ class SparseModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name of the weight, its compact Parameter): [K] for elements, [R, *row] for rows; fp32 (fp64 for fp64)."""
-        self._check_in_use()
+        self.check_in_use()
         for name, slot in self.slots.items():
             yield name, slot.values
 
@@ -115,14 +115,14 @@ class SparseModel:
         """
         from .reselect import reselect
 
-        self._check_in_use()
+        self.check_in_use()
         reselect(self, selection, optimizer, restore)
 
     def delta(self) -> Delta:
         """The trained weights as a file to ship; see `Delta`."""
         from .delta import Delta
 
-        self._check_in_use()
+        self.check_in_use()
         self.sync_()
         return Delta.from_slots(self.slots, self.left)
 
@@ -143,7 +143,8 @@ class SparseModel:
             self._leave()
         return self.model
 
-    def _check_in_use(self) -> None:
+    def check_in_use(self) -> None:
+        """Raise RuntimeError if the model was given back."""
         if self._found is None:
             raise RuntimeError("the model was given back by restore() or merge(); ask for deltas and parameters before")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -141,10 +140,52 @@ def test_the_loss_may_be_ones_own_and_gradients_clipped() -> None:
         assert norms[-1] > 0.02
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(batches())
+
+
+class Once:
+    """Can be gone through once, though it is no iterator."""
+
+    def __init__(self) -> None:
+        self.left = iter(batches())
+
+    def __iter__(self) -> Any:
+        return self.left
+
+
+def test_batches_may_have_no_length_and_are_asked_for_once_an_epoch() -> None:
+    steps = 0
+
+    def loss(net: nn.Module, b: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return net(**b).loss
+
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    embed_tune(llama(), stream, loss=loss, epochs=2, progress=False)
+    assert steps == 6
+    generator = torch.Generator()
+    orders = []
+    for epochs in (1, 2):
+        order: list[int] = []
+
+        def record(net: nn.Module, b: Any, order: list[int] = order) -> Tensor:
+            order.append(int(b["number"]))
+            return net(input_ids=b["input_ids"], labels=b["input_ids"]).loss
+
+        numbered = [{"input_ids": batch("llama")["input_ids"][0], "number": torch.tensor(i)} for i in range(6)]
+        loader = torch.utils.data.DataLoader(numbered, shuffle=True, generator=generator.manual_seed(0))
+        embed_tune(llama(), loader, loss=record, epochs=epochs, progress=False)
+        orders.append(order[:6])
+    assert orders[0] == orders[1]
+
+
 def test_bad_input_leaves_the_model_as_it_was() -> None:
     model = llama().eval()
     before = state(model)
-    broken = copy.deepcopy(batches())
+    given = batches()
     unlabelled = [{k: x for k, x in b.items() if k != "labels"} for b in batches()]
     calls = 0
 
@@ -155,15 +196,22 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
 
     for run, message in [
         (lambda: embed_tune(model, [], progress=False), "batches is empty"),
-        (lambda: embed_tune(model, iter(broken), progress=False), "batches is an iterator"),
-        (lambda: embed_tune(model, broken, epochs=0, progress=False), "epochs must be at least 1, got 0"),
-        (lambda: embed_tune(model, broken, lr=-1.0, progress=False), "learning rate"),
-        (lambda: embed_tune(model, broken, max_grad_norm=0.0, progress=False), "max_grad_norm must be above 0"),
-        (lambda: embed_tune(model, broken, embedding="lm_head.bias", progress=False), "embedding: 'lm_head.bias'"),
+        (lambda: embed_tune(model, iter(given), progress=False), "batches is an iterator"),
+        (lambda: embed_tune(model, Once(), progress=False), "batches is empty a second time"),
+        (lambda: embed_tune(model, given, loss=lambda net, b: None, progress=False), "scalar tensor.*got NoneType"),
+        (lambda: embed_tune(model, given, loss=lambda net, b: net(**b).logits, progress=False), "got shape"),
+        (
+            lambda: embed_tune(model, given, loss=lambda net, b: torch.ones(()), progress=False),
+            "depends on the trained",
+        ),
+        (lambda: embed_tune(model, given, epochs=0, progress=False), "epochs must be at least 1, got 0"),
+        (lambda: embed_tune(model, given, lr=-1.0, progress=False), "learning rate"),
+        (lambda: embed_tune(model, given, max_grad_norm=0.0, progress=False), "max_grad_norm must be above 0"),
+        (lambda: embed_tune(model, given, embedding="lm_head.bias", progress=False), "embedding: 'lm_head.bias'"),
         (lambda: embed_tune(model, unlabelled, progress=False), "loss: the model returned none"),
-        (lambda: embed_tune(model, broken, loss=nan_later, progress=False), "loss is nan at step 2"),
-        (lambda: partial_tune(model, Selection({}), broken, progress=False), "selection is empty"),
-        (lambda: partial_tune(model, rows(1, name="model.norm.weight"), broken, progress=False), "shape"),
+        (lambda: embed_tune(model, given, loss=nan_later, progress=False), "loss is nan at step 2"),
+        (lambda: partial_tune(model, Selection({}), given, progress=False), "selection is empty"),
+        (lambda: partial_tune(model, rows(1, name="model.norm.weight"), given, progress=False), "shape"),
     ]:
         with pytest.raises(ValueError, match=message):
             run()
@@ -172,7 +220,7 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
         assert all(p.requires_grad for p in model.parameters())
         assert not any("_values" in name for name, _ in model.named_parameters())
 
-    tuned = embed_tune(model, broken, epochs=1, progress=False)
+    tuned = embed_tune(model, given, epochs=1, progress=False)
     elements = Selection({NAME: Index(torch.tensor([1]), model.get_parameter(NAME).shape)})
     for selection, message in [
         (elements, "selection must be of rows of"),
@@ -211,6 +259,34 @@ def test_predictions_are_those_of_labelled_positions(kind: str) -> None:
     assert found.tolist() == expected
     with pytest.raises(ValueError, match="no labels to predict"):
         predictions(model, [])
+
+
+def test_predictions_leave_out_what_has_no_label_and_refuse_what_is_no_class() -> None:
+    model = transformer("llama")
+    given = [batch("llama", seed=seed) for seed in range(2)]
+    whole = predictions(model, given)
+    size = len(whole) // 2
+    given[0]["labels"][0] = -100
+    given[0]["labels"][2] = -100
+    assert torch.equal(predictions(model, given), torch.cat([whole[size // 3 : size // 3 * 2], whole[size:]]))
+    given[0]["labels"][:] = -100
+    assert torch.equal(predictions(model, given), whole[size:])
+    assert torch.equal(predictions(model, given, shift=True), whole[size:])
+    assert len(predictions(model, given, shift=False)) > size
+
+    model.loss_function = lambda **_: torch.ones(())
+    with pytest.raises(ValueError, match="pass shift"):
+        predictions(model, given)
+    unlabelled = {k: x for k, x in given[1].items() if k != "labels"}
+    for bad, message in [
+        ([given[1], unlabelled], "batch 1 has no integer labels"),
+        ([{**given[1], "labels": torch.ones(3, 7)}], "batch 0 has no integer labels"),
+        ([(given[1],)], "batch 0 must be a mapping"),
+        ([given[0]], "no labels to predict"),
+        ([{**given[1], "labels": torch.ones(3, dtype=torch.long)}], "no classes for logits"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            predictions(model, bad, shift=True)
 
 
 def test_certificate() -> None:

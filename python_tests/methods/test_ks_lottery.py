@@ -110,6 +110,9 @@ def test_models_and_sparse_models_give_name_and_tables(kind: str) -> None:
         ks_lottery(model, tuned),  # not the weights that are in the model now, but those it came with
         ks_lottery(tuned, model),
         ks_lottery(before, tuned),
+        ks_lottery(model.get_parameter(name), tuned),  # nor these, which are the same memory
+        ks_lottery(model.state_dict()[name], tuned),
+        ks_lottery(tuned, model.get_input_embeddings().weight),
         ks_lottery(base, model),
         ks_lottery(before, model.get_parameter(name), name=name),
     ]
@@ -117,6 +120,27 @@ def test_models_and_sparse_models_give_name_and_tables(kind: str) -> None:
         assert ticket[name].positions.tolist() == [2, 5]
         assert torch.equal(ticket.report["pvalues"], found[0].report["pvalues"])
     assert by_shift(tuned, k=2)[name] == found[0][name]
+
+
+def test_wide_rows_are_tested_exactly_too() -> None:
+    before = torch.randn(2, 10_001, generator=torch.Generator().manual_seed(0))
+    after = before + torch.tensor([[0.05], [0.3]])
+    found = ks_lottery(before, after, name=NAME).report["pvalues"]
+    torch.testing.assert_close(found, expected(before, after)[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_under_a_name_of_its_own(dtype: torch.dtype) -> None:
+    """Whatever table the SparseModel trains, and whether the model knows it as its input embedding or not."""
+    model = Plain().to(dtype)
+    tuned = sk.sparsify(model, Selection({NAME: Index.full(model.embed.weight.shape)}))
+    with torch.no_grad():
+        next(iter(tuned.parameters()))[3] += 9.0
+    assert rows(ks_lottery(tuned)) == rows(ks_lottery(model.embed.weight, tuned)) == rows(by_shift(tuned, k=1)) == [3]
+    tied = transformer("llama")
+    tuned = sk.sparsify(tied, Selection({"lm_head.weight": Index.full(tied.lm_head.weight.shape)}))
+    assert tuple(by_shift(tuned, k=1)) == ("lm_head.weight",)
+    assert by_shift(tuned, k=1, name="model.embed_tokens.weight").numel == tied.lm_head.weight.shape[1]
 
 
 def test_by_shift_takes_the_furthest_rows_ties_to_the_lower() -> None:
@@ -175,17 +199,29 @@ def test_bad_input_is_refused() -> None:
         ((before, after.long()), {}, r"after must be a floating-point table"),
         ((before, broken), {}, "has NaN in row 17"),
         ((before, after), {"name": None}, "name is missing"),
-        ((Plain(), Plain()), {"name": None}, "embedding: the model has no get_input_embeddings"),
+        ((before[:0], after[:0]), {}, "with numbers in it"),
+        ((before[:, :0], after[:, :0]), {}, "with numbers in it"),
+        ((Plain(), Plain()), {"name": None}, "name: the model has no get_input_embeddings"),
         ((Plain(), Plain()), {"name": "embed.bias"}, "no two-dimensional parameter"),
     ]:
         with pytest.raises(ValueError, match=message):
             ks_lottery(*arguments, **{"name": NAME, **more})
-    for k in (0, ROWS + 1):
-        with pytest.raises(ValueError, match=rf"k must lie in \[1, {ROWS}\], got {k}"):
+    for k in (0, ROWS + 1, 1.5):
+        with pytest.raises(ValueError, match=rf"k must be an integer in \[1, {ROWS}\], got {k}"):
             by_shift(before, after, k=k, name=NAME)
+    with pytest.raises(ValueError, match="has NaN in row 17"):
+        by_shift(before, broken, k=1, name=NAME)
     model = transformer("llama")
-    with pytest.raises(ValueError, match="batch 1 has no tensor input_ids"):
-        by_frequency(model, [batch("llama"), {"labels": ids(2)}], k=1)
+    for wrong, message in [
+        ([batch("llama"), {"labels": ids(2)}], "batch 1 has no integer tensor input_ids"),
+        ([{"input_ids": torch.ones(2, 3)}], "batch 0 has no integer tensor input_ids"),
+        ([{"input_ids": ids(1, 3), "attention_mask": [[1, 1, 0]]}], "attention_mask of batch 0"),
+        ([{"input_ids": ids(1, 3), "attention_mask": torch.ones(1, 2)}], "attention_mask of batch 0"),
+        ([], "no tokens"),
+        ([{"input_ids": ids(1, 3), "attention_mask": torch.zeros(1, 3)}], "no tokens"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            by_frequency(model, wrong, k=1)
     with pytest.raises(ValueError, match="batch 0 has ids outside"):
         by_frequency(model, [{"input_ids": torch.tensor([[0, 10_000]])}], k=1)
 

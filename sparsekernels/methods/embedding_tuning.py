@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..delta import Change, Delta, fingerprint
+from ..delta import Change, Delta
 from ..evaluating import evaluating
-from ..losses import IGNORED, PerSampleLoss, default_loss
+from ..losses import IGNORED, PerSampleLoss, batch_size, default_loss, rows_of
 from ..names import embedding_weight
 from ..ops import gather
 from ..optim import SparseAdamW, clip_grad_norm_
@@ -34,14 +34,15 @@ def embed_tune(
     max_grad_norm: float | None = None,
     progress: bool = True,
 ) -> SparseModel:
-    """Train every row of the input embedding and nothing else.
+    """Train every row of the input embedding and no other parameter.
 
     The rows train as fp32 values, whatever the dtype of the table: `ks_lottery` reads those. Without weight decay, so
     that rows of tokens that never occur stay as they are. A tied table trains through the output layer too, which
     gives every row a gradient.
 
     Args:
-        model: any torch model, in train mode during training and in its own mode after.
+        model: any torch model, in train mode during training and in its own mode after. Buffers that a forward in train
+            mode updates (BatchNorm) are updated, and stay so.
         batches: batches in Hugging Face form (mappings of tensors with labels), or whatever `loss` takes; gone through
             once an epoch: a list or a DataLoader.
         lr: of SparseAdamW, constant.
@@ -52,16 +53,16 @@ def embed_tune(
         progress: show a progress bar.
 
     Returns:
-        SparseModel: pass it to `ks_lottery`, then `restore()` the model, bit for bit, or `merge()`.
+        SparseModel: pass it to `ks_lottery`, then `restore()` the parameters, bit for bit, or `merge()`.
 
     Raises:
         ValueError: numbers out of range, batches that are empty or can be gone through once only, no embedding to be
-            found, a loss that is missing or not finite. The model is given back then as it was.
+            found, a loss that is missing, no scalar with a gradient, or not finite. The parameters are then as before.
 
     Cost: AdamW over the table: 16 B an element, and one fp32 gradient of the table. For loops of your own,
     `sparsify(model, Selection({name: Index.full(shape)}))` is all that this does.
 
-    Source: the paper (embedding only; lr, epochs). Ours: no decay, constant rate.
+    Source: the paper, as quoted by others (embedding only; lr, epochs). Ours: no decay, constant rate.
     """
     name = embedding_weight(model, embedding)
     selection = Selection({name: Index.full(model.get_parameter(name).shape)})
@@ -79,14 +80,14 @@ def partial_tune(
     max_grad_norm: float | None = None,
     progress: bool = True,
 ) -> SparseModel:
-    """Train what is selected, the rows of a ticket, and nothing else, from the model as it is.
+    """Train what is selected, the rows of a ticket, and no other parameter, from the model as it is.
 
     Args, and the errors they raise, are those of `embed_tune`; an empty selection is refused.
 
     Returns:
         SparseModel: `delta()` is the file to ship.
 
-    Source: the paper (lr, epochs). Ours: no decay, constant rate.
+    Source: the paper, as quoted by others (lr, epochs). Ours: no decay, constant rate.
     """
     if not selection.numel:
         raise ValueError("selection is empty: there is nothing to tune; raise alpha, or choose rows by_shift")
@@ -116,39 +117,59 @@ def partial_transfer(tuned: SparseModel, selection: Selection) -> Delta:
     if not index.rows or index.shape != before.shape:
         raise ValueError(f"selection must be of rows of {name!r}, {list(before.shape)}, got {index}")
     here = index.to(before.device)
-    base = "" if len(index) == len(before) else fingerprint(gather(before, here))
-    return Delta({name: Change(index.to("cpu"), gather(after, here).to(before.dtype).cpu(), base)})
+    return Delta({name: Change.of(here, gather(after, here).to(before.dtype), gather(before, here))})
 
 
-def predictions(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+def predictions(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, shift: bool | None = None) -> Tensor:
     """What the model predicts, with the given text before it, at every labelled position of the batches.
 
     Args:
         model: a Hugging Face model with logits; run in eval mode, left as it was.
-        batches: mappings of tensors with labels; those of -100 are left out.
+        batches: mappings of tensors with integer labels, of tokens or of samples; those of -100 are left out.
+        shift: whether a token is to predict the label of the next one. Default: what the model's own loss tells.
 
     Returns:
-        int64 on the CPU: the largest logit's class for each labelled token, or for each sample where labels are of
-        samples, in their order.
+        int64 on the CPU: the class of the largest logit for each label, in their order.
 
     Raises:
-        ValueError: no labels, none that count, or a loss that does not tell whether labels are shifted by one token.
+        ValueError: batches without labels, none that count, labels that are no classes, or a loss that does not tell
+            whether labels are shifted.
     """
     found = []
-    first = next(model.parameters())
-    rule = PerSampleLoss(None, "given")
+    device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
         for number, batch in enumerate(batches):
-            here = {key: x.to(first.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
-            if not number:
-                rule.check(model, here)
-            logits, labels = model(**here).logits, here["labels"]
-            if logits.dim() == 3 and rule.shift:
+            size = batch_size(batch, number)
+            here = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+            labels = here.get("labels")
+            if not isinstance(labels, Tensor) or labels.is_floating_point():
+                raise ValueError(f"batches: batch {number} has no integer labels")
+            counting = (labels != IGNORED).reshape(size, -1).any(1).nonzero().reshape(-1)
+            if not len(counting):
+                continue
+            if shift is None:
+                shift = _shift(model, rows_of(here, counting[:1], size))
+            logits: Tensor = model(**here).logits
+            if logits.dim() != labels.dim() + 1 or logits.shape[-1] < 2:
+                shapes = f"{list(labels.shape)} are no classes for logits {list(logits.shape)}"
+                raise ValueError(f"batches: the labels of batch {number}, {shapes}")
+            if logits.dim() == 3 and shift:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             found.append(logits.argmax(-1)[labels != IGNORED].cpu())
     if not found or not sum(map(len, found)):
         raise ValueError("batches hold no labels to predict")
     return torch.cat(found)
+
+
+def _shift(model: nn.Module, sample: Mapping[str, Any]) -> bool:
+    if sample["labels"].dim() < 2:
+        return False
+    rule = PerSampleLoss(None, "given")
+    try:
+        rule.check(model, sample)
+    except ValueError as error:
+        raise ValueError(f"batches do not tell whether labels are shifted by one token; pass shift ({error})") from None
+    return bool(rule.shift)
 
 
 @dataclass(frozen=True)
@@ -177,7 +198,7 @@ def certificate(predicted: Tensor, reference: Tensor, alpha: float = 0.05) -> Ce
 
     Args:
         predicted, reference: predictions at the same places, of equal shape, as `predictions` returns them.
-        alpha: the level of the ticket's test, in (0, 1).
+        alpha: the level of the ticket's test, and of the confidence limit, in (0, 1).
 
     Returns:
         Certificate. It speaks of agreement with the embed-tuned model, not of the quality of either. The limit takes
@@ -186,7 +207,7 @@ def certificate(predicted: Tensor, reference: Tensor, alpha: float = 0.05) -> Ce
     Raises:
         ValueError: alpha out of range, shapes that differ, or no predictions.
 
-    Source: the bound is the paper's. Ours: measuring it.
+    Source: the bound is the paper's, as quoted by others. Ours: measuring it.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
@@ -217,7 +238,7 @@ def _tune(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
-    if epochs > 1 and iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise ValueError("batches is an iterator, which one epoch uses up; pass a list or a DataLoader")
     modes = [(module, module.training) for module in model.modules()]
     tuned = sparsify(model, selection)
@@ -225,13 +246,13 @@ def _tune(
         optimizer = SparseAdamW(tuned.parameters(), lr=lr, weight_decay=0)
         model.train()
         steps = 0
-        total = len(batches) * epochs if isinstance(batches, Sized) else None
-        with torch.enable_grad(), tqdm(total=total, desc=what, unit="step", disable=not progress, leave=False) as bar:
-            for _ in range(epochs):
+        bar = tqdm(total=_length(batches, epochs), desc=what, unit="step", disable=not progress, leave=False)
+        with torch.enable_grad(), bar:
+            for epoch in range(epochs):
+                before = steps
                 for batch in batches:
                     value = (loss or default_loss)(model, batch)
-                    if not bool(value.isfinite()):
-                        raise ValueError(f"loss is {value.item()} at step {steps}; lower lr, or look at that batch")
+                    _check_loss(value, steps)
                     value.backward()
                     if max_grad_norm is not None:
                         clip_grad_norm_(tuned.parameters(), max_grad_norm)
@@ -240,8 +261,9 @@ def _tune(
                     steps += 1
                     bar.update()
                     bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
-            if not steps:
-                raise ValueError("batches is empty")
+                if steps == before:
+                    again = " a second time; pass a list or a DataLoader" if epoch else ""
+                    raise ValueError(f"batches is empty{again}")
     except BaseException:
         tuned.restore()
         raise
@@ -249,3 +271,18 @@ def _tune(
         for module, training in modes:
             module.training = training
     return tuned
+
+
+def _length(batches: Iterable[Any], epochs: int) -> int | None:
+    try:
+        return len(batches) * epochs  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader has a length that may not be known
+        return None
+
+
+def _check_loss(loss: Any, step: int) -> None:
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss must be a scalar tensor that depends on the trained rows, got {got} at step {step}")
+    if not bool(loss.isfinite()):
+        raise ValueError(f"loss is {loss.item()} at step {step}; lower lr, or look at that batch")

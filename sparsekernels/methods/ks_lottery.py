@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from ..names import embedding_weight
 from ..ops import ks_2samp, topk
 from ..selection import Index, Selection
+from ..slot import Slot
 from ..sparsify import SparseModel
 
 Correction = Literal["bh", "bonferroni"]
+Table = Tensor | nn.Module | SparseModel
 CHUNK = 1 << 24  # elements of a table that exist in fp32 at a time
 
 
@@ -24,10 +26,20 @@ class Tables(NamedTuple):
     before: Tensor
     after: Tensor
 
+    def parts(self, dtype: torch.dtype) -> Iterable[tuple[Tensor, Tensor]]:
+        """Both, some rows at a time."""
+        rows = max(1, CHUNK // self.before.shape[1])
+        for x, y in zip(self.before.split(rows), self.after.split(rows), strict=True):
+            yield x.to(dtype), y.to(dtype)
+
+    def refuse_nan(self, of_rows: Tensor) -> None:
+        if bool(of_rows.isnan().any()):
+            raise ValueError(f"{self.name!r} has NaN in row {int(of_rows.isnan().nonzero()[0])}, before or after")
+
 
 def ks_lottery(
-    before: Tensor | nn.Module | SparseModel,
-    after: Tensor | nn.Module | SparseModel | None = None,
+    before: Table,
+    after: Table | None = None,
     alpha: float = 0.05,
     correction: Correction | None = None,
     *,
@@ -40,13 +52,14 @@ def ks_lottery(
 
     Args:
         before: the table before tuning, [V, D]; a model, whose input embedding is meant; or the SparseModel that
-            `embed_tune` returns, which holds both states: then leave `after` out.
+            `embed_tune` returns, which holds both states: then leave `after` out. Of a SparseModel, or of the model
+            that it trains, this is what the rows were before.
         after: the table after tuning, the same three ways; of a SparseModel its fp32 values, before they are rounded.
         alpha: rows with a p-value below it are selected, in (0, 1).
         correction: how p-values are adjusted for the V tests made at once: "bonferroni", "bh" (Benjamini-Hochberg), or
             None, as in the paper: then alpha * V rows would be selected by chance, were the samples independent.
         name: the parameter that the Selection names. Needed where both tables are tensors; elsewhere the default is the
-            model's input embedding.
+            table that the SparseModel trains, or the model's input embedding.
 
     Returns:
         Selection of rows, empty if there are none. `.report` holds "pvalues" and "statistics", float64 [V] on the CPU,
@@ -56,31 +69,24 @@ def ks_lottery(
     positions: see `by_shift` for those.
 
     Raises:
-        ValueError: alpha or correction is none of the above, tables that do not fit each other, NaN (the row is named).
+        ValueError: alpha or correction is none of the above, tables that are empty or do not fit each other, NaN (the
+            row is named). RuntimeError: the SparseModel was restored or merged.
 
     Cost: one pass over both tables, and what `sparsekernels.ops.ks_2samp` costs.
 
-    Source: the paper for test and alpha. Ours: corrections, through scipy.
+    Source: test and alpha are the paper's, as quoted by others. Ours: corrections, through scipy.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
     if correction not in (None, "bh", "bonferroni"):
         raise ValueError(f'correction must be None, "bh" or "bonferroni", got {correction!r}')
     tables = tables_of(before, after, name)
-    rows, width = tables.before.shape
-    pvalues, statistics = [], []
-    step = max(1, CHUNK // max(1, width))
-    for start in range(0, rows, step):
-        x, y = (table[start : start + step].to(_common(tables)) for table in (tables.before, tables.after))
-        found = ks_2samp(x, y)
-        pvalues.append(found.pvalue.cpu())
-        statistics.append(found.statistic.cpu())
-    p = torch.cat(pvalues)
-    if bool(p.isnan().any()):
-        raise ValueError(f"{tables.name!r} has NaN in row {int(p.isnan().nonzero()[0])}, before or after")
-    report: dict[str, Any] = {"pvalues": p, "statistics": torch.cat(statistics)}
+    found = [ks_2samp(x, y, method="exact") for x, y in tables.parts(_common(tables))]
+    p = torch.cat([part.pvalue for part in found]).cpu()
+    tables.refuse_nan(p)
+    report: dict[str, Any] = {"pvalues": p, "statistics": torch.cat([part.statistic for part in found]).cpu()}
     if correction == "bonferroni":
-        p = report["adjusted"] = (p * rows).clamp_max(1)
+        p = report["adjusted"] = (p * len(p)).clamp_max(1)
     elif correction == "bh":
         from scipy.stats import false_discovery_control
 
@@ -88,29 +94,24 @@ def ks_lottery(
     return _selection(tables.name, (p < alpha).nonzero().reshape(-1), tables.before.shape, report)
 
 
-def by_shift(
-    before: Tensor | nn.Module | SparseModel,
-    after: Tensor | nn.Module | SparseModel | None = None,
-    *,
-    k: int,
-    name: str | None = None,
-) -> Selection:
+def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | None = None) -> Selection:
     """Select the k rows of an embedding table that moved furthest, by L2 norm: a baseline beside `ks_lottery`.
 
-    Args, and the errors they raise, are those of `ks_lottery`; k is between 1 and V. Ties go to the lower row.
+    Args:
+        before, after, name: as in `ks_lottery`.
+        k: between 1 and V. Ties go to the lower row; rows that did not move fill up what is missing.
 
     Returns:
         Selection of k rows. `.report["shifts"]`: fp32 (fp64 for fp64) [V] on the CPU.
+
+    Raises:
+        ValueError: k out of range, tables that are empty or do not fit each other, NaN (the row is named).
+            RuntimeError: the SparseModel was restored or merged.
     """
     tables = tables_of(before, after, name)
-    step = max(1, CHUNK // max(1, tables.before.shape[1]))
     wide = torch.promote_types(_common(tables), torch.float32)
-    shifts = torch.cat(
-        [
-            (y.to(wide) - x.to(wide)).norm(dim=1)
-            for x, y in zip(tables.before.split(step), tables.after.split(step), strict=True)
-        ]
-    ).cpu()
+    shifts = torch.cat([(y - x).norm(dim=1) for x, y in tables.parts(wide)]).cpu()
+    tables.refuse_nan(shifts)
     return _selection(tables.name, _largest(shifts, k), tables.before.shape, {"shifts": shifts})
 
 
@@ -121,75 +122,105 @@ def by_frequency(
 
     Args:
         model: gives name and shape of the table.
-        batches: mappings with "input_ids" and, where there is padding, "attention_mask".
-        k: between 1 and V. Ties go to the lower row.
+        batches: mappings with integer "input_ids" and, where there is padding, "attention_mask" of the same shape.
+        k: between 1 and V. Ties go to the lower row; rows of tokens that never occur fill up what is missing.
         embedding: name of the table; default: the model's input embedding.
 
     Returns:
         Selection of k rows. `.report["counts"]`: int64 [V] on the CPU.
 
     Raises:
-        ValueError: k out of range, a batch without input_ids, or ids that the table does not have.
+        ValueError: k out of range, no tokens, a batch without input_ids or with a mask of another shape, or ids that
+            the table does not have.
     """
     name = embedding_weight(model, embedding)
     shape = model.get_parameter(name).shape
     counts = torch.zeros(shape[0], dtype=torch.int64)
     for number, batch in enumerate(batches):
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(ids, Tensor):
-            raise ValueError(f"batches: batch {number} has no tensor input_ids")
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            raise ValueError(f"batches: batch {number} has no integer tensor input_ids")
         mask = batch.get("attention_mask")
-        ids = (ids if mask is None else ids[mask != 0]).reshape(-1)
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+                raise ValueError(f"batches: the attention_mask of batch {number} must be a tensor shaped as input_ids")
+            ids = ids[mask != 0]
+        ids = ids.reshape(-1).cpu()
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < shape[0]:
             raise ValueError(f"batches: batch {number} has ids outside of the {shape[0]} rows of {name!r}")
-        counts += torch.bincount(ids, minlength=shape[0]).cpu()
+        counts += torch.bincount(ids, minlength=shape[0])
+    if not bool(counts.any()):
+        raise ValueError("batches hold no tokens to count")
     return _selection(name, _largest(counts.double(), k), shape, {"counts": counts})
 
 
-def tables_of(
-    before: Tensor | nn.Module | SparseModel, after: Tensor | nn.Module | SparseModel | None, name: str | None
-) -> Tables:
+def tables_of(before: Table, after: Table | None, name: str | None) -> Tables:
     """Both states of the table, checked to fit each other."""
     if after is None:
         if not isinstance(before, SparseModel):
             raise ValueError("after is missing; only the SparseModel of embed_tune holds both tables by itself")
         after = before
-    elif isinstance(before, SparseModel) and after is before.model:
-        after = before
-    elif isinstance(after, SparseModel) and before is after.model:
-        before = after
-    if name is None or not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        models = [x.model if isinstance(x, SparseModel) else x for x in (before, after) if not isinstance(x, Tensor)]
-        if not models:
-            raise ValueError("name is missing: which parameter are these tables of?")
-        name = embedding_weight(models[0], name)
+    for source in (before, after):
+        if isinstance(source, SparseModel):
+            source.check_in_use()
+    if name is None:
+        name = _name(before, after)
     x, y = _table(before, name, "before"), _table(after, name, "after")
+    # Of a table that a SparseModel trains in place, the model itself knows what it was, and what it is in fp32.
+    if isinstance(after, SparseModel) and _same_memory(x, after.model.get_parameter(name)):
+        x = _slot(after, name, "after").originals
+    if isinstance(before, SparseModel) and _same_memory(y, before.model.get_parameter(name)):
+        y = _slot(before, name, "before").values.detach()
     for table, argument in ((x, "before"), (y, "after")):
-        if table.dim() != 2 or not table.is_floating_point():
-            raise ValueError(f"{argument} must be a floating-point table [V, D], got {table.dtype} {list(table.shape)}")
-    if x.numel() and x.data_ptr() == y.data_ptr():
-        raise ValueError("before and after are one table in memory; clone it before it is tuned")
+        if table.dim() != 2 or not table.is_floating_point() or not table.numel():
+            raise ValueError(
+                f"{argument} must be a floating-point table [V, D] with numbers in it, got {table.dtype} "
+                f"{list(table.shape)}"
+            )
     if x.shape != y.shape or x.device != y.device:
         raise ValueError(
             f"before and after must share shape and device, got {list(x.shape)} on {x.device} and "
             f"{list(y.shape)} on {y.device}"
         )
+    if _same_memory(x, y):
+        raise ValueError("before and after are one table in memory; clone it before it is tuned")
     return Tables(name, x, y)
 
 
-def _table(source: Tensor | nn.Module | SparseModel, name: str, argument: str) -> Tensor:
+def _name(before: Table, after: Table) -> str:
+    for source in (before, after):
+        if isinstance(source, SparseModel):
+            whole = [name for name, slot in source.slots.items() if _is_whole(slot)]
+            return whole[0] if len(whole) == 1 else embedding_weight(source.model, argument="name")
+    for source in (before, after):
+        if isinstance(source, nn.Module):
+            return embedding_weight(source, argument="name")
+    raise ValueError("name is missing: which parameter are these tables of?")
+
+
+def _table(source: Table, name: str, argument: str) -> Tensor:
     if isinstance(source, Tensor):
         return source.detach()
     if isinstance(source, nn.Module):
-        return source.get_parameter(embedding_weight(source, name)).detach()
-    weight = source.model.get_parameter(name)
-    trained = dict(source.named_parameters())  # refuses a model that was given back
-    slot = next((slot for slot in source.slots.values() if slot.weight is weight), None)
-    if slot is None or not slot.rows or len(slot.index) != len(weight):
-        raise ValueError(
-            f"{argument}: the SparseModel does not train every row of {name!r}; it trains {', '.join(trained)}"
-        )
+        return source.get_parameter(embedding_weight(source, name, "name")).detach()
+    slot = _slot(source, name, argument)
     return slot.originals if argument == "before" else slot.values.detach()
+
+
+def _slot(tuned: SparseModel, name: str, argument: str) -> Slot:
+    weight = tuned.model.get_parameter(embedding_weight(tuned.model, name, "name"))
+    for slot in tuned.slots.values():
+        if slot.weight is weight and _is_whole(slot):
+            return slot
+    raise ValueError(f"{argument}: the SparseModel does not train every row of {name!r}, but {', '.join(tuned.slots)}")
+
+
+def _is_whole(slot: Slot) -> bool:
+    return slot.rows and len(slot.shape) == 2 and len(slot.index) == slot.shape[0]
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() and x.data_ptr() == y.data_ptr()
 
 
 def _common(tables: Tables) -> torch.dtype:
@@ -198,8 +229,8 @@ def _common(tables: Tables) -> torch.dtype:
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
-    if not 1 <= k <= len(scores):
-        raise ValueError(f"k must lie in [1, {len(scores)}], got {k}")
+    if not isinstance(k, int) or not 1 <= k <= len(scores):
+        raise ValueError(f"k must be an integer in [1, {len(scores)}], got {k!r}")
     return topk([scores], k)[0]
 
 
