@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection, fisher_diagonal
+from sparsekernels.losses import _over_tokens
 
 # ---- what is left behind, and errors
 
@@ -188,3 +189,15 @@ def test_a_loss_that_the_default_does_not_know_is_refused() -> None:
     net.forward = smoothed
     with pytest.raises(ValueError, match="the model's own loss on one sample is"):
         fisher_diagonal(net, [ragged("bert")], **QUIET)
+
+
+def test_the_loss_of_a_large_vocabulary_is_the_models_own() -> None:
+    """Many small terms beside a large one: summed one by one, they are lost."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.rand(2, 4, 200_000, generator=generator) - 18.5
+    logits[:, :, 0] = 0
+    labels = torch.randint(0, 200_000, (2, 4), generator=generator)
+    found = _over_tokens(logits, labels, True)
+    for b in range(2):
+        own = torch.nn.functional.cross_entropy(logits[b, :-1], labels[b, 1:])
+        assert float(found[b]) == pytest.approx(float(own), rel=1e-6)

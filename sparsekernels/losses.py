@@ -194,5 +194,6 @@ def _over_tokens(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
     counts = real.sum(1)
     if bool((counts == 0).any()):
         raise ValueError(f"samples: sample {int((counts == 0).nonzero()[0])} of a batch has no labelled token")
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-    return losses.sum(1) / counts
+    # Flat, with classes last: over another dimension, torch sums them one by one, and a large vocabulary shows it.
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view_as(labels).sum(1) / counts
