@@ -1,5 +1,5 @@
 // Two-sample Kolmogorov-Smirnov: checks, one row after the other, CPU registration.
-#include "cpu/ks.h"
+#include "cpu/ks_16.h"
 
 #include <cmath>
 #include <numeric>

@@ -111,6 +111,13 @@ def huge_and_tiny(generator: torch.Generator) -> Pair:
     return x.exp2() * x.sign(), y.exp2() * y.sign()
 
 
+def magnitudes(generator: torch.Generator) -> Pair:
+    """Values of both signs, spread evenly over 50 powers of two."""
+    x, y = (torch.rand(2, 4096, generator=generator, dtype=FP64) * 50 - 25 for _ in range(2))
+    sign = torch.randn(2, 4096, generator=generator).sign()
+    return x.exp2() * sign, y.exp2() * sign
+
+
 SMALL: dict[str, Build] = {
     "normal": normal(3, 30, 30),
     "unequal": normal(3, 30, 45),
@@ -170,5 +177,16 @@ def ks_samples() -> Iterator[Sample]:
     }
     for (name, build), dtype in itertools.product(many.items(), (FP32, BF16, FP16)):
         yield Sample("ks_2samp", f"many-{name}-{short(dtype)}", ks(build, dtype, "two-sided"), heavy=True)
-    wide = normal(1, 65_600, 3)  # more elements than 16 bits count
-    yield Sample("ks_2samp", "wide-counts", ks(wide, FP32, "two-sided"), heavy=True)
+    far = {  # beyond the first histogram: buckets by value hold next to all of it
+        "4096-outliers": with_outliers(1e6, -1e14, 1e22, 1e30, n=4096, m=4096),
+        "4096-magnitudes": magnitudes,
+        "rows": normal(70, 500, 400, shift=0.1),  # so many that several threads share them
+    }
+    for (name, build), alternative in itertools.product(far.items(), CODES):
+        yield Sample("ks_2samp", f"{name}-{alternative}", ks(build, FP32, alternative), heavy=True)
+    wide = {
+        "counts": normal(1, 65_600, 3),  # more elements than 16 bits count
+        "differences": normal(1, 16_384, 16_385),  # lcm past 2^28
+    }
+    for (name, build), dtype in itertools.product(wide.items(), (FP32, BF16)):
+        yield Sample("ks_2samp", f"wide-{name}-{short(dtype)}", ks(build, dtype, "two-sided"), heavy=True)

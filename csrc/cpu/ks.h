@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../common.h"
 
@@ -16,7 +17,7 @@ namespace sk::cpu {
 constexpr int64_t kLanes = 16;          // stretches of the histogram that are summed side by side
 constexpr int64_t kMostBuckets = 1 << 15;
 constexpr int64_t kSortAtOnce = 128;    // elements that are not worth a histogram
-constexpr int kLevels = 3;              // of histograms within a bucket, for a few far outliers each
+constexpr int kLevels = 3;              // of histograms within a bucket: one by value, the others by key
 
 struct Steps {
   int64_t up, down;
@@ -134,6 +135,30 @@ SK_CLONES void find_places(const F* v, int64_t n, F least, F scale, int shift, u
     at = at > F(0) ? at : F(0);
     at = at < last ? at : last;
     places[i] = uint16_t(place_of(int32_t(at), shift));
+  }
+}
+
+// Integers in the order of floats; both zeros are one.
+template <typename F>
+inline __attribute__((always_inline)) auto key_of(F value) {
+  using K = std::conditional_t<sizeof(F) == 4, int32_t, int64_t>;
+  value += 0;
+  K bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits ^ ((bits >> (8 * sizeof(K) - 1)) & std::numeric_limits<K>::max());
+}
+
+// The same by keys: buckets are wider the further they are from zero, as values are that spread over many magnitudes.
+template <typename F>
+SK_CLONES void find_places_by_key(const F* v, int64_t n, F least, F most, int shift, uint16_t* places) {
+  using K = decltype(key_of(least));
+  using U = std::make_unsigned_t<K>;
+  const K low = key_of(least), high = std::max(key_of(most), low);
+  int drop = 0;
+  while (((U(high) - U(low)) >> drop) > U((kLanes << shift) - 1)) ++drop;
+  for (int64_t i = 0; i < n; ++i) {
+    const K key = std::min(std::max(key_of(v[i]), low), high);
+    places[i] = uint16_t(place_of(int32_t((U(key) - U(low)) >> drop), shift));
   }
 }
 
@@ -274,14 +299,19 @@ void search(
     const Level<F, C>* levels, int left, Extremes<F>& found) {
   const Level<F, C>& at = levels[0];
   const int shift = shift_for(n + m);
-  constexpr F largest = std::numeric_limits<F>::max();
-  if (!(within.most - within.least <= largest)) {
-    within.least /= 2;
-    within.most /= 2;
+  if (left == kLevels) {
+    constexpr F largest = std::numeric_limits<F>::max();
+    if (!(within.most - within.least <= largest)) {
+      within.least /= 2;
+      within.most /= 2;
+    }
+    const F scale = std::min(F((kLanes << shift) - 1) / (within.most - within.least), largest);
+    find_places(x, n, within.least, scale, shift, at.x_places);
+    find_places(y, m, within.least, scale, shift, at.y_places);
+  } else {
+    find_places_by_key(x, n, within.least, within.most, shift, at.x_places);
+    find_places_by_key(y, m, within.least, within.most, shift, at.y_places);
   }
-  const F scale = std::min(F((kLanes << shift) - 1) / (within.most - within.least), largest);
-  find_places(x, n, within.least, scale, shift, at.x_places);
-  find_places(y, m, within.least, scale, shift, at.y_places);
 
   std::memset(at.slots, 0, (kLanes << shift) * sizeof(uint16_t));
   int64_t candidates = 0;
@@ -313,47 +343,6 @@ void search(
 template <typename T, typename F>
 SK_CLONES void widen(const T* from, int64_t n, F* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = F(from[i]);
-}
-
-// For dtypes of 16 bits: magnitudes, without those of zeros, and whether there is a NaN.
-struct Magnitudes {
-  uint16_t least, most;
-  bool nan;
-};
-
-SK_CLONES inline Magnitudes magnitudes(const uint16_t* bits, int64_t n, uint16_t infinity) {
-  uint16_t least = 0xffff, most = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint16_t magnitude = bits[i] & 0x7fff;
-    least = std::min(least, uint16_t(magnitude - 1));  // of a zero: the largest there is
-    most = std::max(most, magnitude);
-  }
-  return {uint16_t(least + 1), most, most > infinity};
-}
-
-// One bucket a number: zero in the middle, as many as there are magnitudes on either side of it.
-SK_CLONES inline void find_places(const uint16_t* bits, int64_t n, int32_t least, int32_t middle, int shift, uint16_t* places) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t magnitude = bits[i] & 0x7fff;
-    const int32_t from_zero = magnitude ? magnitude - least + 1 : 0;
-    places[i] = uint16_t(place_of(bits[i] & 0x8000 ? middle - from_zero : middle + from_zero, shift));
-  }
-}
-
-// Of two rows of 16-bit numbers of few magnitudes: exact at once, for no bucket holds two values.
-template <typename D, typename F, typename C, typename Value>
-void search_whole(
-    const uint16_t* x, int64_t n, const uint16_t* y, int64_t m, int32_t least, int32_t middle, int shift,
-    const Steps& steps, const Level<F, C>& at, Extremes<F>& found, const Value& value) {
-  find_places(x, n, least, middle, shift, at.x_places);
-  find_places(y, m, least, middle, shift, at.y_places);
-  visit_candidates<true, D>(at, n, m, shift, 0, steps, found, [&](int64_t, int64_t bucket, C here, int64_t before) {
-    const int64_t here_x = here & kMask<C>, here_y = here >> kHalf<C>;
-    const int64_t from_zero = std::abs(bucket - middle), magnitude = from_zero ? from_zero + least - 1 : 0;
-    found.see(
-        before + steps.up * here_x - steps.down * here_y,
-        value(uint16_t(magnitude | (bucket < middle ? 0x8000 : 0))), here_x > 0);
-  });
 }
 
 }  // namespace sk::cpu
