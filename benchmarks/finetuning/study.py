@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,27 @@ from .training import Config, train
 
 FACTOR = 3.0  # between neighbouring learning rates of the search
 MAX_EXTENSIONS = 2  # how often a search may go on past its grid
+
+
+def best_rate(score: Callable[[float], float], middle: float) -> float:
+    """Return the rate that scores best of three, a factor of three apart; goes on while the best is at an end."""
+    scores: dict[float, float] = {}
+
+    def try_out(rate: float) -> None:
+        rate = float(f"{rate:.3g}")
+        scores[rate] = score(rate)
+
+    for rate in (middle / FACTOR, middle, middle * FACTOR):
+        try_out(rate)
+    for _ in range(MAX_EXTENSIONS):
+        best = max(scores, key=lambda rate: scores[rate])
+        if best == max(scores):
+            try_out(best * FACTOR)
+        elif best == min(scores):
+            try_out(best / FACTOR)
+        else:
+            break
+    return max(scores, key=lambda rate: scores[rate])
 
 
 @dataclass(frozen=True)
@@ -86,28 +107,13 @@ class Study:
         report.write_json(self.path, self.content)
 
     def search(self, name: str, head_rate: float) -> float:
-        """Return the learning rate with the best validation accuracy after one epoch of seed 0.
+        """Return the learning rate with the best validation accuracy after one epoch of seed 0; see `best_rate`."""
 
-        Three rates a factor of three apart, and further ones as long as the best lies at an end.
-        """
-        middle = self.entries[name].lr
-        scores: dict[float, float] = {}
+        def score(rate: float) -> float:
+            head = rate if name == "head" else head_rate
+            return float(self.run("search", name, rate, 0, head, 1)["validation"])
 
-        def score(rate: float) -> None:
-            rate = float(f"{rate:.3g}")
-            scores[rate] = self.run("search", name, rate, 0, rate if name == "head" else head_rate, 1)["validation"]
-
-        for rate in (middle / FACTOR, middle, middle * FACTOR):
-            score(rate)
-        for _ in range(MAX_EXTENSIONS):
-            best = max(scores, key=lambda rate: scores[rate])
-            if best == max(scores):
-                score(best * FACTOR)
-            elif best == min(scores):
-                score(best / FACTOR)
-            else:
-                break
-        return max(scores, key=lambda rate: scores[rate])
+        return best_rate(score, self.entries[name].lr)
 
     def summarise(self) -> list[dict[str, Any]]:
         """One row an entry: mean and spread of its final runs."""
