@@ -1,0 +1,1 @@
+"""The parts of benchmarks/ks_lottery.py."""
