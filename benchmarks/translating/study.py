@@ -1,0 +1,193 @@
+"""The study: learning rates searched once, then every contender for each language and seed; resumable."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetuning import report
+from finetuning.study import best_rate
+from finetuning.text_task import DataError
+
+import sparsekernels as sk
+
+from . import contenders, prompts
+from .contenders import CONTENDERS, EMBED, TRANSFER, UNTUNED, Ticket
+from .parallel_text import Pair
+
+RANKED = 40  # rows of largest statistic whose tokens are kept
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the outcome beside model and text."""
+
+    epochs: int
+    batch_size: int
+    alpha: float
+    max_new_tokens: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The text of one language: what is tuned with, and what is translated."""
+
+    language: str
+    tuning: Sequence[Pair]
+    validation: Sequence[Pair]
+    test: Sequence[Pair]
+
+
+class Study:
+    """The results file and what is in it: rates, and a run for each language and seed, added as soon as it is done."""
+
+    def __init__(
+        self, path: Path, model: Any, tokenizer: Any, jobs: Sequence[Job], settings: Settings, origin: dict[str, Any]
+    ) -> None:
+        self.path, self.model, self.tokenizer, self.jobs, self.settings = path, model, tokenizer, jobs, settings
+        described = json.loads(json.dumps({**asdict(settings), **origin}))
+        self.content: dict[str, Any] = {
+            "machine": report.machine(),
+            "settings": described,
+            "rates": {},
+            "search_seconds": 0.0,
+            "runs": [],
+        }
+        if path.is_file():
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+            if self.content["settings"] != described:
+                raise DataError(f"{path} was measured with other settings; move it away, or name another --out")
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_json(self.path, self.content)
+
+    def batches(self, pairs: Sequence[Pair], seed: int | None = None) -> list[prompts.Batch]:
+        return prompts.batches(self.tokenizer, pairs, self.settings.batch_size, seed)
+
+    def tuned(self, name: str, lr: float, batches: Sequence[prompts.Batch], selection: sk.Selection | None) -> Any:
+        return contenders.tuned(self.model, name, lr, batches, self.settings.epochs, selection)
+
+    def measure(self, pairs: Sequence[Pair]) -> tuple[dict[str, float], list[str]]:
+        """Translate, and score what was written."""
+        sources, references = zip(*pairs, strict=True)
+        written = prompts.translate(self.model, self.tokenizer, sources, self.settings.max_new_tokens)
+        return prompts.score(written, references), written
+
+    @property
+    def before_answer(self) -> int:
+        """The token that ends every prompt."""
+        return int(prompts.prompt_ids(self.tokenizer, "")[-1])
+
+    def search(self) -> None:
+        """Find the learning rate of every contender, by chrF on validation: first language, first seed."""
+        job, seed = self.jobs[0], self.settings.seeds[0]
+        batches = self.batches(job.tuning, seed)
+        selections: dict[str, sk.Selection] = {}
+
+        def score(name: str, rate: float) -> float:
+            tried = self.content["rates"].setdefault(name, {}).setdefault("tried", {})
+            if (key := f"{rate:g}") not in tried:
+                started = time.perf_counter()
+                with self.tuned(name, rate, batches, selections.get(name)):
+                    tried[key] = self.measure(job.validation)[0]["chrf"]
+                seconds = time.perf_counter() - started
+                self.content["search_seconds"] += seconds
+                self.save()
+                print(f"search: {name}, lr {key}: validation chrF {tried[key]:.2f}, {seconds:.0f} s", flush=True)
+            return float(tried[key])
+
+        for name, middle in CONTENDERS.items():
+            if middle is None or "lr" in self.content["rates"].get(name, {}):
+                continue
+            if name not in (contenders.FULL, EMBED) and not selections:
+                with self.tuned(EMBED, self.content["rates"][EMBED]["lr"], batches, None) as embed:
+                    ticket = Ticket.draw(embed, self.settings.alpha)
+                    selections = contenders.choose(embed, ticket, batches, self.before_answer, seed)
+            rate = best_rate(lambda rate, name=name: score(name, rate), middle)
+            self.content["rates"][name]["lr"] = rate
+            self.save()
+
+    def run_all(self) -> None:
+        """Run every language and seed that the file does not hold yet."""
+        done = {(run["language"], run["seed"]) for run in self.content["runs"]}
+        for seed in self.settings.seeds:
+            for job in self.jobs:
+                if (job.language, seed) not in done:
+                    self.content["runs"].append(self.run(job, seed))
+                    self.save()
+
+    def run(self, job: Job, seed: int) -> dict[str, Any]:
+        """Every contender once, on the same batches."""
+        started = time.perf_counter()
+        batches, labelled = self.batches(job.tuning, seed), self.batches(job.test)
+        results: dict[str, dict[str, Any]] = {}
+        predicted: dict[str, torch.Tensor] = {}
+
+        def evaluate(name: str, selection: sk.Selection | None = None) -> None:
+            scores, written = self.measure(job.test)
+            predicted[name] = sk.methods.predictions(self.model, labelled)
+            weights = sum(p.numel() for p in self.model.parameters()) if name == contenders.FULL else 0
+            weights = selection.numel if selection is not None else weights
+            results[name] = {"scores": scores, "trained": weights, "examples": written[:3]}
+            print(
+                f"{job.language}, seed {seed}: {name}: chrF {scores['chrf']:.1f}, BLEU {scores['bleu']:.1f}, "
+                f"first line {scores['chrf_first_line']:.1f}, {scores['bleu_first_line']:.1f}",
+                flush=True,
+            )
+
+        rates = {name: entry["lr"] for name, entry in self.content["rates"].items()}
+        evaluate(UNTUNED)
+        with self.tuned(EMBED, rates[EMBED], batches, None) as embed:
+            evaluate(EMBED, embed.selection)
+            ticket = Ticket.draw(embed, self.settings.alpha)
+            selections = contenders.choose(embed, ticket, batches, self.before_answer, seed)
+            transfer = sk.methods.partial_transfer(embed, ticket.selection)
+        with transfer.apply(self.model):
+            evaluate(TRANSFER, ticket.selection)
+        for name in (contenders.FULL, *selections):
+            with self.tuned(name, rates[name], batches, selections.get(name)):
+                evaluate(name, selections.get(name))
+        for name, result in results.items():
+            certified = sk.methods.certificate(predicted[name], predicted[EMBED], self.settings.alpha)
+            result["agreement"] = {
+                "share": certified.agreement,
+                "lower": certified.lower,
+                "holds": bool(certified.holds),
+            }
+        return {
+            "language": job.language,
+            "seed": seed,
+            "seconds": round(time.perf_counter() - started, 1),
+            "steps": len(batches) * self.settings.epochs,
+            "ticket": self.describe(ticket, selections),
+            "contenders": {name: results[name] for name in CONTENDERS},
+            "references": [list(pair) for pair in job.test[:3]],
+        }
+
+    def describe(self, ticket: Ticket, selections: dict[str, sk.Selection]) -> dict[str, Any]:
+        """What is reported of a ticket: sizes, the tokens, and the statistics for the plots."""
+        ranked = ticket.statistics.argsort(descending=True, stable=True)
+        shared = {
+            name: (selection & ticket.selection).numel // ticket.rows.width for name, selection in selections.items()
+        }
+        return {
+            "rows": len(ticket.rows),
+            "of": ticket.rows.shape[0],
+            "counts": ticket.counts,
+            "tokens": [self.token(int(row)) for row in ranked[:RANKED]],
+            "shared_rows": shared,
+            "statistics": [round(float(d), 5) for d in ticket.statistics[ranked]],
+            "pvalues": [float(f"{p:.4g}") for p in ticket.pvalues[ranked]],
+        }
+
+    def token(self, row: int) -> str:
+        """How a token is written: as text where it is whole characters, else as the tokenizer has it."""
+        text = self.tokenizer.decode([row])
+        return self.tokenizer.convert_ids_to_tokens(row) if "\ufffd" in text or not text else text
