@@ -12,28 +12,36 @@ from torch import Tensor
 from .parallel_text import Pair
 
 IGNORED = -100
+POOL = 16
 Batch = dict[str, Tensor]
 
 
 def prompt_ids(tokenizer: Any, source: str) -> list[int]:
-    """The prompt is the source and a line break; the answer begins on the new line."""
+    """The prompt is the source, marked as English, and a line break; the answer begins on the new line."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*start, *tokenizer(source + "\n", add_special_tokens=False)["input_ids"]]
+    return [*start, *tokenizer(f"en: {source}\n", add_special_tokens=False)["input_ids"]]
 
 
 def batches(tokenizer: Any, pairs: Sequence[Pair], batch_size: int, seed: int | None = None) -> list[Batch]:
-    """Prompts with their translations, loss on the translation and its end alone; with a seed, in random order.
+    """Prompts with their translations, loss on the translation and its end alone.
 
-    Padding stands on the right, outside the loss.
+    With a seed, texts are shuffled, then sorted by length within pools of `POOL` batches, and the batches shuffled:
+    little padding, which stands on the right, outside the loss.
     """
     rows = []
     for source, target in pairs:
         prompt = prompt_ids(tokenizer, source)
         answer = [*tokenizer(target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         rows.append((prompt, answer))
+    draw, pool = random.Random(seed), POOL * batch_size
     if seed is not None:
-        random.Random(seed).shuffle(rows)
-    return [_collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
+        draw.shuffle(rows)
+        starts = range(0, len(rows), pool)
+        rows = [row for i in starts for row in sorted(rows[i : i + pool], key=lambda row: len(row[0]) + len(row[1]))]
+    groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    if seed is not None:
+        draw.shuffle(groups)
+    return [_collate(group, tokenizer.pad_token_id) for group in groups]
 
 
 def _collate(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
