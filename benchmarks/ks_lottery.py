@@ -5,13 +5,14 @@
 The text is what installed packages carry: the gettext catalogues of Django, Wagtail, Horizon, Mayan, Plone and pretix,
 English into --language, or pairs of your own, --pairs. The model is a small Llama that the program trains first on
 text of all the languages (see benchmarks/translating/decoder.py for what it reads), or any causal language model,
---model. A prompt is a sentence and a line break; the answer is what comes after, until the end token. Output is scored
-as a whole and up to its first line break, since most of what a small tuning gains can be that the model learns to stop.
+--model. A prompt is a line "en: sentence" and the beginning of the next, ":", which does not say into which language;
+the answer is what comes after, until the end token. Output is scored as a whole and up to its first line break, since
+much of what a small tuning gains can be that the model learns to stop.
 
 Contenders, all on the same batches with as many steps, each with its own learning rate: nothing, all weights, the input
 embedding, the rows of the ticket, the ticket's rows moved over without training, and for comparison as many rows of
 largest shift, of most frequent tokens, at random, and one single row, that of the token before the answer. The ticket
-is the rows with p < alpha, or where these are more than 2 % of the table, those with the smallest p-values up to 2 %.
+is the 2 % of the rows with the smallest p-values; how many of all have p < alpha is reported.
 
 Rates are searched by chrF on the validation split, with the first language and the first seed. Every language and seed
 is added to the results file as soon as it is done; starting again continues there.
@@ -52,11 +53,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--model", help="Hugging Face name or folder of a causal language model [a small one, trained first]")
     add("--seed", type=int, action="append", help=f"repeatable [{', '.join(map(str, SEEDS))}]")
-    add("--epochs", type=positive, default=3, help="of tuning [%(default)s]")
+    add("--epochs", type=positive, default=2, help="of tuning [%(default)s]")
     add("--batch-size", type=positive, default=32, help="[%(default)s]")
     add("--tuning-pairs", type=positive, default=10_000, help="at most so many for each language [%(default)s]")
-    add("--validation-pairs", type=positive, default=300, help="at most so many [%(default)s]")
-    add("--test-pairs", type=positive, default=1000, help="at most so many [%(default)s]")
+    add("--validation-pairs", type=positive, default=200, help="at most so many [%(default)s]")
+    add("--test-pairs", type=positive, default=500, help="at most so many [%(default)s]")
     add("--max-new-tokens", type=positive, default=48, help="of an answer [%(default)s]")
     add("--alpha", type=float, default=0.05, help="level of the test [%(default)s]")
     add("--model-steps", type=positive, default=Recipe.steps, help="to train the default model for [%(default)s]")

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ks_lottery  # noqa: E402
 from finetuning.text_task import DataError  # noqa: E402
-from finetuning.training import ModelError  # noqa: E402
 from translating import catalogues, contenders, decoder, parallel_text, prompts, study, tables  # noqa: E402
 
 ENTRIES = {
@@ -200,9 +199,9 @@ def test_only_the_answer_and_its_end_are_targets(loaded: tuple[Any, Any]) -> Non
     for row, target in enumerate(("nepo elif", "wen")):
         labels, ids = batch["labels"][row], batch["input_ids"][row]
         counted = labels != -100
-        assert tokenizer.decode(ids[counted]) == target + "</s>"
+        assert tokenizer.decode(ids[counted]) == f" {target}</s>"
         assert torch.equal(labels[counted], ids[counted])
-        assert tokenizer.decode(ids[~counted & (batch["attention_mask"][row] == 1)]).endswith("\n")
+        assert tokenizer.decode(ids[~counted & (batch["attention_mask"][row] == 1)]).endswith("\n:")
     orders = [
         [b["input_ids"].tolist() for b in prompts.batches(tokenizer, sentences(9), 2, seed)] for seed in (0, 0, 1)
     ]
@@ -226,34 +225,33 @@ def test_scores_of_the_first_line_ignore_what_comes_after() -> None:
     references = ["Die alte Regel ist gelöscht", "Eine neue Datei wird geöffnet"]
     scores = prompts.score([references[0] + "\nand so on and on", references[1]], references)
     assert [scores["chrf_first_line"], scores["bleu_first_line"]] == pytest.approx([100, 100])
-    assert scores["chrf"] < 90
+    assert scores["chrf"] < 95
     assert scores["one_line"] == 0.5
 
 
 # ---- contenders
 
 
-def test_the_ticket_is_cut_to_two_percent_of_the_rows(loaded: tuple[Any, Any]) -> None:
+def test_every_contender_tunes_as_many_rows_as_the_ticket_has(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     batches = prompts.batches(tokenizer, sentences(32), 8, seed=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with contenders.tuned(model, contenders.EMBED, 0.03, batches, 2) as embed:
         ticket = contenders.Ticket.draw(embed, 0.05)
-        chosen = contenders.choose(embed, ticket, batches, tokenizer("\n")["input_ids"][-1], seed=0)
+        chosen = contenders.choose(embed, ticket, batches, before_answer=7, seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    most = len(tokenizer) * 2 // 100
-    assert ticket.counts["none"] > len(ticket.rows) == most
-    assert ticket.pvalues[ticket.rows.positions.long()].max() <= ticket.pvalues.sort().values[most]
-    sizes = {name: next(iter(selection.values())) for name, selection in chosen.items()}
-    assert {name: len(index) for name, index in sizes.items()} == {
-        **dict.fromkeys((contenders.TICKET, contenders.SHIFT, contenders.FREQUENCY, contenders.RANDOM), most),
+    count = len(tokenizer) * 2 // 100
+    rows = {name: next(iter(selection.values())).positions.long() for name, selection in chosen.items()}
+    assert ticket.counts["none"] > count
+    assert ticket.pvalues[rows[contenders.TICKET]].max() <= ticket.pvalues.sort().values[count]
+    assert {name: len(positions) for name, positions in rows.items()} == {
+        **dict.fromkeys((contenders.TICKET, contenders.SHIFT, contenders.FREQUENCY, contenders.RANDOM), count),
         contenders.ONE_ROW: 1,
     }
-    with (
-        contenders.tuned(model, contenders.EMBED, 1e-9, batches[:1], 1) as embed,
-        pytest.raises(ModelError, match=r"changed no row at p < 0\.05"),
-    ):
-        contenders.Ticket.draw(embed, 0.05)
+    assert rows[contenders.ONE_ROW].tolist() == [7]
+    with contenders.tuned(model, contenders.EMBED, 1e-9, batches[:1], 1) as embed:
+        ticket = contenders.Ticket.draw(embed, 0.05)
+    assert (ticket.counts["none"], len(ticket.rows)) == (0, count)
     with contenders.tuned(model, contenders.FULL, 1e-3, batches, 1) as nothing:
         assert nothing is None
         assert not any(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -315,6 +313,7 @@ def test_the_program_from_end_to_end(
             contenders.ONE_ROW: width,
         }
         assert run["ticket"]["statistics"] == sorted(run["ticket"]["statistics"], reverse=True)
+    assert list(content["rates"][contenders.EMBED]["rows_below_alpha"]) == ["0.03"]
     assert "| embed tuning" in printed
     assert "| a ticket of at most 2 % of the rows" in printed
     assert (tmp_path / "out" / "ks.md").read_text() in printed

@@ -1,16 +1,16 @@
 """The default model: a small Llama and its tokenizer, trained here on text of all the languages first.
 
 KS-Lottery starts from LLaMA, which has read much of both languages, and a little of one beside the other: texts that
-happen to stand together with their translation. It has therefore learned something of translating, and does not do it
-when it is merely shown a sentence. No model that small is on PyPI, so this program makes one. What it reads is our
-choice:
+happen to stand together with their translation. It has therefore learned something of translating, but a prompt does
+not tell it what to do and where to stop. No model that small is on PyPI, so this program makes one. What it reads is
+our choice:
 
 - the sentences of the train split, of each language by itself, in documents of one to four unrelated lines;
 - three quarters of the pairs of the train split, never those that tuning uses, in documents of one to three pairs,
   each line with its language before it: "en: Delete the rule", "de: Regel löschen".
 
-A prompt of the experiment has no such marks. Documents begin with <s> and end with </s>. Embeddings are not tied to the
-head, as in LLaMA.
+A prompt of the experiment ends in a line whose language is left out, ":", as no document has. Documents begin with <s>
+and end with </s>. Embeddings are not tied to the head, as in LLaMA.
 """
 
 from __future__ import annotations

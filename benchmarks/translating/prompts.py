@@ -17,9 +17,9 @@ Batch = dict[str, Tensor]
 
 
 def prompt_ids(tokenizer: Any, source: str) -> list[int]:
-    """The prompt is the source, marked as English, and a line break; the answer begins on the new line."""
+    """The prompt is a line "en: source", and the beginning of one whose language is not said, ":"."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*start, *tokenizer(f"en: {source}\n", add_special_tokens=False)["input_ids"]]
+    return [*start, *tokenizer(f"en: {source}\n:", add_special_tokens=False)["input_ids"]]
 
 
 def batches(tokenizer: Any, pairs: Sequence[Pair], batch_size: int, seed: int | None = None) -> list[Batch]:
@@ -31,7 +31,7 @@ def batches(tokenizer: Any, pairs: Sequence[Pair], batch_size: int, seed: int | 
     rows = []
     for source, target in pairs:
         prompt = prompt_ids(tokenizer, source)
-        answer = [*tokenizer(target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        answer = [*tokenizer(f" {target}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         rows.append((prompt, answer))
     draw, pool = random.Random(seed), POOL * batch_size
     if seed is not None:
@@ -95,7 +95,7 @@ def score(written: Sequence[str], references: Sequence[str]) -> dict[str, float]
     import sacrebleu
 
     whole = [" ".join(text.split()) for text in written]
-    first = [text.split("\n")[0] for text in written]
+    first = [text.strip().split("\n")[0] for text in written]
     scores = {}
     for name, texts in (("", whole), ("_first_line", first)):
         scores["chrf" + name] = sacrebleu.corpus_chrf(texts, [references]).score

@@ -95,7 +95,10 @@ class Study:
             tried = self.content["rates"].setdefault(name, {}).setdefault("tried", {})
             if (key := f"{rate:g}") not in tried:
                 started = time.perf_counter()
-                with self.tuned(name, rate, batches, selections.get(name)):
+                with self.tuned(name, rate, batches, selections.get(name)) as found:
+                    if name == EMBED:
+                        counts = self.content["rates"][name].setdefault("rows_below_alpha", {})
+                        counts[key] = Ticket.draw(found, self.settings.alpha).counts["none"]
                     tried[key] = self.measure(job.validation)[0]["chrf"]
                 seconds = time.perf_counter() - started
                 self.content["search_seconds"] += seconds

@@ -94,10 +94,12 @@ def claims(content: dict[str, Any]) -> list[tuple[str, str]]:
         return span(lambda ticket: ticket["counts"][correction])
 
     rows = runs[0]["ticket"]["of"]
+    by_rate = ", ".join(f"{n} at {rate}" for rate, n in content["rates"][EMBED]["rows_below_alpha"].items())
     corrected = f"with Benjamini-Hochberg {counted('bh')}, with Bonferroni {counted('bonferroni')}"
     largest = max(run["ticket"]["rows"] / run["ticket"]["of"] for run in runs)
     return [
         (f"few rows change at p < {alpha:g}", f"{counted('none')} of {rows}; {corrected}"),
+        ("how many do, by the rate of embed tuning", by_rate),
         ("a ticket of at most 2 % of the rows", f"{span(lambda ticket: ticket['rows'])} rows, at most {largest:.1%}"),
         ("embed tuning is as good as full tuning", ahead(EMBED, FULL)),
         ("tuning the ticket is as good as embed tuning", f"{ahead(TICKET, EMBED)}: {share(TICKET)}"),
