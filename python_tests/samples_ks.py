@@ -47,7 +47,7 @@ def oracle(x: Tensor, y: Tensor, alternative: str) -> list[Tensor]:
     return [statistic, location.to(x.dtype), sign.to(torch.int8), nan.bool()]
 
 
-def exact_part(x: Tensor, y: Tensor, alternative: str, *, backend: Backend | None) -> list[Tensor]:
+def exact_part(x: Tensor, y: Tensor, alternative: str, *, backend: Backend | None = None) -> list[Tensor]:
     found = ops.ks_2samp(x, y, alternative, backend=backend)
     return [found.statistic, found.statistic_location, found.statistic_sign, found.pvalue.isnan()]
 
