@@ -116,10 +116,18 @@ def run(args: argparse.Namespace, command: str) -> None:
     study = Study(args.out, model, tokenizer, jobs, settings, origin)
     study.content["model_seconds"] = seconds
     study.search()
-    study.run_all()
-    write_text(args.out.with_suffix(".md"), text := tables.markdown(study.content, command))
-    print("\n" + text)
-    print(f"written: {args.out}, {', '.join(map(str, plots.draw(args.out, study.content)))}")
+    for _ in study.run_all():
+        leave(study, command)
+    written = leave(study, command)
+    print("\n" + args.out.with_suffix(".md").read_text(encoding="utf-8"))
+    print(f"written: {', '.join(map(str, written))}")
+
+
+def leave(study: Study, command: str) -> list[Path]:
+    """Write the report and the plots of what is finished."""
+    report = study.path.with_suffix(".md")
+    write_text(report, tables.markdown(study.content, command))
+    return [study.path, report, *plots.draw(study.path, study.content)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

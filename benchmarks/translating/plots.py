@@ -12,7 +12,7 @@ from finetuning.report import spread
 from .contenders import CONTENDERS
 from .tables import languages, of_language, values
 
-ANNOTATED = 16  # ranked rows whose tokens are written beside them
+ANNOTATED = 12  # ranked rows whose tokens are written beside them
 
 
 def draw(path: Path, content: dict[str, Any]) -> list[Path]:
@@ -48,10 +48,10 @@ def draw_scores(path: Path, content: dict[str, Any]) -> Path:
             axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         axes.set(xlabel="chrF", title=f"en → {language}")
         axes.set_yticks(places, list(CONTENDERS))
-        axes.margins(x=0.15)
+        axes.margins(x=0.18)
         axes.grid(axis="y", visible=False)
     panels[0][0].invert_yaxis()
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    panels[0][0].legend(loc="upper right", fontsize=8, frameon=False)
     return save_figure(figure, path)
 
 

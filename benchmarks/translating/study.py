@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,14 +117,15 @@ class Study:
             self.content["rates"][name]["lr"] = rate
             self.save()
 
-    def run_all(self) -> None:
-        """Run every language and seed that the file does not hold yet."""
+    def run_all(self) -> Iterator[dict[str, Any]]:
+        """Run every language and seed that the file does not hold yet; yield each, once it is in the file."""
         done = {(run["language"], run["seed"]) for run in self.content["runs"]}
         for seed in self.settings.seeds:
             for job in self.jobs:
                 if (job.language, seed) not in done:
                     self.content["runs"].append(self.run(job, seed))
                     self.save()
+                    yield self.content["runs"][-1]
 
     def run(self, job: Job, seed: int) -> dict[str, Any]:
         """Every contender once, on the same batches."""
