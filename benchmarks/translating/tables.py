@@ -123,8 +123,8 @@ def markdown(content: dict[str, Any], command: str) -> str:
         f"Model: {settings['model']}. Text: {settings['source']}; tuned with {sizes} pairs for {settings['epochs']} "
         f"epochs ({steps} steps of {settings['batch_size']}), tested on {tests}. Mean ± standard deviation over "
         f"{len({run['seed'] for run in runs})} seeds. Scores are of the whole output and of its first line; `one line` "
-        "is the share of outputs with no second line; `agreement` is the share of equal predictions with embed tuning, token "
-        "by token with the reference before them.",
+        "is the share of outputs with no second line; `agreement` is the share of equal predictions with embed tuning, "
+        "token by token with the reference before them.",
         "",
     ]
     for language in languages(content):
