@@ -312,7 +312,9 @@ def test_the_program_from_end_to_end(
             contenders.EMBED: run["ticket"]["of"] * width,
             contenders.ONE_ROW: width,
         }
-        assert run["ticket"]["statistics"] == sorted(run["ticket"]["statistics"], reverse=True)
+        levels = run["ticket"]["levels"]
+        assert levels == sorted(levels, reverse=True)
+        assert sum(count for _, _, count in levels) == run["ticket"]["of"]
     assert list(content["rates"][contenders.EMBED]["rows_below_alpha"]) == ["0.03"]
     assert "| embed tuning" in printed
     assert "| a ticket of at most 2 % of the rows" in printed

@@ -62,7 +62,8 @@ def draw_pvalues(path: Path, content: dict[str, Any]) -> Path:
     alpha = content["settings"]["alpha"]
     for axes, language in zip(panels[0], found, strict=True):
         run = of_language(content, language)[0]
-        axes.hist(run["ticket"]["pvalues"], bins=[i / 20 for i in range(21)], color=COLORS[0])
+        pvalues, rows = zip(*((p, rows) for _, p, rows in run["ticket"]["levels"]), strict=True)
+        axes.hist(pvalues, weights=rows, bins=[i / 20 for i in range(21)], color=COLORS[0])
         axes.axvline(alpha, color=COLORS[1], linestyle="--", linewidth=1.2)
         below = run["ticket"]["counts"]["none"]
         axes.annotate(f"{below} rows\nbelow {alpha:g}", (alpha, 0.94), (6, 0), xycoords=("data", "axes fraction"),
@@ -78,12 +79,12 @@ def draw_ranked(path: Path, content: dict[str, Any]) -> Path:
     figure, panels = pyplot().subplots(1, len(found), figsize=(5 * len(found), 4.6), sharey=True, squeeze=False)
     for axes, language in zip(panels[0], found, strict=True):
         run = of_language(content, language)[0]
-        ranked, pvalues = run["ticket"]["statistics"], run["ticket"]["pvalues"]
+        ranked = [d for d, _, rows in run["ticket"]["levels"] for _ in range(rows)]
         axes.plot(range(1, len(ranked) + 1), ranked, color=COLORS[0], linewidth=1.4)
         axes.plot(range(1, ANNOTATED + 1), ranked[:ANNOTATED], ".", color=COLORS[0])
         tokens = [f"{rank}. {token!r}" for rank, token in enumerate(run["ticket"]["tokens"][:ANNOTATED], 1)]
         axes.text(0.98, 0.98, "\n".join(tokens), transform=axes.transAxes, ha="right", va="top", fontsize=8)
-        below = [d for d, p in zip(ranked, pvalues, strict=True) if p < content["settings"]["alpha"]]
+        below = [d for d, p, _ in run["ticket"]["levels"] if p < content["settings"]["alpha"]]
         if below:
             axes.axhline(
                 below[-1], color=COLORS[1], linestyle="--", linewidth=1.2, label=f"p < {content['settings']['alpha']:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,11 +188,16 @@ class Study:
             "counts": ticket.counts,
             "tokens": [self.token(int(row)) for row in ranked[:RANKED]],
             "shared_rows": shared,
-            "statistics": [round(float(d), 5) for d in ticket.statistics[ranked]],
-            "pvalues": [float(f"{p:.4g}") for p in ticket.pvalues[ranked]],
+            "levels": levels(ticket),
         }
 
     def token(self, row: int) -> str:
         """How a token is written: as text where it is whole characters, else as the tokenizer has it."""
         text = self.tokenizer.decode([row])
         return self.tokenizer.convert_ids_to_tokens(row) if "\ufffd" in text or not text else text
+
+
+def levels(ticket: Ticket) -> list[list[float]]:
+    """[statistic, p-value, rows that have them] from the largest down: a table of D columns has D + 1 at most."""
+    found = Counter(zip(ticket.statistics.tolist(), ticket.pvalues.tolist(), strict=True))
+    return [[round(d, 6), float(f"{p:.5g}"), rows] for (d, p), rows in sorted(found.items(), reverse=True)]
