@@ -38,7 +38,7 @@ def languages(content: dict[str, Any]) -> list[str]:
 def table(content: dict[str, Any], language: str) -> str:
     """One line a contender: mean ± standard deviation over the seeds."""
     runs = of_language(content, language)
-    header = ["en → " + language, "weights", "lr", *METRICS.values(), "one line", "agreement"]
+    header = [f"en → {language}, seeds: {len(runs)}", "weights", "lr", *METRICS.values(), "one line", "agreement"]
     lines = [header]
     for name in CONTENDERS:
         entries = [run["contenders"][name] for run in runs]
@@ -122,7 +122,7 @@ def markdown(content: dict[str, Any], command: str) -> str:
     lines = [
         f"Model: {settings['model']}. Text: {settings['source']}; tuned with {sizes} pairs for {settings['epochs']} "
         f"epochs ({steps} steps of {settings['batch_size']}), tested on {tests}. Mean ± standard deviation over "
-        f"{len({run['seed'] for run in runs})} seeds. Scores are of the whole output and of its first line; `one line` "
+        "the seeds. Scores are of the whole output and of its first line; `one line` "
         "is the share of outputs with no second line; `agreement` is the share of equal predictions with embed tuning, "
         "token by token with the reference before them.",
         "",
