@@ -362,7 +362,7 @@ def test_a_language_that_is_not_there_names_those_that_are(
     assert "2 usable pairs are too few" in capsys.readouterr().err
     monkeypatch.setattr(parallel_text, "installed", dict)
     assert ks_lottery.main([]) == 2
-    assert "pip install --no-deps sacrebleu, or use --pairs" in capsys.readouterr().err
+    assert "pip install --no-deps sacrebleu, as `make ks-lottery` does, or use --pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
