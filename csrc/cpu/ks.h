@@ -2,7 +2,8 @@
 //
 // A difference is counted in units of 1/lcm(n, m): each element of x lifts it by `up`, each of y lowers it by `down`.
 // Both samples are counted in buckets of the same width. The difference is known where a bucket ends, and bounded by
-// the counts inside: only buckets that could hold the largest one are sorted, which are a few in hundred.
+// the counts inside: only buckets that could hold the largest one are looked into, which are a few in hundred. Small ones
+// are sorted, crowded ones counted again, in buckets that follow the magnitudes of what they hold.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The methods: each is a module that reads like its paper's pseudo-code and returns a Selection."""
+"""The methods: each reads like its paper's pseudo-code and ends in a Selection, which is then trained or moved."""
 
 from .embedding_tuning import Certificate, certificate, embed_tune, partial_transfer, partial_tune, predictions
 from .fish import fish
