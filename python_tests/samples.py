@@ -238,6 +238,7 @@ def all_samples() -> dict[str, list[Sample]]:
     from samples_fisher_vector import fisher_vector_samples
     from samples_ks import ks_samples
     from samples_masked_grad import masked_grad_samples
+    from samples_singular_values import singular_values_samples
     from samples_topk import topk_samples
 
     samples = [
@@ -250,6 +251,7 @@ def all_samples() -> dict[str, list[Sample]]:
         *fisher_vector_samples(),
         *ks_samples(),
         *masked_grad_samples(),
+        *singular_values_samples(),
         *topk_samples(),
     ]
     return {op: list(group) for op, group in itertools.groupby(sorted(samples, key=lambda s: s.op), lambda s: s.op)}

@@ -7,6 +7,7 @@ from .fisher import fisher_embedding_, fisher_linear_, fisher_squares_, fisher_v
 from .gather_scatter import gather, scatter_, scatter_add_
 from .ks import ks_2samp
 from .masked_grad import masked_grad_embedding, masked_grad_linear
+from .singular_values import singular_value_grad, singular_value_grad_linear
 from .table import OPS
 from .topk import topk
 
@@ -27,5 +28,7 @@ __all__ = [
     "masked_grad_linear",
     "scatter_",
     "scatter_add_",
+    "singular_value_grad",
+    "singular_value_grad_linear",
     "topk",
 ]

@@ -20,6 +20,7 @@ from .fisher import reference as fisher
 from .gather_scatter import reference as gather_scatter
 from .ks import reference as ks
 from .masked_grad import reference as masked_grad
+from .singular_values import reference as singular_values
 from .topk import reference as topk
 
 
@@ -158,5 +159,21 @@ OPS: tuple[Op, ...] = (
         "Kolmogorov-Smirnov test of two samples, row by row: statistics as exact integers, and where they are reached",
         ks.ks_2samp,
         ks.ks_2samp_fake,
+    ),
+    Op(
+        "singular_value_grad",
+        "singular_values",
+        "(Tensor grad, Tensor u, Tensor v) -> Tensor",
+        "gradient of singular values from the gradient of the weights: the diagonal of U^T G V, without the rest",
+        singular_values.singular_value_grad,
+        singular_values.singular_value_grad_fake,
+    ),
+    Op(
+        "singular_value_grad_linear",
+        "singular_values",
+        "(Tensor grad_output, Tensor input, Tensor u, Tensor v, bool per_sample) -> Tensor",
+        "the same straight from the activations of a Linear, per sample if wanted: no weight gradient is formed",
+        singular_values.singular_value_grad_linear,
+        singular_values.singular_value_grad_linear_fake,
     ),
 )

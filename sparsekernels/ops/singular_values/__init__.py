@@ -1,0 +1,134 @@
+"""Gradients of singular values: what moving along each of them alone does to the loss, without any R x R product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import Backend, select
+from ..masked_grad.reference import accumulation_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """Compute the gradient of the singular values of weights, from the gradient of the weights.
+
+    Equivalent to `torch.diagonal(u.mT @ grad.to(u.dtype) @ v, dim1=-2, dim2=-1)`, without the R x R product.
+
+    Args:
+        grad ([L, M, N] or, of one matrix, [M, N]; fp32, fp64, bf16, fp16): gradient of the weights; not changed.
+        u ([L, M, R] or [M, R]; fp32, fp64 for an fp64 gradient): left singular vectors, one a column; not changed.
+        v ([L, N, R] or [N, R], dtype of u): right singular vectors; not changed. Of `torch.linalg.svd`'s Vh, pass
+            `Vh.mT`. R is any number of pairs, in any order; nothing is asked of them, not even that they have length 1.
+
+    Returns:
+        ([L, R] or [R], dtype of u): sum over m, n of u[m, i] * grad[m, n] * v[n, i].
+
+    Numerics: products in the dtype of u, each summed over N; sums over M in fp64, but for runs of eight on the CPU and
+    of a block on a GPU. Deterministic.
+    Cost: 2*L*M*N*R operations, one read of grad. Copies: of v, packed, a few matrices at a time, on the CPU.
+    Source: Sreeram et al., Compress to Impress, arXiv 2510.20800.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check_floating("grad", grad)
+    if grad.dim() not in (2, 3):
+        raise ValueError(f"grad must be [L, M, N], or [M, N] of one matrix, got shape {list(grad.shape)}")
+    _check_vectors("u", u, grad, "grad", (*grad.shape[:-2], grad.shape[-2]), None)
+    _check_vectors("v", v, grad, "grad", (*grad.shape[:-2], grad.shape[-1]), u.shape[-1])
+    single = grad.dim() == 2
+    if single:
+        grad, u, v = grad[None], u[None], v[None]
+    out = select("singular_value_grad", grad.device.type, backend)(_packed(grad), _packed(u), _packed(v))
+    return out[0] if single else out
+
+
+def singular_value_grad_linear(
+    grad_output: Tensor,
+    input: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    per_sample: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Compute the gradient of the singular values of a Linear's weight, straight from its activations.
+
+    Equivalent to
+        out = ((grad_output.to(u.dtype) @ u) * (input.to(u.dtype) @ v)).sum(1)  # [B, R]; neither factor is kept
+        return out if per_sample else out.sum(0)
+
+    Args:
+        grad_output ([B, S, M], fp32, fp64, bf16, fp16): gradient of the layer's output; ragged samples are padded with
+            zeros. Not changed. [T, M] without per_sample.
+        input ([B, S, N] or [T, N], same dtype): the layer's input; not changed.
+        u ([M, R], fp32, fp64 for fp64 activations): left singular vectors of the weight, one a column; not changed.
+        v ([N, R], dtype of u): right singular vectors; not changed. Of `torch.linalg.svd`'s Vh, pass `Vh.T`.
+        per_sample: give each sample its own gradient. That needs grad_output of the sum of the per-sample losses.
+
+    Returns:
+        ([R], or [B, R] with per_sample; dtype of u).
+
+    Numerics: products in the dtype of u, each summed over M or N; sums over tokens in fp64, but for runs of eight on
+    the CPU and of a block on a GPU. Deterministic.
+    Cost: 2*T*R*(M + N) operations for T = B*S tokens. On the CPU, unless per sample, 2*M*N*(T + R) where that is less:
+    then a few rows of the weight's gradient exist at a time. Copies: on the CPU of u and v, or of v and input, packed.
+    Source: Sreeram et al., Compress to Impress, arXiv 2510.20800; without the gradient of the weight: ours.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check_floating("grad_output", grad_output)
+    _check_floating("input", input)
+    if grad_output.dim() not in (2, 3):
+        raise ValueError(
+            f"grad_output must be [samples, tokens, width] or [tokens, width], got shape {list(grad_output.shape)}"
+        )
+    if per_sample and grad_output.dim() == 2:
+        raise ValueError(
+            f"per_sample needs a grad_output of [samples, tokens, width], got shape {list(grad_output.shape)}"
+        )
+    if input.dtype != grad_output.dtype or input.device != grad_output.device:
+        raise ValueError(
+            f"input is {input.dtype} on {input.device}, expected {grad_output.dtype} on {grad_output.device}"
+        )
+    if input.shape[:-1] != grad_output.shape[:-1] or input.dim() != grad_output.dim():
+        raise ValueError(
+            f"grad_output is {list(grad_output.shape)}, input {list(input.shape)}: samples and tokens must agree"
+        )
+    _check_vectors("u", u, grad_output, "grad_output", grad_output.shape[-1:], None)
+    _check_vectors("v", v, input, "input", input.shape[-1:], u.shape[-1])
+    if grad_output.dim() == 2:
+        grad_output, input = grad_output[None], input[None]
+    run = select("singular_value_grad_linear", input.device.type, backend)
+    return run(_packed(grad_output), _packed(input), _packed(u), _packed(v), per_sample)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Contiguous; and detached, for the factors of a trained weight may require grad."""
+    return x.detach().contiguous()
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} must be fp32, fp64, bf16 or fp16, got {x.dtype}")
+
+
+def _check_vectors(
+    name: str, x: Tensor, other: Tensor, other_name: str, lead: tuple[int, ...], rank: int | None
+) -> None:
+    """`lead` is all of the shape but the number of vectors, which is `rank` where another argument has said it."""
+    if x.dim() != len(lead) + 1 or tuple(x.shape[:-1]) != tuple(lead) or rank not in (None, x.shape[-1]):
+        wanted = ", ".join(map(str, (*lead, "R" if rank is None else rank)))
+        raise ValueError(
+            f"{name} must have shape [{wanted}], a column for each singular value, to go with {other_name} "
+            f"{list(other.shape)}{'' if rank is None else ' and u'}; got {list(x.shape)}"
+        )
+    wide = accumulation_dtype(other.dtype)
+    if x.dtype != wide or x.device != other.device:
+        raise ValueError(
+            f"{name} is {x.dtype} on {x.device}, expected {wide} on {other.device} to go with {other_name} of "
+            f"{other.dtype}; pass {name}.to({other_name}.device, {wide})"
+        )
