@@ -3,6 +3,7 @@
 from . import methods, ops
 from .delta import Delta
 from .fisher import fisher_diagonal, squared_gradient_norms
+from .low_rank import LowRankLinear
 from .optim import SparseAdamW, clip_grad_norm_, clip_grad_value_
 from .selection import Index, Selection
 from .sparsify import SparseModel, sparsify
@@ -10,6 +11,7 @@ from .sparsify import SparseModel, sparsify
 __all__ = [
     "Delta",
     "Index",
+    "LowRankLinear",
     "Selection",
     "SparseAdamW",
     "SparseModel",
