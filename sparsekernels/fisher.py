@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .autograd import is_sparsified
-from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of
+from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
 from .names import matching
 from .per_sample import Collector, Misfit, Trust
 from .selection import Index, Selection
@@ -177,7 +177,7 @@ def prepare(
     sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
     plan = Plan(PerSampleLoss(loss, labels), Trust())
     with Collector(model, indices, trust=plan.trust) as collector, torch.enable_grad():
-        first = _moved(batches[0], collector.device)
+        first = to_device(batches[0], collector.device)
         plan.terms.check(model, first)
         twin = rows_of(first, torch.tensor([0, 0]), sizes[0])
         if not collector.check(lambda: plan.terms.terms(model, twin, 2), _length(twin)):
@@ -206,7 +206,9 @@ def accumulate(
                     tqdm(total=sum(sizes), desc="Fisher", unit="sample", disable=not progress, leave=False) as bar,
                 ):
                     for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
-                        norms.append(_one_batch(collector, plan.terms, _moved(batch, collector.device), size, number))
+                        norms.append(
+                            _one_batch(collector, plan.terms, to_device(batch, collector.device), size, number)
+                        )
                         bar.update(size)
                 return torch.cat(norms)
             except Misfit:
@@ -243,10 +245,6 @@ def _say(fallback: Mapping[str, str]) -> None:
         RuntimeWarning,
         stacklevel=level,
     )
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
 
 
 def _length(batch: Batch) -> int:

@@ -41,6 +41,11 @@ def batch_size(batch: Batch, number: int) -> int:
     return len(first)
 
 
+def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device."""
+    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+
+
 def rows_of(batch: Batch, chosen: Tensor, size: int) -> dict[str, Any]:
     """The batch with these samples only; what has not one entry for each sample stays as it is."""
 
@@ -55,11 +60,20 @@ def rows_of(batch: Batch, chosen: Tensor, size: int) -> dict[str, Any]:
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The loss a Hugging Face model computes itself from a batch with labels."""
     device = next(model.parameters()).device
-    output = model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
+    output = model(**to_device(batch, device))
     if getattr(output, "loss", None) is None:
         raise ValueError("loss: the model returned none; put labels into the batches or pass a function as loss")
     loss: Tensor = output.loss
     return loss
+
+
+def check_loss(loss: Any, weights: str, where: str, hint: str = "") -> None:
+    """Raise ValueError for what is no finite scalar with a gradient of `weights`; all else is for the message."""
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss must be a scalar tensor that depends on {weights}, got {got} at {where}")
+    if not bool(loss.isfinite()):
+        raise ValueError(f"loss is {loss.item()} at {where}{hint}")
 
 
 class PerSampleLoss:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..delta import Change, Delta
 from ..evaluating import evaluating
-from ..losses import IGNORED, PerSampleLoss, batch_size, default_loss, rows_of
+from ..losses import IGNORED, PerSampleLoss, batch_size, check_loss, default_loss, rows_of, to_device
 from ..names import embedding_weight
 from ..ops import gather
 from ..optim import SparseAdamW, clip_grad_norm_
@@ -140,7 +140,7 @@ def predictions(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, shift
     with evaluating(model), torch.no_grad():
         for number, batch in enumerate(batches):
             size = batch_size(batch, number)
-            here = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+            here = to_device(batch, device)
             labels = here.get("labels")
             if not isinstance(labels, Tensor) or labels.is_floating_point():
                 raise ValueError(f"batches: batch {number} has no integer labels")
@@ -252,7 +252,7 @@ def _tune(
                 before = steps
                 for batch in batches:
                     value = (loss or default_loss)(model, batch)
-                    _check_loss(value, steps)
+                    check_loss(value, "the trained rows", f"step {steps}", "; lower lr, or look at that batch")
                     value.backward()
                     if max_grad_norm is not None:
                         clip_grad_norm_(tuned.parameters(), max_grad_norm)
@@ -278,11 +278,3 @@ def _length(batches: Iterable[Any], epochs: int) -> int | None:
         return len(batches) * epochs  # type: ignore[arg-type]
     except TypeError:  # a DataLoader has a length that may not be known
         return None
-
-
-def _check_loss(loss: Any, step: int) -> None:
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss must be a scalar tensor that depends on the trained rows, got {got} at step {step}")
-    if not bool(loss.isfinite()):
-        raise ValueError(f"loss is {loss.item()} at step {step}; lower lr, or look at that batch")
