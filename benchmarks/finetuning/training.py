@@ -27,6 +27,7 @@ import sparsekernels as sk
 
 from .memory import PeakMemory, count_bytes
 from .methods import METHODS, Prepared
+from .report import write_atomically
 from .text_task import Batch, TextTask, make_batches
 
 EVAL_BATCH = 64
@@ -211,8 +212,13 @@ def largest_difference(one: nn.Module, other: nn.Module, batches: Iterable[Batch
     return worst
 
 
-def train(config: Config, task: TextTask, out: Path | None = None, *, test: bool = True) -> dict[str, Any]:
-    """Train once and return everything measured; with ``out``, also ship the result there and check the file."""
+def train(
+    config: Config, task: TextTask, out: Path | None = None, *, test: bool = True, keep: Path | None = None
+) -> dict[str, Any]:
+    """Train once and return everything measured; with ``out``, also ship the result there and check the file.
+
+    With ``keep``, the whole trained model is saved there, for another program to go on from.
+    """
     from transformers import get_linear_schedule_with_warmup
 
     if config.threads:
@@ -286,6 +292,8 @@ def train(config: Config, task: TextTask, out: Path | None = None, *, test: bool
     }
     if test:
         result["test"] = evaluate(model, loaded.batches(config, "test"), config)
+    if keep is not None:
+        write_atomically(keep, lambda partial: save_model(model, str(partial)))
     if out is not None:
         result |= ship(config, loaded, prepared, task, out)
     return result
