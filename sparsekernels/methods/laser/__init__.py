@@ -1,0 +1,8 @@
+"""LASER: weights of lower rank, found by gradients of their singular values, or by trying them all."""
+
+from .adapting import adapt, search
+from .decompositions import Decompositions
+from .ranking import RHOS, Ranking, Reduction, rank
+from .reducing import Reduced, load, reduce
+
+__all__ = ["RHOS", "Decompositions", "Ranking", "Reduced", "Reduction", "adapt", "load", "rank", "reduce", "search"]

@@ -1,0 +1,236 @@
+"""Find what to reduce: from one backward and a few trials, or by trying everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...evaluating import evaluating
+from ...losses import Batch, Loss, batch_size, default_loss, to_device
+from ...matrices import Matrix, matrices
+from .decompositions import Decompositions
+from .ranking import RHOS, Ranking, Reduction, Score, rank
+from .reducing import Reduced, pieces, product, reduce
+
+Evaluate = Callable[[nn.Module], float]
+
+
+def adapt(
+    model: nn.Module,
+    samples: Iterable[Batch],
+    evaluate: Evaluate | None = None,
+    *,
+    rhos: Sequence[float] = RHOS,
+    names: Iterable[str] | None = None,
+    blocks: Sequence[int] = (1,),
+    clusters: Sequence[int] = (),
+    tried: int = 3,
+    rounds: int = 3,
+    score: Score = "gain",
+    loss: Loss | None = None,
+    factored: bool = True,
+    progress: bool = True,
+) -> Reduced:
+    """Reduce the matrices that a model is better without, found by a few backwards over the same few samples.
+
+    In each round: rank all matrices by one backward; of the `tried` best ones, evaluate every rho, split and cluster;
+    keep the best reduction if the model is better with it than without, and go on from there, else stop.
+
+    Args:
+        model: any torch model; changed in place, undone by `Reduced.revert()`.
+        samples: batches in Hugging Face form (mappings of tensors with labels), some 100 samples in all.
+        evaluate: function of the model, in eval mode and without gradients; larger is better. Default: minus the mean
+            loss over the samples.
+        rhos, names, blocks, clusters, score, loss: as in `rank`.
+        tried: matrices that are evaluated in a round. rounds: the most matrices that are reduced.
+        factored: as in `reduce`. progress: show progress bars.
+
+    Returns:
+        Reduced. `.plan` holds what was kept, with its predicted and measured gain; it may be empty. `.report` holds
+        "backwards", "evaluations": how often the samples were gone through;
+        "before", "after": what `evaluate` gave; "tried": for each round its reductions, with their measured gains;
+        "ranking": of the first round, all reductions with predicted scores.
+
+    Raises:
+        ValueError: as `rank`, an evaluate that is not finite, numbers below 1. The model is unchanged then.
+
+    Source: Sreeram et al. (arXiv 2510.20800), as far as it could be read: one backward ranks, candidates are evaluated
+    on the same samples. Ours: the scores, `tried`, greedy composition with a new ranking in each round.
+    """
+    if tried < 1 or rounds < 1:
+        raise ValueError(f"tried and rounds must be at least 1, got {tried} and {rounds}")
+    batches = list(samples)
+    trial = _Trial(model, evaluate or _minus_loss(batches, loss), Decompositions())
+    options: dict[str, Any] = {"rhos": rhos, "loss": loss, "score": score, "decompositions": trial.decompositions}
+    left = list(matrices(model, names))
+    plan: list[Reduction] = []
+    history: list[list[Reduction]] = []
+    backwards = 0
+    first: Ranking | None = None
+    bar = tqdm(total=rounds, desc="adapt", unit="round", disable=not progress, leave=False)
+    with trial, bar:
+        before = best = trial.value()
+        for _ in range(min(rounds, len(left))):
+            ranking = rank(model, batches, names=left, progress=False, **options)
+            backwards += 1
+            first = first or ranking
+            chosen = [reduction.matrix for reduction in ranking.best()[:tried]]
+            candidates = [r for r in ranking if r.matrix in chosen and 1 in blocks]
+            splits = [k for k in blocks if k > 1]
+            if splits or clusters:
+                again = rank(model, batches, names=chosen, blocks=splits, clusters=clusters, progress=False, **options)
+                backwards += 1
+                candidates += list(again)
+            measured = [trial.measure(reduction, best) for reduction in candidates]
+            history.append(measured)
+            kept = max(measured, key=lambda reduction: _gain(reduction))
+            bar.update()
+            if not _gain(kept) > 0:
+                break
+            best += _gain(kept)
+            trial.keep(kept)
+            plan.append(kept)
+            left.remove(kept.matrix)
+    reduced = reduce(model, plan, factored=factored, decompositions=trial.decompositions)
+    reduced.report = {
+        "backwards": backwards,
+        "evaluations": trial.count,
+        "before": before,
+        "after": best,
+        "tried": history,
+        "ranking": list(first or ()),
+    }
+    return reduced
+
+
+def search(
+    model: nn.Module,
+    evaluate: Evaluate,
+    *,
+    rhos: Sequence[float] = RHOS,
+    names: Iterable[str] | None = None,
+    rounds: int = 3,
+    factored: bool = True,
+    progress: bool = True,
+) -> Reduced:
+    """Reduce the matrices that a model is better without, found by evaluating every one of them at every rho.
+
+    The original, exhaustive search: each reduction is evaluated by itself; then, from the best one on, each is added if
+    it makes the model better still, until `rounds` matrices are reduced.
+
+    Args:
+        model, rhos, names, rounds, factored, progress: as in `adapt`.
+        evaluate: as in `adapt`, over data of its own; it is called len(rhos) times for every matrix, and more.
+
+    Returns:
+        Reduced, as from `adapt`; `.report` holds "evaluations", "before", "after" and "tried", all reductions with
+        their measured gains.
+
+    Raises:
+        ValueError: as `adapt`. The model is unchanged then.
+
+    Source: LASER (Sharma et al., arXiv 2312.13558). Each decomposition is computed once for all rhos.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    trial = _Trial(model, evaluate, Decompositions())
+    every = [Reduction(label, rho) for label in matrices(model, names) for rho in sorted(rhos, reverse=True)]
+    if not every:
+        raise ValueError("rhos is empty, or names match no matrix")
+    plan: list[Reduction] = []
+    with trial, tqdm(total=len(every), desc="search", unit="reduction", disable=not progress, leave=False) as bar:
+        before = best = trial.value()
+        measured = []
+        for reduction in every:
+            measured.append(trial.measure(reduction, before))
+            bar.update()
+        for reduction in sorted(measured, key=lambda reduction: -_gain(reduction)):
+            if len(plan) == rounds or not _gain(reduction) > 0:
+                break
+            if reduction.matrix in [kept.matrix for kept in plan]:
+                continue
+            together = trial.measure(reduction, best) if plan else reduction
+            if _gain(together) > 0:
+                best += _gain(together)
+                trial.keep(together)
+                plan.append(together)
+    reduced = reduce(model, plan, factored=factored, decompositions=trial.decompositions)
+    reduced.report = {"evaluations": trial.count, "before": before, "after": best, "tried": measured}
+    return reduced
+
+
+def _gain(reduction: Reduction) -> float:
+    assert reduction.measured is not None
+    return reduction.measured
+
+
+def _minus_loss(batches: Sequence[Batch], loss: Loss | None) -> Evaluate:
+    sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
+
+    def evaluate(model: nn.Module) -> float:
+        device = next(model.parameters()).device
+        losses = [(loss or default_loss)(model, to_device(batch, device)) for batch in batches]
+        return -sum(float(x) * size for x, size in zip(losses, sizes, strict=True)) / sum(sizes)
+
+    return evaluate
+
+
+class _Trial:
+    """Evaluates a model with reductions put in for a moment; within, what was kept is in, on leaving it is out again.
+
+    The tensors inside of parameters are exchanged: the originals are never written, and count as unchanged.
+    """
+
+    def __init__(self, model: nn.Module, evaluate: Evaluate, decompositions: Decompositions) -> None:
+        self.model, self.evaluate, self.decompositions = model, evaluate, decompositions
+        self.matrices = matrices(model, ["*"])
+        self.count = 0
+        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+
+    def value(self) -> float:
+        with evaluating(self.model), torch.no_grad():
+            found = float(self.evaluate(self.model))
+        self.count += 1
+        if not math.isfinite(found):
+            raise ValueError(f"evaluate must return a finite number, got {found}")
+        return found
+
+    def measure(self, reduction: Reduction, before: float) -> Reduction:
+        """The reduction, with what it gains over `before`."""
+        with self._with(reduction):
+            return replace(reduction, measured=self.value() - before)
+
+    def keep(self, reduction: Reduction) -> None:
+        parameter, data = self._reduced(reduction)
+        self._kept.append((parameter, parameter.data))
+        parameter.data = data
+
+    def __enter__(self) -> _Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, data in reversed(self._kept):
+            parameter.data = data
+
+    @contextmanager
+    def _with(self, reduction: Reduction) -> Iterator[None]:
+        parameter, data = self._reduced(reduction)
+        original, parameter.data = parameter.data, data
+        try:
+            yield
+        finally:
+            parameter.data = original
+
+    def _reduced(self, reduction: Reduction) -> tuple[nn.Parameter, Tensor]:
+        matrix: Matrix = self.matrices[reduction.matrix]
+        parameter = self.model.get_parameter(matrix.parameter)
+        data = parameter.data.clone(memory_format=torch.preserve_format)
+        matrix.write_(data, product(matrix, pieces(self.model, reduction, matrix, self.decompositions)))
+        return parameter, data

@@ -1,0 +1,93 @@
+"""Decompositions of a model's weights, kept from one use to the next."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ...factors import Factors, cluster_rows, factorize, split_rows
+from ...matrices import Matrix
+
+
+class Split(NamedTuple):
+    """How the rows of a matrix are grouped; clusters are made for one rho."""
+
+    blocks: int
+    clustered: bool
+    rho: float | None = None
+
+
+@dataclass
+class _Held:
+    weight: weakref.ref[Tensor]
+    version: int
+    parts: list[Factors]
+
+
+class Decompositions:
+    """Singular triplets of matrices, whole or by groups of rows, each computed once.
+
+    They are computed anew for a weight that was changed in place or replaced since; changes made through `.data` go
+    unnoticed. `clear()` forgets all.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, Split], _Held] = {}
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def of(
+        self, model: nn.Module, wanted: Iterable[tuple[Matrix, Split]], rho: float
+    ) -> dict[tuple[Matrix, Split], list[Factors]]:
+        """The parts of each matrix under each split, with triplets for ranks up to `rho` at least."""
+        wanted = list(wanted)
+        new: dict[tuple[str, Split], _Held] = {}
+        missing: dict[tuple[int, int, int], list[tuple[_Held, Tensor, Tensor | None]]] = defaultdict(list)
+        for matrix, split in wanted:
+            parameter = model.get_parameter(matrix.parameter)
+            if self._serves(self._held.get((matrix.label, split)), parameter, rho):
+                continue
+            weight = matrix.read(parameter)
+            if not bool(weight.isfinite().all()):
+                raise ValueError(f"{matrix.label!r} holds NaN or infinity, so it has no singular values")
+            held = new[matrix.label, split] = _Held(weakref.ref(parameter), parameter._version, [])
+            for rows in _groups(weight, split):
+                part = weight if rows is None else weight[rows.to(weight.device)]
+                missing[len(part), part.shape[1], _rank(rho, *part.shape)].append((held, part, rows))
+        for (*_, rank), alike in missing.items():
+            for (held, _, rows), found in zip(alike, factorize([part for _, part, _ in alike], rank), strict=True):
+                held.parts.append(Factors(found.u, found.s, found.v, rows))
+        self._held |= new
+        return {(matrix, split): self._held[matrix.label, split].parts for matrix, split in wanted}
+
+    @staticmethod
+    def _serves(held: _Held | None, parameter: Tensor, rho: float) -> bool:
+        if held is None or held.weight() is not parameter or held.version != parameter._version:
+            return False
+        return all(part.complete or len(part.s) >= rank_for(rho, part) for part in held.parts)
+
+
+def rank_for(rho: float, part: Factors) -> int:
+    """LASER's rank for some rows of a weight."""
+    return _rank(rho, len(part.u), len(part.v))
+
+
+def _rank(rho: float, m: int, n: int) -> int:
+    return math.floor(rho * min(m, n) + 1e-9)  # 0.29 * 100 is below 29
+
+
+def _groups(weight: Tensor, split: Split) -> list[Tensor | None]:
+    if split.blocks == 1:
+        return [None]
+    if split.clustered:
+        assert split.rho is not None
+        m, n = weight.shape
+        return list(cluster_rows(weight, split.blocks, _rank(split.rho, m // split.blocks, n)))
+    return list(split_rows(len(weight), split.blocks))
