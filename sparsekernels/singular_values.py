@@ -269,7 +269,7 @@ def _run(
             value = (loss or default_loss)(model, to_device(batch, device))
             check_loss(value, "the matrices", f"batch {number} of samples")
             (value * (size / sum(sizes))).backward()
-            mean += float(value) * size / sum(sizes)
+            mean += float(value.detach()) * size / sum(sizes)
             unused = {sink.name for sink in sinks if sink.total.grad is None} - dense
             if number == 0 and unused:
                 raise _Unused(unused)
