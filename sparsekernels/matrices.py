@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .low_rank import LowRankLinear
 from .names import default_targets
 
 Rows = slice | Tensor
@@ -105,7 +106,8 @@ def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
             attention and MLP inside of numbered blocks, without those that have a side of one.
 
     Returns:
-        The matrices; none of a convolution, of a parameter of another than two or three dimensions, or of integers.
+        The matrices; none of a convolution or a LowRankLinear, of a parameter of another than two or three dimensions,
+        or of integers.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing but parameters that hold no matrix.
@@ -125,7 +127,8 @@ def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
 
 def _holds_matrices(model: nn.Module, name: str, parameter: Tensor) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
-    return parameter.dim() in (2, 3) and parameter.is_floating_point() and not isinstance(owner, _ConvNd)
+    dense = not isinstance(owner, (_ConvNd, LowRankLinear))  # of the one it is no matrix, of the other half of one
+    return dense and parameter.dim() in (2, 3) and parameter.is_floating_point()
 
 
 def _kinds(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
@@ -170,13 +173,17 @@ def _parts(model: nn.Module, name: str, outputs: int) -> Mapping[str, Rows]:
     """Which outputs belong to which part of a fused projection; empty for any other parameter."""
     path = name.split(".")
     for depth in (1, 2):
-        if len(path) >= depth:
-            holder = model.get_submodule(".".join(path[:-depth]))
-            layout = _LAYOUTS.get((type(holder).__name__, ".".join(path[-depth:])))
-            if layout is not None:
+        holder = model.get_submodule(".".join(path[:-depth]))
+        torch_own = isinstance(holder, nn.MultiheadAttention) and type(holder).forward is nn.MultiheadAttention.forward
+        title = "torch" if torch_own else type(holder).__name__
+        layout = _LAYOUTS.get((title, ".".join(path[-depth:])))
+        if layout is not None:
+            try:
                 parts = layout(holder)
-                covered = sum(p.stop - p.start if isinstance(p, slice) else len(p) for p in parts.values())
-                return parts if covered == outputs else {}
+            except AttributeError:  # another class of that name
+                return {}
+            covered = sum(p.stop - p.start if isinstance(p, slice) else len(p) for p in parts.values())
+            return parts if covered == outputs else {}
     return {}
 
 
@@ -202,14 +209,9 @@ def _phi3(attention: Any) -> dict[str, Rows]:
     return _stretches(q=config.num_attention_heads * width, k=shared, v=shared)
 
 
-def _torch(attention: Any) -> dict[str, Rows]:
-    own = isinstance(attention, nn.MultiheadAttention)  # others have a class of that name, too
-    return _stretches(q=attention.embed_dim, k=attention.embed_dim, v=attention.embed_dim) if own else {}
-
-
 # By the class that splits the output of the projection, and the parameter's name in it.
 _LAYOUTS: dict[tuple[str, str], Callable[[Any], Mapping[str, Rows]]] = {
-    ("MultiheadAttention", "in_proj_weight"): _torch,
+    ("torch", "in_proj_weight"): lambda a: _stretches(q=a.embed_dim, k=a.embed_dim, v=a.embed_dim),
     ("GPT2Attention", "c_attn.weight"): lambda a: _stretches(q=a.split_size, k=a.split_size, v=a.split_size),
     ("GPTNeoXAttention", "query_key_value.weight"): lambda a: _by_head(a.config.num_attention_heads, a.head_size),
     ("BloomAttention", "query_key_value.weight"): lambda a: _by_head(a.num_heads, a.head_dim),
@@ -246,7 +248,7 @@ def _matching(pattern: str, spoken: Mapping[str, set[str]], model: nn.Module) ->
             raise ValueError(
                 f"names: {pattern!r} matches no matrix; {name!r} is {parameter.dtype} {list(parameter.shape)}, "
                 "and only floating-point parameters of two dimensions, or three for experts, hold matrices, "
-                "those of convolutions excepted"
+                "those of convolutions and of LowRankLinear excepted"
             )
     # One with brackets, if there is any, says most about what labels look like.
     example = next((name for name in spoken if name.endswith("]")), next(iter(spoken), None))
