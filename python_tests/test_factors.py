@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -131,7 +133,7 @@ def test_clusters_find_subspaces() -> None:
 def test_more_iterations_never_fit_worse() -> None:
     weight, _ = mixed(4, 20, 3)
     residuals = [residual(weight, cluster_rows(weight, 4, 3, iterations=i), 3) for i in (0, 1, 2, 4, 20)]
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(residuals, residuals[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(residuals))
     assert residuals[-1] < 0.9 * residuals[0]
 
 

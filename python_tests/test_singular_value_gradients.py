@@ -204,8 +204,8 @@ def test_bad_input() -> None:
         run(loss=lambda model, b: model(**b).loss + (model(**b).logits.sum() * 0).sqrt())
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         run()
-    with sk.sparsify(model, sk.Selection({"classifier.bias": sk.Index(torch.tensor([0]), (3,))})):
-        with pytest.raises(ValueError, match="sparsified"):
-            run()
+    selection = sk.Selection({"classifier.bias": sk.Index(torch.tensor([0]), (3,))})
+    with sk.sparsify(model, selection), pytest.raises(ValueError, match="sparsified"):
+        run()
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert model.training

@@ -1,5 +1,6 @@
-"""The methods: each reads like its paper's pseudo-code and ends in a Selection, which is then trained or moved."""
+"""The methods: each reads like its paper's pseudo-code. Most end in a Selection, which is then trained or moved."""
 
+from . import laser
 from .embedding_tuning import Certificate, certificate, embed_tune, partial_transfer, partial_tune, predictions
 from .fish import fish
 from .ird import ird
@@ -15,6 +16,7 @@ __all__ = [
     "fish",
     "ird",
     "ks_lottery",
+    "laser",
     "partial_transfer",
     "partial_tune",
     "predictions",

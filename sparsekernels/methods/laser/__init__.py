@@ -2,7 +2,22 @@
 
 from .adapting import adapt, search
 from .decompositions import Decompositions
+from .heat_map import Grid, grid, heat_map
 from .ranking import RHOS, Ranking, Reduction, rank
 from .reducing import Reduced, load, reduce
 
-__all__ = ["RHOS", "Decompositions", "Ranking", "Reduced", "Reduction", "adapt", "load", "rank", "reduce", "search"]
+__all__ = [
+    "RHOS",
+    "Decompositions",
+    "Grid",
+    "Ranking",
+    "Reduced",
+    "Reduction",
+    "adapt",
+    "grid",
+    "heat_map",
+    "load",
+    "rank",
+    "reduce",
+    "search",
+]

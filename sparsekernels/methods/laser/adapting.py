@@ -31,7 +31,7 @@ def adapt(
     names: Iterable[str] | None = None,
     blocks: Sequence[int] = (1,),
     clusters: Sequence[int] = (),
-    tried: int = 3,
+    tried: int = 8,
     rounds: int = 3,
     score: Score = "gain",
     loss: Loss | None = None,
@@ -40,8 +40,9 @@ def adapt(
 ) -> Reduced:
     """Reduce the matrices that a model is better without, found by a few backwards over the same few samples.
 
-    In each round: rank all matrices by one backward; of the `tried` best ones, evaluate every rho, split and cluster;
-    keep the best reduction if the model is better with it than without, and go on from there, else stop.
+    In each round: rank all matrices by one backward; evaluate the `tried` best reductions; keep the best of those if
+    the model is better with it than without, and go on from there, else stop. With more than one way to group rows, a
+    second backward ranks these for the matrices that are best as a whole.
 
     Args:
         model: any torch model; changed in place, undone by `Reduced.revert()`.
@@ -49,7 +50,7 @@ def adapt(
         evaluate: function of the model, in eval mode and without gradients; larger is better. Default: minus the mean
             loss over the samples.
         rhos, names, blocks, clusters, score, loss: as in `rank`.
-        tried: matrices that are evaluated in a round. rounds: the most matrices that are reduced.
+        tried: reductions that are evaluated in a round. rounds: the most matrices that are reduced.
         factored: as in `reduce`. progress: show progress bars.
 
     Returns:
@@ -67,6 +68,7 @@ def adapt(
     if tried < 1 or rounds < 1:
         raise ValueError(f"tried and rounds must be at least 1, got {tried} and {rounds}")
     batches = list(samples)
+    splits = [k for k in blocks if k != 1]
     trial = _Trial(model, evaluate or _minus_loss(batches, loss), Decompositions())
     options: dict[str, Any] = {"rhos": rhos, "loss": loss, "score": score, "decompositions": trial.decompositions}
     left = list(matrices(model, names))
@@ -81,14 +83,13 @@ def adapt(
             ranking = rank(model, batches, names=left, progress=False, **options)
             backwards += 1
             first = first or ranking
-            chosen = [reduction.matrix for reduction in ranking.best()[:tried]]
-            candidates = [r for r in ranking if r.matrix in chosen and 1 in blocks]
-            splits = [k for k in blocks if k > 1]
+            candidates = list(ranking) if 1 in blocks else []
             if splits or clusters:
+                chosen = [reduction.matrix for reduction in ranking.best()[:tried]]
                 again = rank(model, batches, names=chosen, blocks=splits, clusters=clusters, progress=False, **options)
                 backwards += 1
-                candidates += list(again)
-            measured = [trial.measure(reduction, best) for reduction in candidates]
+                candidates = sorted([*candidates, *again], key=lambda reduction: -(reduction.predicted or 0.0))
+            measured = [trial.measure(reduction, best) for reduction in candidates[:tried]]
             history.append(measured)
             kept = max(measured, key=lambda reduction: _gain(reduction))
             bar.update()

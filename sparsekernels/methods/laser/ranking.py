@@ -128,8 +128,10 @@ def rank(
     """
     if score not in ("gain", "sum", "count"):
         raise ValueError(f'score must be "gain", "sum" or "count", got {score!r}')
-    if not rhos:
-        raise ValueError("rhos is empty")
+    if not rhos or not all(0 <= rho <= 1 for rho in rhos):
+        raise ValueError(f"rhos must be shares in [0, 1], at least one, got {list(rhos)}")
+    if any(k < 1 for k in blocks) or any(k < 2 for k in clusters):
+        raise ValueError(f"blocks must be at least 1 and clusters at least 2, got {list(blocks)} and {list(clusters)}")
     found = matrices(model, names)
     cache = Decompositions() if decompositions is None else decompositions
     wanted = {

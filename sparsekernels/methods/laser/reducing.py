@@ -48,8 +48,8 @@ class Reduced:
         self._changes = changes
 
     @property
-    def stored(self) -> int:
-        """Elements that the changed parameters had, less those that stand in for them: what factors save."""
+    def saved(self) -> int:
+        """Elements that the replaced weights had, less those of their factors."""
         return sum(change.saved for change in self._changes)
 
     def revert(self) -> nn.Module:
