@@ -74,11 +74,13 @@ class Loaded:
     encoded: dict[str, list[tuple[list[int], int]]]
     pad: int
 
-    def batches(self, config: Config, split: str, *, seed: int | None = None, limit: int | None = None) -> list[Batch]:
-        """Batches to train on (with a seed) or to evaluate; with a limit, of so many texts drawn once and for all."""
+    def batches(
+        self, config: Config, split: str, *, seed: int | None = None, limit: int | None = None, draw: int = 0
+    ) -> list[Batch]:
+        """Batches to train on (with a seed) or to evaluate; with a limit, of so many texts, the same for one `draw`."""
         rows = self.encoded[split]
         if limit is not None and limit < len(rows):
-            rows = random.Random(0).sample(rows, limit)
+            rows = random.Random(draw).sample(rows, limit)
         size = config.batch_size if seed is not None else EVAL_BATCH
         return make_batches(rows, size, self.pad, causal=config.task == "causal-lm", seed=seed)
 

@@ -1,0 +1,197 @@
+"""Reduce the rank of a fine-tuned model's weights: LASER found by gradients, by searching everything, or at random.
+
+    python benchmarks/laser.py
+
+The model is MiniLM, fine-tuned on the text task of finetune.py (three epochs, 16 tokens; kept in --work, so that it is
+trained once), or any --model with --data of your own, taken as it is. For each seed:
+
+  adapt   `laser.adapt`: a backward over --samples texts of the validation split ranks all matrices at every rho, the 8
+          best reductions are evaluated on the same texts; up to 3 matrices are reduced, one after the other
+  search  `laser.search`: every matrix at every rho is evaluated on the whole validation split
+  random  as many reductions as adapt evaluates, on the same texts, drawn at random
+
+each of them with accuracy as its aim (among equals the smaller loss), adapt and random once more with the loss.
+Reported are accuracy and loss on the test split, texts that were evaluated (a backward counts as three), wall time with
+all decompositions, parameters saved; how well predicted gains agree with those that search measured on the validation
+split, and with those on the same texts; and the time of ranking beside that of a plain forward and backward.
+
+Every seed is added to the results file as soon as it is done; starting again goes on there. Results: --out, and beside
+it the same name with .md, _gains.png (layer x matrix, predicted and measured), _correlation.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetune import default_model, in_fresh_process, positive
+from finetuning.report import machine, write_json, write_text
+from finetuning.text_task import DataError, TextTask, load_task
+from finetuning.training import Config, Loaded, ModelError, load, train
+from reducing import contenders, report
+from safetensors.torch import load_model
+
+import sparsekernels as sk
+from sparsekernels.methods import laser
+
+RESULTS = Path(__file__).parent / "results" / "laser.json"
+SEEDS = (0, 1, 2)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="Hugging Face name or folder of a fine-tuned model [MiniLM, fine-tuned first]")
+    add("--data", type=Path, help=".jsonl or .csv with columns text and label (causal-lm: text) [docstrings]")
+    add("--task", choices=("classification", "causal-lm"), default="classification")
+    add("--samples", type=positive, default=100, help="texts that adapt and random look at [%(default)s]")
+    add("--validation-texts", type=positive, help="texts that search evaluates [the whole split]")
+    add("--max-length", type=positive, default=16, help="tokens of a text that are read [%(default)s]")
+    add("--epochs", type=positive, default=3, help="of fine-tuning [%(default)s]")
+    add("--steps", type=positive, help="of fine-tuning, at most [all]")
+    add("--rho", type=float, action="append", help=f"repeatable [{', '.join(map(str, laser.RHOS))}]")
+    add("--seed", type=int, action="append", help=f"repeatable [{', '.join(map(str, SEEDS))}]")
+    add("--threads", type=positive, help="CPU threads [torch's default]")
+    add("--work", type=Path, default=Path("out/laser"), help="folder for fine-tuned models [%(default)s]")
+    add("--out", type=Path, default=RESULTS, help="results file, continued if it exists [%(default)s]")
+    return parser
+
+
+def config_of(args: argparse.Namespace, seed: int) -> Config:
+    """Settings of accuracy.py: the dense run of it is the model here."""
+    return Config(
+        method="dense",
+        model=args.model or default_model(),
+        task=args.task,
+        lr=3e-4,
+        head_lr=1e-2,
+        epochs=args.epochs,
+        steps=args.steps,
+        max_length=args.max_length,
+        seed=seed,
+        autocast=True,
+        validation_texts=None,
+        threads=args.threads,
+    )
+
+
+def fine_tuned(args: argparse.Namespace, task: TextTask, seed: int) -> Loaded:
+    """The model to reduce, trained in a process of its own the first time."""
+    config = config_of(args, seed)
+    if args.model:
+        return load(config, task)
+    size = f"{config.epochs}x{config.max_length}" + (f"-{config.steps}" if config.steps else "")
+    path = args.work / f"minilm-{size}-seed{seed}.safetensors"
+    if not path.is_file():
+        args.work.mkdir(parents=True, exist_ok=True)
+        in_fresh_process(train_and_keep, config, task, path)
+    loaded = load(config, task)
+    load_model(loaded.model, str(path))
+    return loaded
+
+
+def train_and_keep(config: Config, task: TextTask, path: Path) -> None:
+    train(config, task, test=False, keep=path)
+
+
+def run_seed(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, Any]:
+    """Everything that is measured with one model and one draw of texts."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config, loaded, rhos = config_of(args, seed), fine_tuned(args, task, seed), args.rho or list(laser.RHOS)
+    model = loaded.model.eval()
+    samples = loaded.batches(config, "validation", limit=args.samples, draw=seed)
+    validation = loaded.batches(config, "validation", limit=args.validation_texts)
+    test = loaded.batches(config, "test")
+    print(f"seed {seed}: {contenders.count(samples)} texts to adapt on, {contenders.count(validation)} to search on")
+    done: dict[str, Any] = {
+        "seed": seed,
+        "test_before": asdict(contenders.quality(model, test)),
+        "weights": sum(p.numel() for p in model.parameters()),
+        "matrices": sum(m.shape[0] * m.shape[1] for m in sk.matrices(model).values()),
+        "times": contenders.compare_times(model, samples, rhos),
+        "found": {},
+    }
+
+    def note(name: str, found: contenders.Found) -> None:
+        entry = {
+            "test": asdict(contenders.quality(model, test)),
+            "seconds": found.seconds,
+            "texts": found.texts,
+            "evaluations": found.evaluations,
+            "saved": found.reduced.saved,
+            "plan": [asdict(reduction) for reduction in found.reduced.plan],
+        }
+        found.reduced.revert()
+        done["found"][name] = entry
+        plan = "; ".join(map(str, found.reduced.plan)) or "nothing"
+        print(f"  {name}: test accuracy {entry['test']['accuracy']:.4f}, {found.seconds:.0f} s: {plan}", flush=True)
+
+    for aim in ("accuracy", "loss"):
+        note(f"adapt, {aim}", contenders.adapt(model, samples, aim, rhos))
+        note(f"random, {aim}", contenders.chance(model, samples, aim, rhos, seed))
+    seen: list[contenders.Quality] = []
+    found = contenders.search(model, validation, "accuracy", rhos, seen)
+    tried = found.reduced.report["tried"]
+    note("search, accuracy", found)
+    done["gains"] = gains(model, samples, tried, seen, rhos)
+    return done
+
+
+def gains(model: Any, samples: Any, tried: Any, seen: Any, rhos: list[float]) -> list[dict[str, Any]]:
+    """Of every reduction: the predicted gain, the measured one on the same texts, those of search on validation."""
+    ranking = laser.rank(model, samples, rhos=rhos, progress=False)
+    predicted = {(r.matrix, r.rho): r.predicted for r in ranking}
+    before, found = seen[0], []
+    with torch.no_grad():
+        loss = contenders.quality(model, samples).loss
+        for reduction, after in zip(tried, seen[1:], strict=False):
+            with laser.reduce(model, [reduction], factored=False, decompositions=ranking.decompositions):
+                same = loss - contenders.quality(model, samples).loss
+            found.append(
+                {
+                    "matrix": reduction.matrix,
+                    "rho": reduction.rho,
+                    "predicted": predicted[reduction.matrix, reduction.rho],
+                    "measured": same,
+                    "validation": before.loss - after.loss,
+                    "validation_accuracy": after.accuracy - before.accuracy,
+                }
+            )
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    seeds = args.seed or list(SEEDS)
+    try:
+        task = load_task(args.task, args.data)
+        settings = {key: value for key, value in vars(args).items() if key not in ("out", "work", "seed", "threads")}
+        settings |= {"data": task.source, "texts": task.sizes, "rho": args.rho or list(laser.RHOS)}
+        content: dict[str, Any] = {"machine": machine(), "settings": settings, "seeds": []}
+        if args.out.is_file():
+            content = json.loads(args.out.read_text(encoding="utf-8"))
+            if content["settings"] != settings:
+                raise DataError(f"{args.out} was measured with other settings; move it away to start afresh")
+        for seed in seeds:
+            if seed not in [done["seed"] for done in content["seeds"]]:
+                content["seeds"].append(in_fresh_process(run_seed, args, task, seed))
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(args.out, content)
+    except (DataError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = report.markdown(content)
+    write_text(args.out.with_suffix(".md"), text)
+    paths = report.draw(content, args.out)
+    print(f"\n{text}\nwritten: {args.out}, {', '.join(str(path) for path in paths)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

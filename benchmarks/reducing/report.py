@@ -1,0 +1,129 @@
+"""The table and the pictures of laser.py."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetuning.plots import COLORS, pyplot, save_figure
+from finetuning.report import spread
+from scipy.stats import spearmanr
+
+from sparsekernels.matrices import Matrix
+from sparsekernels.methods import laser
+
+Content = dict[str, Any]
+
+
+def markdown(content: Content) -> str:
+    seeds, settings = content["seeds"], content["settings"]
+    before = [done["test_before"] for done in seeds]
+    lines = [
+        f"Low rank for a fine-tuned model, {settings['data']}, mean ± standard deviation over {len(seeds)} seeds.",
+        "",
+        "| found by, aim | test accuracy | against unreduced | test loss | texts evaluated | seconds | weights saved |",
+        "|---|---|---|---|---|---|---|",
+        f"| unreduced | {percent(q['accuracy'] for q in before)} | | {number(q['loss'] for q in before)} | | | |",
+    ]
+    for name in seeds[0]["found"]:
+        mine = [done["found"][name] for done in seeds]
+        tests = [found["test"] for found in mine]
+        gap = 100 * statistics.mean(q["accuracy"] - b["accuracy"] for q, b in zip(tests, before, strict=True))
+        saved = statistics.mean(found["saved"] / done["matrices"] for found, done in zip(mine, seeds, strict=True))
+        lines.append(
+            f"| {name} | {percent(q['accuracy'] for q in tests)} | {gap:+.1f} points "
+            f"| {number(q['loss'] for q in tests)} | {statistics.mean(found['texts'] for found in mine):,.0f} "
+            f"| {statistics.mean(found['seconds'] for found in mine):.1f} | {saved:.1%} |"
+        )
+    pairs = [(done["found"]["adapt, accuracy"], done["found"]["search, accuracy"]) for done in seeds]
+    fewer, faster = ([theirs[key] / ours[key] for ours, theirs in pairs] for key in ("texts", "seconds"))
+    gaps = [100 * (ours["test"]["accuracy"] - theirs["test"]["accuracy"]) for ours, theirs in pairs]
+    times = [done["times"] for done in seeds]
+    lines += [
+        "",
+        "Weights saved are a share of those in the matrices that may be reduced. Against search with the same aim,",
+        f"adapt evaluates {several(fewer, '.0f')} times fewer texts and takes {several(faster, '.0f')} times less time;",
+        f"its test accuracy less that of search is {several(gaps, '+.1f')} points (one number a seed).",
+        "",
+        f"Ranking all matrices on {settings['samples']} texts, decompositions cached, takes "
+        f"{several([1e3 * t['ranked'] for t in times], '.0f')} ms, a plain forward and backward",
+        f"{several([1e3 * t['plain'] for t in times], '.0f')} ms: "
+        f"{several([t['ratio'] for t in times], '.2f')} times as long.",
+        "",
+        "Rank correlation (Spearman) of the predicted gain with the measured fall of the loss, mean of the seeds:",
+        "",
+        "| rho | on the same texts | on the validation split | same texts with validation |",
+        "|---|---|---|---|",
+    ]
+    rhos = [*settings["rho"], None]
+    for rho in rhos:
+        row = [
+            statistics.mean(correlation(done["gains"], rho, *keys) for done in seeds)
+            for keys in (("predicted", "measured"), ("predicted", "validation"), ("measured", "validation"))
+        ]
+        lines.append(f"| {'all' if rho is None else f'{rho:g}'} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
+    machine = content["machine"]
+    lines += ["", f"{machine['cpu']}, torch {machine['versions']['torch']}; `python benchmarks/laser.py`.", ""]
+    return "\n".join(lines)
+
+
+def percent(values: Iterable[float]) -> str:
+    values = [100 * value for value in values]
+    return f"{statistics.mean(values):.1f}% ± {spread(values):.1f}%"
+
+
+def number(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{statistics.mean(values):.3f} ± {spread(values):.3f}"
+
+
+def several(values: Iterable[float], how: str) -> str:
+    return ", ".join(format(value, how) for value in values)
+
+
+def correlation(gains: Iterable[dict[str, Any]], rho: float | None, one: str, other: str) -> float:
+    chosen = [gain for gain in gains if rho is None or gain["rho"] == rho]
+    return float(spearmanr([g[one] for g in chosen], [g[other] for g in chosen])[0])
+
+
+def draw(content: Content, out: Path) -> list[Path]:
+    """Heat maps of the first seed, and the scatter of predicted and measured gains of all seeds."""
+    plt = pyplot()
+    first = content["seeds"][0]["gains"]
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2))
+    titles = {
+        "predicted": "predicted, from one backward",
+        "measured": "measured on the same texts",
+        "validation": "measured on the validation split",
+    }
+    found = {gain["matrix"]: place(gain["matrix"]) for gain in first}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        reductions = [laser.Reduction(gain["matrix"], gain["rho"], measured=gain[key]) for gain in first]
+        laser.heat_map(laser.grid(reductions, found, measured=True), axes, title)
+    figure.suptitle("Fall of the loss by the best rho of each matrix")
+    paths = [save_figure(figure, out.with_name(f"{out.stem}_gains.png"))]
+
+    rhos = content["settings"]["rho"]
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.2))
+    for axes, key in zip(panels, ("measured", "validation"), strict=True):
+        for color, rho in zip((*COLORS, "#222222", "#c9b037"), rhos, strict=False):
+            chosen = [g for done in content["seeds"] for g in done["gains"] if g["rho"] == rho]
+            points = [g["predicted"] for g in chosen], [g[key] for g in chosen]
+            axes.scatter(*points, s=9, color=color, alpha=0.7, label=f"rho {rho:g}", linewidths=0)
+        axes.axline((0, 0), slope=1, color="#999999", lw=0.8)
+        axes.set_xscale("symlog", linthresh=0.01)
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.set(xlabel="predicted gain (fall of the loss)", ylabel="measured gain", title=titles[key])
+    panels[1].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(1, 0))
+    return [*paths, save_figure(figure, out.with_name(f"{out.stem}_correlation.png"))]
+
+
+def place(label: str) -> Matrix:
+    """Layer and kind of a matrix, from its name alone."""
+    parts = label.removesuffix(".weight").split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    layer = None if at is None else int(parts[at])
+    kind = label if at is None else ".".join(parts[at + 1 :])
+    return Matrix(label, label, (0, 0), False, None, None, layer, kind)
