@@ -87,6 +87,7 @@ def test_weight_is_the_product_in_the_dtype_of_the_factors(shape, permuted, dtyp
     assert type(linear) is nn.Linear
     assert torch.equal(linear.weight, layer.weight)
     assert torch.equal(linear.bias, layer.bias)
+    assert linear.bias.data_ptr() != layer.bias.data_ptr()
     x = torch.randn(5, WIDTH).to(dtype)
     torch.testing.assert_close(layer(x), linear(x), atol=0.1 if dtype.itemsize == 2 else 1e-4, rtol=1e-2)
 

@@ -23,7 +23,7 @@ DENSE = "nn.Linear"
 
 @dataclass
 class Layer(Problem):
-    """The output is asked for, and where there are gradients, those of input and parameters: each expects its own."""
+    """Asked for are the output and, where there is a gradient, those of input and parameters: each expects its own."""
 
     low: sk.LowRankLinear
     input: Tensor
