@@ -146,6 +146,7 @@ class LowRankLinear(nn.Module):
         return sum(b.numel for b in blocks) < sum(b.rows * b.down.shape[1] for b in blocks)
 
     def extra_repr(self) -> str:
+        """Shape, rank of each block, and how many elements are stored for how many."""
         kinds = ["dense" if up is None else rank for rank, up in zip(self.ranks, self._ups(), strict=True)]
         stored = sum(block.numel for block in self.blocks)
         return (
