@@ -16,6 +16,8 @@
 #else
 #define SK_CLONES
 #endif
+// What such a function calls must become a part of it.
+#define SK_INLINE inline __attribute__((always_inline))
 
 namespace sk {
 

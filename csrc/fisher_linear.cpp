@@ -113,11 +113,13 @@ struct Linear {
         if (of_dy) {
           S* to = packed_dy.get() + from[b - first] * height;
           const I* columns = rows ? index : nullptr;
-          cpu::pack_blocks<cpu::kRows, cpu::kRows>(dy, m, which, length(b), columns, lines(), to, begin, end);
+          cpu::pack_blocks<cpu::kRows, cpu::kRows>(
+              dy, m, which, length(b), columns, lines(), to, begin, end, 0, length(b));
         } else {
           S* to = packed_x.get() + from[b - first] * width;
           const I* columns = nullptr;
-          cpu::pack_blocks<cpu::kPanel<S>, cpu::kLanes<S>>(x, n, which, length(b), columns, n, to, begin, end);
+          cpu::pack_blocks<cpu::kPanel<S>, cpu::kLanes<S>>(
+              x, n, which, length(b), columns, n, to, begin, end, 0, length(b));
         }
       });
       const cpu::Packed<S> packed{

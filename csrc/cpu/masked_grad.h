@@ -10,7 +10,6 @@
 #include "../common.h"
 
 #define SK_SHUFFLE __builtin_shufflevector
-#define SK_INLINE inline __attribute__((always_inline))
 
 namespace sk::cpu {
 
