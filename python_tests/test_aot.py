@@ -125,6 +125,13 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         torch.zeros(32, 64, dtype=dtype), torch.zeros(32, 2048, dtype=dtype), elements
     )
     yield from fisher_calls(dtype)
+    for rank in (1, 7, 48):
+        wide = torch.promote_types(dtype, torch.float32)
+        u, v = torch.zeros(2, 32, rank, dtype=wide), torch.zeros(2, 2048, rank, dtype=wide)
+        yield lambda u=u, v=v: kernel("singular_value_grad")(dense.view(2, 32, 2048), u, v)
+        tokens = torch.zeros(2, 16, 32, dtype=dtype), torch.zeros(2, 16, 2048, dtype=dtype)
+        for per_sample in (False, True):
+            yield lambda u=u[0], v=v[0], p=per_sample, t=tokens: kernel("singular_value_grad_linear")(*t, u, v, p)
     for alternative in (-1, 0, 1):
         for n in (8, 4096):  # the smallest block and the largest
             yield lambda a=alternative, n=n: kernel("ks_2samp")(dense.view(-1, n), dense.view(-1, n), a)
