@@ -41,7 +41,17 @@ import sparsekernels as sk
 from sparsekernels.ops.backend import build_facts
 
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("adamw", "adamw_rows", "masked_grad", "fisher", "topk", "ks", "gather_scatter", "low_rank")
+FAMILIES = (
+    "adamw",
+    "adamw_rows",
+    "masked_grad",
+    "fisher",
+    "topk",
+    "ks",
+    "singular_values",
+    "gather_scatter",
+    "low_rank",
+)
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 WARM_UP = 5e-3  # seconds
 BUSY = 0.5  # load average over the last minute above which other programs are in the way
