@@ -16,7 +16,7 @@ constexpr int64_t kStrips = 32;           // with fewer of them, the vectors too
 constexpr int64_t kBand = 8;              // ... of so many panels
 constexpr int64_t kTasks = 256;           // that leave sums of their own, at most
 constexpr int64_t kTokens = 1 << 14;      // tokens of which the weight's gradient is made at a time
-constexpr int64_t kGroupBytes = 1 << 24;  // vectors of small matrices that are packed at a time
+constexpr int64_t kGroupBytes = 1 << 22;  // vectors of small matrices that are packed at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -52,6 +52,16 @@ struct Panels {
     });
   }
 };
+
+// Rows as a left factor: as they lie if nothing is to be widened or filled up, and their stride is a good one; or a copy.
+template <typename S, typename T>
+cpu::Lines<S> strip_of(const T* x, int64_t width, int64_t rows, S* to, int64_t stride) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (rows % cpu::kRows == 0 && width * sizeof(S) % 4096 != 0) return {x, width};
+  }
+  cpu::copy_strip(x, width, rows, to, stride);
+  return {to, stride};
+}
 
 // Calls f(first column, columns, columns filled up to whole lines) for the panels of a band.
 template <typename S, typename F>
@@ -95,9 +105,9 @@ void of_matrices(const T* grad, const S* u, const S* v, int64_t count, int64_t m
       return [&, g = scratch<S>(strip * stride), product = scratch<S>(strip * cpu::kPanel<S>)](int64_t task) {
         const int64_t at = task % (here * strips), i = at / strips, begin = task / (here * strips) * band;
         const int64_t row = at % strips * strip, rows = std::min(strip, m - row), from = (first + i) * m + row;
-        cpu::copy_strip(grad + from * n, n, rows, g.get(), stride);
+        const auto lines = strip_of(grad + from * n, n, rows, g.get(), stride);
         dot_strip<S>(
-            bytes, {g.get(), stride}, rows, panels.at(i, 0), n, u + from * rank, rank, begin,
+            bytes, lines, rows, panels.at(i, 0), n, u + from * rank, rank, begin,
             std::min(begin + band, rank), product.get(), found.data() + at * rank);
       };
     });
@@ -137,11 +147,11 @@ struct Linear {
         const int64_t k = task % shares, begin = task / shares * band, last = std::min(tokens, (k + 1) * share);
         for (int64_t first = k * share; first < last; first += strip) {
           const int64_t count = std::min(strip, last - first), rows = cpu::round_up(count, cpu::kRows);
-          cpu::copy_strip(dy + first * m, m, count, a.get(), dy_stride);
-          cpu::copy_strip(x + first * n, n, count, b.get(), x_stride);
+          const auto dy_lines = strip_of(dy + first * m, m, count, a.get(), dy_stride);
+          const auto x_lines = strip_of(x + first * n, n, count, b.get(), x_stride);
           for_panels<S>(begin, std::min(begin + band, rank), [&](int64_t c, int64_t width, int64_t panel) {
-            cpu::multiply_strip<S>(bytes, {a.get(), dy_stride}, rows, of_u.at(0, c), m, panel, of_dy.get(), panel);
-            cpu::multiply_strip<S>(bytes, {b.get(), x_stride}, rows, of_v.at(0, c), n, panel, of_x.get(), panel);
+            cpu::multiply_strip<S>(bytes, dy_lines, rows, of_u.at(0, c), m, panel, of_dy.get(), panel);
+            cpu::multiply_strip<S>(bytes, x_lines, rows, of_v.at(0, c), n, panel, of_x.get(), panel);
             for (int64_t t = 0, end; t < count; t = end) {
               const int64_t sample = (first + t) / each;
               end = std::min(count, (sample + 1) * each - first);

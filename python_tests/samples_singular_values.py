@@ -29,6 +29,7 @@ SIZES = {  # rows and columns of the weight, pairs of singular vectors
 LARGE = {
     "panels": (40, 70, 101),  # more than one panel of vectors, the last one narrow
     "deep": (70, 530, 49),  # more columns than are summed at once
+    "pages": (16, 1024, 5),  # rows as long as a page
     "301x299": (301, 299, 60),
 }
 BY_NAME = {**SIZES, **LARGE}
@@ -87,6 +88,7 @@ def whole_samples() -> Iterator[Sample]:
         yield sample(f"strided-{short(dtype)}", SIZES["odd"], dtype, strided=True)
         yield sample(f"strided-single-{short(dtype)}", SIZES["odd"], dtype, None, strided=True)
     yield sample("many-matrices", (5, 7, 3), matrices=70, heavy=True)
+    yield sample("groups", (20, 1100, 400), matrices=5, heavy=True)  # more than are packed at once
     for value in (NAN, 1e-40, 1e18):
         yield sample(f"special-{value}", SIZES["odd"], special=value)
 
@@ -160,6 +162,8 @@ def linear_samples() -> Iterator[Sample]:
             yield sample(f"{tokens[0]}x{tokens[1]}-few{tag}", FEW, tokens=tokens, per_sample=by, heavy=True)
             yield sample(f"{tokens[0]}x{tokens[1]}-many{tag}", MANY, tokens=tokens, per_sample=by, heavy=True)
             yield sample(f"{tokens[0]}x{tokens[1]}-f64{tag}", MANY, FP64, tokens=tokens, per_sample=by, heavy=True)
+        for rank in (2, 8):  # more tokens than have sums of their own, or are packed at once
+            yield sample(f"long-{rank}{tag}", (9, 8, rank), tokens=(2, 9000), per_sample=by, heavy=True)
         yield sample(f"large-many{tag}", (301, 299, 330), tokens=(2, 300), per_sample=by, heavy=True)
     for dtype in (FP32, BF16):
         yield sample(f"2d-{short(dtype)}", FEW, dtype, (29,))
