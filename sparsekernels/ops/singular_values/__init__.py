@@ -27,7 +27,8 @@ def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend 
 
     Numerics: products in the dtype of u, each summed over N; sums over M in fp64, but for runs of eight on the CPU and
     of a block on a GPU. Deterministic.
-    Cost: 2*L*M*N*R operations, one read of grad. Copies: of v, packed, a few matrices at a time, on the CPU.
+    Cost: 2*L*M*N*R operations, one read of grad. Copies on the CPU: of v, packed, one matrix
+    at a time or as many as fit 4 MiB.
     Source: Sreeram et al., Compress to Impress, arXiv 2510.20800.
 
     Raises:
@@ -74,7 +75,8 @@ def singular_value_grad_linear(
     Numerics: products in the dtype of u, each summed over M or N; sums over tokens in fp64, but for runs of eight on
     the CPU and of a block on a GPU. Deterministic.
     Cost: 2*T*R*(M + N) operations for T = B*S tokens. On the CPU, unless per sample, 2*M*N*(T + R) where that is less:
-    then a few rows of the weight's gradient exist at a time. Copies: on the CPU of u and v, or of v and input, packed.
+    then a few rows of the weight's gradient exist at a time. Copies on the CPU, packed: of u and v; or of one of them
+    and of the narrower activation, 16384 tokens at a time.
     Source: Sreeram et al., Compress to Impress, arXiv 2510.20800; without the gradient of the weight: ours.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..gather_scatter.triton import device_of
 
 # Rows that a program owns, pairs of vectors, terms of a product at a time, warps, stages: nothing spills.
-TILE = (64, 32, 16, 4, 1)
+TILE = (64, 64, 16, 4, 1)
 DOUBLE_TILE = (32, 32, 1, 4, 3)
 
 
