@@ -183,6 +183,61 @@ def test_the_loss_is_the_mean_over_samples() -> None:
         assert mean == pytest.approx(float(5 * model(**batches[0]).loss + model(**batches[1]).loss) / 6)
 
 
+def singles(b: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{key: x[i : i + 1] for key, x in b.items()} for i in range(len(next(iter(b.values()))))]
+
+
+def compare_per_sample(model: nn.Module, batches, factors: Wanted, loss=None) -> None:
+    found, _ = singular_value_gradients(model, batches, factors, per_sample=True, loss=loss, progress=False)
+    alone = [dense(model, [sample], factors, loss) for b in batches for sample in singles(b)]
+    for matrix in factors:
+        each = [torch.stack(values) for values in zip(*(sample[matrix][0] for sample in alone), strict=True)]
+        size = max(1e-12, *(float(values.norm()) for values in each))
+        for mine, expected in zip(found[matrix].values, each, strict=True):
+            assert mine.shape == expected.shape
+            assert float((mine - expected).norm()) <= 1e-5 * size, matrix.label
+        inner = torch.stack([sample[matrix][1] for sample in alone])
+        assert float((found[matrix].inner - inner).norm()) <= 1e-4 * size, matrix.label
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_per_sample(kind: str) -> None:
+    model = transformer(kind)
+    compare_per_sample(model, [batch(kind), batch(kind, rows=2, length=5, seed=1)], wanted(model))
+
+
+def test_per_sample_where_modules_do_not_tell_samples_apart() -> None:
+    """Experts, a table, and a Linear whose weight is read past it: samples run one by one."""
+    torch.manual_seed(0)
+    model = Zoo()
+
+    def loss(model: nn.Module, b: dict[str, Tensor]) -> Tensor:
+        return model(b["input_ids"]).square().mean()
+
+    factors = wanted(model, ["embed.weight", "up.weight", "experts.weight", "head.weight"])
+    compare_per_sample(model, [{"input_ids": ids(3, 7)}, {"input_ids": ids(2, 7, seed=1)}], factors, loss=loss)
+    model = Twice()
+    factors = wanted(model, ["a.weight", "past.weight", "idle.weight"])
+    compare_per_sample(model, [{"x": torch.randn(3, 5, 8)}], factors, loss=twice_loss)
+
+
+class Turned(nn.Module):
+    """Samples in dimension 1 of what the Linear sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_per_sample_where_samples_are_not_in_front() -> None:
+    torch.manual_seed(0)
+    model = Turned()
+    compare_per_sample(model, [{"x": torch.randn(3, 5, 8)}], wanted(model, ["a.weight"]), loss=twice_loss)
+
+
 def test_bad_input() -> None:
     model = transformer("bert")
     factors, batches = wanted(model), [batch("bert")]

@@ -155,12 +155,16 @@ def group_equal(values: Tensor, s: Tensor) -> Tensor:
     nothing to do with each other.
 
     Args:
-        values, s ([R], s descending): repeated are values that follow each other within 10 rounding errors of s[0].
+        values ([..., R]), s ([R], descending): repeated are values that follow each other within 10 rounding errors of
+            s[0].
     """
     if not len(s):
         return values
     eps = torch.finfo(s.dtype).eps
-    group = torch.cat([s.new_zeros(1), (s[:-1] - s[1:] > EQUAL * eps * s[0]).to(s.dtype)]).cumsum(0).long()
-    sums = values.new_zeros(len(s)).index_add_(0, group, values)
-    counts = values.new_zeros(len(s)).index_add_(0, group, torch.ones_like(values))
-    return (sums / counts.clamp_min(1))[group].masked_fill(s <= len(s) * eps * s[0], 0)
+    apart = s[:-1] - s[1:] > EQUAL * eps * s[0]
+    if not bool(apart.all()):
+        group = torch.cat([apart.new_zeros(1), apart]).cumsum(0)
+        sums = torch.zeros_like(values).index_add_(-1, group, values)
+        counts = torch.zeros_like(s).index_add_(0, group, torch.ones_like(s))
+        values = (sums / counts.clamp_min(1))[..., group]
+    return values.masked_fill(s <= len(s) * eps * s[0], 0)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .autograd import is_sparsified
 from .evaluating import evaluating, only_trainable
 from .factors import Factors
-from .losses import Batch, Loss, batch_size, check_loss, default_loss, to_device
+from .losses import Batch, Loss, batch_size, check_loss, default_loss, rows_of, to_device
 from .matrices import Matrix
 from .ops import singular_value_grad, singular_value_grad_linear
 from .pairs import kind_of
@@ -32,8 +32,8 @@ class Derivatives:
     """What the loss does when a matrix W = sum of s_i u_i v_i^T changes, G being its gradient.
 
     Attributes:
-        values: for each of the factors, dL/ds_i = u_i^T G v_i, [R].
-        inner: <G, W>, the derivative for scaling the matrix as a whole; fp32 (fp64 for fp64).
+        values: for each of the factors, dL/ds_i = u_i^T G v_i, [R]; or of each sample's own loss, [samples, R].
+        inner: <G, W>, the derivative for scaling the matrix as a whole; or of each sample's loss, [samples].
     """
 
     values: list[Tensor]
@@ -42,16 +42,44 @@ class Derivatives:
 
 @dataclass
 class _Sink:
-    """Where the derivatives of one parameter arrive: `total` is the Parameter whose gradient they are."""
+    """Where the derivatives of one parameter arrive.
+
+    `total` is a Parameter whose gradient they are, [1, derivatives], or [B, derivatives] for a batch of B samples that
+    are to be told apart. `found` has them batch by batch.
+    """
 
     name: str
     parameter: nn.Parameter
     matrices: list[tuple[Matrix, Sequence[Factors]]] = field(default_factory=list)
     total: nn.Parameter = field(init=False)
+    found: list[Tensor] = field(default_factory=list)
 
-    def start(self) -> None:
+    def start(self, samples: int | None) -> None:
+        """Begin a batch; samples None: its samples are summed."""
+        self.per_sample = samples is not None
         wide = torch.promote_types(self.parameter.dtype, torch.float32)
-        self.total = nn.Parameter(self.parameter.new_zeros(sum(self._sizes()), dtype=wide))
+        self.total = nn.Parameter(self.parameter.new_zeros((samples or 1, sum(self._sizes())), dtype=wide))
+
+    def finish(self, scale: float) -> None:
+        """End the batch: its derivatives, scaled, are kept.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        grad = self.total.detach() if self.total.grad is None else self.total.grad
+        if not bool(grad.isfinite().all()):
+            raise ValueError(f"samples: the gradient of {self.name!r} is not finite")
+        self.found.append(grad * scale)
+
+    def split(self) -> dict[Matrix, Derivatives]:
+        """What has arrived."""
+        found: dict[Matrix, Derivatives] = {}
+        grad = torch.cat(self.found) if self.per_sample else torch.cat(self.found).sum(0)
+        pieces = iter(grad.split(self._sizes(), -1))
+        for matrix, parts in self.matrices:
+            inner = next(pieces).squeeze(-1)
+            found[matrix] = Derivatives([next(pieces) for _ in parts], inner)
+        return found
 
     def _sizes(self) -> list[int]:
         return [k for _, parts in self.matrices for k in (1, *(len(part.s) for part in parts))]
@@ -63,37 +91,30 @@ class _Sink:
             g, weight = matrix.read(grad), matrix.read(self.parameter)
             found.append((g.to(self.total.dtype) * weight.to(self.total.dtype)).sum()[None])
             found += [singular_value_grad(_rows(g, part, 0), part.u, part.v) for part in parts]
-        return torch.cat(found)
+        return torch.cat(found)[None]
 
     def of_activations(self, grad_output: Tensor, input: Tensor, grad_input: Tensor) -> Tensor:
-        """The derivatives, from those of a Linear's output [T, M], its input [T, N], and that one's gradient [T, N]."""
+        """The derivatives, from a Linear's activations: of its output [..., M], its input [..., N], and of that."""
+        samples = len(self.total)
+        if samples > 1 and (grad_output.dim() < 2 or len(grad_output) != samples):
+            raise _Mixed(self.name)
+        dy, x, dx = (t.reshape(samples, -1, t.shape[-1]) for t in (grad_output, input, grad_input))
         found = []
         for matrix, parts in self.matrices:
-            grad, back = grad_output, grad_input
+            grad, back = dy, dx
             if matrix.rows is not None:
-                grad = grad_output[:, matrix.rows]
-                weight = matrix.read(self.parameter)
-                back = grad @ weight
+                grad = dy[..., matrix.rows]
+                back = grad @ matrix.read(self.parameter).to(grad.dtype)
             # <G, W> = sum over tokens of dY_t^T W X_t, and dY_t^T W is the gradient of the input.
-            found.append((back.to(self.total.dtype) * input).sum()[None])
-            found += [singular_value_grad_linear(_rows(grad, part, 1), input, part.u, part.v) for part in parts]
-        return torch.cat(found)
+            found.append((back.to(self.total.dtype) * x).flatten(1).sum(1, keepdim=True))
+            for part in parts:
+                values = singular_value_grad_linear(_rows(grad, part, 2), x, part.u, part.v, per_sample=self.per_sample)
+                found.append(values if self.per_sample else values[None])
+        return torch.cat(found, 1)
 
-    def split(self) -> dict[Matrix, Derivatives]:
-        """What has arrived.
 
-        Raises:
-            ValueError: it is not finite.
-        """
-        grad = self.total.grad if self.total.grad is not None else torch.zeros_like(self.total)
-        if not bool(grad.isfinite().all()):
-            raise ValueError(f"samples: the gradient of {self.name!r} is not finite")
-        pieces = iter(grad.split(self._sizes()))
-        found = {}
-        for matrix, parts in self.matrices:
-            inner = next(pieces)[0]
-            found[matrix] = Derivatives([next(pieces) for _ in parts], inner)
-        return found
+class _Mixed(Exception):
+    """A module whose input does not have one entry for each sample: samples have to run alone to be told apart."""
 
 
 def _rows(x: Tensor, part: Factors, dim: int) -> Tensor:
@@ -114,8 +135,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         grad_input = grads[0] @ weight
-        flat = (x.reshape(-1, x.shape[-1]) for x in (grads[0], input, grad_input))
-        return grad_input, None, None, ctx.sink.of_activations(*flat), None
+        return grad_input, None, None, ctx.sink.of_activations(grads[0], input, grad_input), None
 
 
 def _forward(module: Any, sink: _Sink, input: Tensor) -> Tensor:
@@ -184,6 +204,7 @@ def singular_value_gradients(
     samples: Iterable[Batch],
     factors: Mapping[Matrix, Sequence[Factors]],
     *,
+    per_sample: bool = False,
     loss: Loss | None = None,
     progress: bool = True,
 ) -> tuple[dict[Matrix, Derivatives], float]:
@@ -200,6 +221,9 @@ def singular_value_gradients(
             device. A batch counts by the number of its samples.
         factors: for each matrix of `matrices(model)` that is wanted, any number of decompositions, of all of its rows
             or of some.
+        per_sample: the derivatives of each sample's own loss, whose mean those of the mean loss are. Batches are split
+            where every matrix belongs to a Linear or Conv1D with one entry for each sample in dimension 0; else
+            samples run one by one, which is slow. The loss of a batch counts as the mean of those of its samples.
         loss: function of (model, batch) that returns the mean loss of a batch. Default: the model's own.
         progress: show a progress bar.
 
@@ -208,8 +232,8 @@ def singular_value_gradients(
 
     Numerics: fp32 accumulation, fp64 for fp64 models; half-precision gradients below the range of the dtype are lost,
     as in any backward without loss scaling. Deterministic on the CPU.
-    Cost: a forward, a backward without weight gradients, and for a Linear of M x N with factors of R triplets the
-    smaller of 2*T*R*(M + N) and 2*M*N*(T + R) operations for T tokens.
+    Cost: a forward, a backward without weight gradients, and for a Linear of M x N with factors of R triplets
+    2*T*R*(M + N) operations for T tokens, or, not per sample, 2*M*N*(T + R) where that is less.
 
     Raises:
         ValueError: no samples, no factors, a loss that is no finite scalar, or derivatives that are not finite.
@@ -227,13 +251,19 @@ def singular_value_gradients(
         sinks.setdefault(name, _Sink(name, model.get_parameter(name))).matrices.append((matrix, parts))
     if not sinks:
         raise ValueError("factors holds no matrix")
+    sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
     dense: set[str] = set()
     with torch.enable_grad():
-        try:
-            mean = _run(model, batches, list(sinks.values()), dense, loss, progress)
-        except _Unused as unused:
-            dense |= unused.names
-            mean = _run(model, batches, list(sinks.values()), dense, loss, progress)
+        while True:
+            try:
+                mean = _run(model, batches, sizes, list(sinks.values()), dense, per_sample, loss, progress)
+                break
+            except _Unused as unused:
+                dense |= unused.names
+            except _Mixed:
+                pairs = zip(batches, sizes, strict=True)
+                batches = [rows_of(b, torch.tensor([i]), size) for b, size in pairs for i in range(size)]
+                sizes = [1] * len(batches)
     found: dict[Matrix, Derivatives] = {}
     for sink in sinks.values():
         found |= sink.split()
@@ -251,27 +281,34 @@ class _Unused(Exception):
 def _run(
     model: nn.Module,
     batches: Sequence[Batch],
+    sizes: Sequence[int],
     sinks: Sequence[_Sink],
     dense: set[str],
+    per_sample: bool,
     loss: Loss | None,
     progress: bool,
 ) -> float:
-    sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
-    device = sinks[0].parameter.device
-    mean = 0.0
+    """Leave the derivatives in the sinks; returns the mean loss."""
+    device, mean, count = sinks[0].parameter.device, 0.0, sum(sizes)
     for sink in sinks:
-        sink.start()
+        sink.found.clear()
     with (
         _Scoring(model, sinks, dense),
-        tqdm(total=sum(sizes), desc="derivatives", unit="sample", disable=not progress, leave=False) as bar,
+        tqdm(total=count, desc="derivatives", unit="sample", disable=not progress, leave=False) as bar,
     ):
+        if per_sample and dense and max(sizes) > 1:
+            raise _Mixed
         for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+            for sink in sinks:
+                sink.start(size if per_sample else None)
             value = (loss or default_loss)(model, to_device(batch, device))
             check_loss(value, "the matrices", f"batch {number} of samples")
-            (value * (size / sum(sizes))).backward()
-            mean += float(value.detach()) * size / sum(sizes)
+            value.backward()
+            mean += float(value.detach()) * size / count
             unused = {sink.name for sink in sinks if sink.total.grad is None} - dense
             if number == 0 and unused:
                 raise _Unused(unused)
+            for sink in sinks:
+                sink.finish(size if per_sample else size / count)
             bar.update(size)
     return mean

@@ -44,8 +44,8 @@ def markdown(content: Content) -> str:
     lines += [
         "",
         "Weights saved are a share of those in the matrices that may be reduced. Against search with the same aim,",
-        f"adapt evaluates {several(fewer, '.0f')} times fewer texts and takes {several(faster, '.0f')} times less time;",
-        f"its test accuracy less that of search is {several(gaps, '+.1f')} points (one number a seed).",
+        f"adapt evaluates {several(fewer, '.0f')} times fewer texts and takes {several(faster, '.0f')} times less",
+        f"time; its test accuracy less that of search is {several(gaps, '+.1f')} points (one number a seed).",
         "",
         f"Ranking all matrices on {settings['samples']} texts, decompositions cached, takes "
         f"{several([1e3 * t['ranked'] for t in times], '.0f')} ms, a plain forward and backward",

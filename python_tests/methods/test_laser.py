@@ -51,7 +51,8 @@ def test_predictions_are_first_order_gains(kind: str) -> None:
     """<G, W - W_r> for every reduction, G being the dense gradient of the mean loss."""
     model = transformer(kind)
     batches = [batch(kind), batch(kind, rows=2, seed=1)]
-    ranking = laser.rank(model, batches, rhos=(0.9, 0.5, 0.2, 0.0), blocks=(1, 3), clusters=(3,), progress=False)
+    groups = {"blocks": (1, 3), "clusters": (3,)}
+    ranking = laser.rank(model, batches, rhos=(0.9, 0.5, 0.2, 0.0), score="gain", **groups, progress=False)
     assert len(ranking) == 4 * 3 * len(ranking.matrices)
     predicted = [reduction.predicted for reduction in ranking]
     assert predicted == sorted(predicted, reverse=True)
@@ -72,7 +73,7 @@ def test_predictions_are_first_order_gains(kind: str) -> None:
 def test_prediction_is_the_gain_of_a_small_step() -> None:
     """Going a thousandth of the way to the reduced weight, the loss falls by a thousandth of the prediction."""
     model, batches = transformer("bert").double().eval(), [batch("bert")]
-    ranking = laser.rank(model, batches, progress=False)
+    ranking = laser.rank(model, batches, score="gain", progress=False)
     for reduction in (ranking.reductions[0], ranking.reductions[-1]):
         parameter = model.get_parameter(reduction.matrix)
         before = parameter.detach().clone()
@@ -83,6 +84,29 @@ def test_prediction_is_the_gain_of_a_small_step() -> None:
             gain = ranking.loss - float(model(**batches[0]).loss)
             parameter.copy_(before)
         assert gain * 1e3 == pytest.approx(reduction.predicted, rel=0.05)
+
+
+@pytest.mark.parametrize("rhos", [(0.9, 0.3), (0.1,)], ids=["whole", "truncated"])
+def test_second_order_gains(rhos: tuple[float, ...]) -> None:
+    """The first-order gain less half the mean square of those of single samples, from their dense gradients."""
+    model, names = wide_bert().eval(), ["*.0.intermediate.dense.weight", "*.1.output.dense.weight"]
+    b = batch("bert", rows=5, length=9)
+    batches = [{key: x[:3] for key, x in b.items()}, {key: x[3:] for key, x in b.items()}]
+    ranking = laser.rank(model, batches, rhos=rhos, names=names, blocks=(1, 4), score="second", progress=False)
+    assert len(ranking) == 2 * 2 * len(rhos)
+    grads = []
+    for i in range(5):
+        model.zero_grad()
+        model(**{key: x[i : i + 1] for key, x in b.items()}).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad()
+    for reduction in ranking:
+        before = model.get_parameter(reduction.matrix).detach().clone()
+        with laser.reduce(model, [reduction], factored=False):
+            change = before - model.get_parameter(reduction.matrix).detach()
+        gains = torch.stack([(grad[reduction.matrix] * change).sum() for grad in grads]).double()
+        expected = float(gains.mean() - gains.square().mean() / 2)
+        assert reduction.predicted == pytest.approx(expected, rel=1e-2, abs=1e-5), reduction
 
 
 def test_other_scores() -> None:
@@ -112,13 +136,13 @@ def test_truncated_factors_predict_what_whole_ones_do() -> None:
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     with torch.no_grad():  # singular values that fall, as those of trained weights do
         model.get_parameter(name).mul_(torch.linspace(1, 0, 96) ** 4 * 20)
-    whole = laser.rank(model, batches, rhos=[0.1, 0.05, 1.0], names=[name], progress=False)
+    whole = laser.rank(model, batches, rhos=[0.1, 0.05, 1.0], names=[name], score="gain", progress=False)
     by_rho = {reduction.rho: reduction.predicted for reduction in whole}
     before = model.get_parameter(name).detach().clone()
     model.eval()(**batches[0]).loss.backward()
     grad = model.get_parameter(name).grad.clone()
     for rho in (0.1, 0.05):
-        few = laser.rank(model, batches, rhos=[rho], names=[name], progress=False)
+        few = laser.rank(model, batches, rhos=[rho], names=[name], score="gain", progress=False)
         ((part,),) = few.decompositions.of(model, [(few.matrices[name], decompositions.Split(1, False))], rho).values()
         assert len(part.s) == int(rho * 96)
         (reduction,) = few

@@ -33,7 +33,7 @@ def adapt(
     clusters: Sequence[int] = (),
     tried: int = 8,
     rounds: int = 3,
-    score: Score = "gain",
+    score: Score = "second",
     loss: Loss | None = None,
     factored: bool = True,
     progress: bool = True,

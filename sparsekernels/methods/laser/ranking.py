@@ -6,15 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ...factors import Factors, group_equal
 from ...losses import Batch, Loss
 from ...matrices import Matrix, matrices
-from ...singular_values import Derivatives, singular_value_gradients
+from ...singular_values import singular_value_gradients
 from .decompositions import Decompositions, Split, rank_for
 
-Score = Literal["gain", "sum", "count"]
+Score = Literal["second", "gain", "sum", "count"]
 RHOS = (0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
 
 
@@ -87,7 +88,7 @@ def rank(
     names: Iterable[str] | None = None,
     blocks: Sequence[int] = (1,),
     clusters: Sequence[int] = (),
-    score: Score = "gain",
+    score: Score = "second",
     loss: Loss | None = None,
     decompositions: Decompositions | None = None,
     progress: bool = True,
@@ -107,6 +108,8 @@ def rank(
         score: by which reductions are ranked. With G the mean gradient, d_i = u_i^T G v_i, and the sum over all
             triplets that are cut off:
             "gain": of s_i d_i, which is <G, W - W_r>: the first-order fall of the mean loss;
+            "second": that, less half the mean over samples b of <G_b, W - W_r>^2: the second-order fall, with the
+            empirical Fisher matrix for the Hessian. It tells large steps that go too far;
             "sum": of d_i; "count": the number of positive d_i. Both need all triplets.
         loss: function of (model, batch) that returns the mean loss of a batch. Default: the model's own.
         decompositions: of an earlier ranking of this model; those of weights that have not changed are used again.
@@ -116,8 +119,9 @@ def rank(
         Ranking of len(rhos) * (len(blocks) + len(clusters)) reductions for each matrix that has as many rows.
 
     Numerics: triplets of a repeated singular value are scored as one. Deterministic on the CPU.
-    Cost: the decompositions (kept), then that of `singular_value_gradients`. With rho below a quarter only so many
-    triplets are computed, by a randomised method.
+    Cost: the decompositions (kept), then that of `singular_value_gradients`, per sample for "second": models with
+    experts in one tensor, say, run sample by sample then. With rho below a quarter only so many triplets are computed,
+    by a randomised method.
 
     Raises:
         ValueError: numbers out of range, an unknown score, names that match nothing, weights that are not finite, and
@@ -126,8 +130,8 @@ def rank(
     Source: scoring matrices by the gradients of their singular values, from about 100 samples, is the idea of Sreeram
     et al. (arXiv 2510.20800); splitting rows too. Sign and aggregation could not be read: the scores are ours.
     """
-    if score not in ("gain", "sum", "count"):
-        raise ValueError(f'score must be "gain", "sum" or "count", got {score!r}')
+    if score not in ("second", "gain", "sum", "count"):
+        raise ValueError(f'score must be "second", "gain", "sum" or "count", got {score!r}')
     if not rhos or not all(0 <= rho <= 1 for rho in rhos):
         raise ValueError(f"rhos must be shares in [0, 1], at least one, got {list(rhos)}")
     if any(k < 1 for k in blocks) or any(k < 2 for k in clusters):
@@ -139,33 +143,41 @@ def rank(
         + [Split(k, True, rho) for k in clusters for rho in rhos if k <= matrix.shape[0]]
         for label, matrix in found.items()
     }
-    most = max(rhos) if score == "gain" else 1.0
+    most = 1.0 if score in ("sum", "count") else max(rhos)
     parts = cache.of(model, [(found[label], split) for label, splits in wanted.items() for split in splits], most)
     flat = {
         matrix: [part for split in wanted[label] for part in parts[matrix, split]] for label, matrix in found.items()
     }
-    derivatives, mean = singular_value_gradients(model, samples, flat, loss=loss, progress=progress)
+    derivatives, mean = singular_value_gradients(
+        model, samples, flat, per_sample=score == "second", loss=loss, progress=progress
+    )
     reductions = []
     for label, matrix in found.items():
         values = iter(derivatives[matrix].values)
         for split in wanted[label]:
             mine = [(part, next(values)) for part in parts[matrix, split]]
-            for rho in rhos if split.rho is None else [split.rho]:
-                predicted = _score(score, mine, derivatives[matrix], rho)
+            these = rhos if split.rho is None else [split.rho]
+            for rho, predicted in zip(these, _scores(score, mine, derivatives[matrix].inner, these), strict=True):
                 reductions.append(Reduction(label, rho, split.blocks, split.clustered, predicted))
     reductions.sort(key=lambda reduction: -(reduction.predicted or 0.0))
     return Ranking(reductions, score, mean, found, cache)
 
 
-def _score(score: Score, parts: Sequence[tuple[Factors, Tensor]], derivatives: Derivatives, rho: float) -> float:
-    """Over all parts of a matrix, for what is cut off."""
-    total = 0.0
+def _scores(score: Score, parts: Sequence[tuple[Factors, Tensor]], inner: Tensor, rhos: Sequence[float]) -> list[float]:
+    """For each rho, over all parts of a matrix, for what is cut off. Derivatives are [R], or [samples, R]."""
     whole = all(part.complete for part, _ in parts)
+    found = torch.zeros(*inner.shape, len(rhos), dtype=inner.dtype, device=inner.device)
     for part, values in parts:
         values = group_equal(values, part.s)
-        cut = rank_for(rho, part)
-        if score == "gain":
-            total += float((part.s * values)[cut:].sum()) if whole else -float((part.s * values)[:cut].sum())
-        else:
-            total += float(values[cut:].sum() if score == "sum" else (values[cut:] > 0).sum())
-    return total if whole else total + float(derivatives.inner)
+        if score == "count":
+            values = (values > 0).to(values.dtype)
+        elif score != "sum":
+            values = part.s * values
+        sums = torch.cat([torch.zeros_like(values[..., :1]), values.cumsum(-1)], -1)  # of the first r, for every r
+        kept = sums[..., [rank_for(rho, part) for rho in rhos]]
+        found += sums[..., -1:] - kept if whole else -kept
+    if not whole:
+        found += inner[..., None]
+    if score == "second":
+        found = found.mean(0) - found.square().mean(0) / 2
+    return [float(x) for x in found]
