@@ -12,11 +12,13 @@ namespace {
 
 constexpr int64_t kStrip = 64;            // rows of a task, at most
 constexpr int64_t kStripBytes = 1 << 19;  // what they may take of the second-level cache
-constexpr int64_t kStrips = 32;           // with fewer of them, the vectors too are divided into tasks ...
-constexpr int64_t kBand = 8;              // ... of so many panels
+constexpr int64_t kFew = 16;              // where strips are fewer, the vectors too are divided into tasks
+// Panels of vectors that strips share: as many as the last-level cache holds, for from memory they come too slowly.
+constexpr int64_t kBand = 8, kBandBytes = 1 << 22;
 constexpr int64_t kTasks = 256;           // that leave sums of their own, at most
 constexpr int64_t kTokens = 1 << 14;      // tokens of which the weight's gradient is made at a time
-constexpr int64_t kGroupBytes = 1 << 22;  // vectors of small matrices that are packed at a time
+constexpr int64_t kTallBytes = 1 << 23;   // packed tokens that are read so slowly that strips should be tall
+constexpr int64_t kGroupBytes = 1 << 24;  // vectors of small matrices that are packed at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,11 +55,11 @@ struct Panels {
   }
 };
 
-// Rows as a left factor: as they lie if nothing is to be widened or filled up, and their stride is a good one; or a copy.
+// Rows as a left factor: as they lie, if nothing is to be widened or filled up; or a copy.
 template <typename S, typename T>
 cpu::Lines<S> strip_of(const T* x, int64_t width, int64_t rows, S* to, int64_t stride) {
   if constexpr (std::is_same_v<S, T>) {
-    if (rows % cpu::kRows == 0 && width * sizeof(S) % 4096 != 0) return {x, width};
+    if (rows % cpu::kRows == 0) return {x, width};
   }
   cpu::copy_strip(x, width, rows, to, stride);
   return {to, stride};
@@ -72,10 +74,13 @@ void for_panels(int64_t begin, int64_t end, const F& f) {
   }
 }
 
-// Vectors of a task.
+// Vectors of a task, whose panels are `depth` deep. No sum depends on it.
 template <typename S>
-int64_t band_for(int64_t strips, int64_t rank) {
-  return strips >= kStrips ? cpu::round_up(rank, cpu::kPanel<S>) : kBand * cpu::kPanel<S>;
+int64_t band_for(int64_t strips, int64_t rank, int64_t depth) {
+  const int64_t panels = ceil_div(rank, cpu::kPanel<S>);
+  const int64_t fits = std::max(kBandBytes / int64_t(depth * cpu::kPanel<S> * sizeof(S)), kBand);
+  const int64_t bands = std::max(ceil_div(panels, fits), ceil_div(kFew, strips));
+  return ceil_div(panels, std::min(bands, panels)) * cpu::kPanel<S>;
 }
 
 // sums[c] += the row dots of `rows` rows of G V with those of U, [rows, rank], for vectors [begin, end).
@@ -91,10 +96,11 @@ void dot_strip(
 
 template <typename T, typename S>
 void of_matrices(const T* grad, const S* u, const S* v, int64_t count, int64_t m, int64_t n, int64_t rank, S* out) {
-  const int64_t stride = cpu::strip_stride<S>(n), strip = strip_for(m, stride * sizeof(S)), strips = ceil_div(m, strip);
+  const int64_t stride = cpu::round_up(n, cpu::kLanes<S>);
+  const int64_t strip = strip_for(m, stride * sizeof(S)), strips = ceil_div(m, strip);
   const int64_t group = std::clamp<int64_t>(kGroupBytes / (n * rank * sizeof(S)), 1, count);
   Panels<S> panels(n, rank, group);
-  const int64_t band = band_for<S>(group * strips, rank), bands = ceil_div(rank, band);
+  const int64_t band = band_for<S>(group * strips, rank, n), bands = ceil_div(rank, band);
   const int bytes = cpu::register_bytes();
   std::vector<double> found(group * strips * rank);
   for (int64_t first = 0; first < count; first += group) {
@@ -136,10 +142,11 @@ struct Linear {
     Panels<S> of_u(m, rank), of_v(n, rank);
     of_u.pack(u);
     of_v.pack(v);
-    const int64_t tokens = samples * each, dy_stride = cpu::strip_stride<S>(m), x_stride = cpu::strip_stride<S>(n);
+    const int64_t tokens = samples * each, dy_stride = cpu::round_up(m, cpu::kLanes<S>);
+    const int64_t x_stride = cpu::round_up(n, cpu::kLanes<S>);
     const int64_t strip = strip_for(tokens, (dy_stride + x_stride) * sizeof(S));
     const int64_t share = ceil_div(ceil_div(tokens, strip), kTasks) * strip;  // tokens of a task
-    const int64_t shares = ceil_div(tokens, share), band = band_for<S>(shares, rank);
+    const int64_t shares = ceil_div(tokens, share), band = band_for<S>(shares, rank, m + n);
     std::vector<double> found((samples + shares) * rank);
     for_each_task(shares * ceil_div(rank, band), [&] {
       return [&, a = scratch<S>(strip * dy_stride), b = scratch<S>(strip * x_stride),
@@ -177,9 +184,10 @@ struct Linear {
 
   // A strip of rows of the weight's gradient at a time, then as for a gradient that is given. Of one sample.
   void by_gradient() const {
-    const int64_t stride = cpu::strip_stride<S>(n), even = cpu::round_up(ceil_div(m, kStrips / 2), cpu::kRows);
-    const int64_t strip = std::min(strip_for(m, stride * sizeof(S)), std::max(even, kStrip / 2));
-    const int64_t strips = ceil_div(m, strip);
+    const int64_t stride = cpu::round_up(n, cpu::kLanes<S>), even = cpu::round_up(ceil_div(m, kFew), cpu::kRows);
+    const bool tall = std::min(each, kTokens) * stride * int64_t(sizeof(S)) > kTallBytes;
+    const int64_t most = tall ? kStrip : std::max(even, kStrip / 2);
+    const int64_t strip = std::min(strip_for(m, stride * sizeof(S)), most), strips = ceil_div(m, strip);
     Panels<S> of_v(n, rank);
     of_v.pack(v);
     std::vector<double> found(strips * rank);
@@ -217,7 +225,8 @@ struct Linear {
   void run(bool per_sample) const {
     const double tokens = double(samples * each), weight = double(m) * double(n);
     if (per_sample || tokens * double(rank) * double(m + n) <= weight * (tokens + double(rank))) {
-      Linear{dy, x, u, v, per_sample ? samples : 1, per_sample ? each : samples * each, m, n, rank, out}.by_projections();
+      const int64_t own = per_sample ? samples : 1;
+      Linear{dy, x, u, v, own, samples * each / own, m, n, rank, out}.by_projections();
     } else if (n <= m) {
       Linear{dy, x, u, v, 1, samples * each, m, n, rank, out}.by_gradient();
     } else {  // the transposed gradient has shorter rows
@@ -252,7 +261,8 @@ Tensor singular_value_grad(Tensor grad, Tensor u, Tensor v) {
 
 Tensor singular_value_grad_linear(Tensor grad_output, Tensor input, Tensor u, Tensor v, bool per_sample) {
   STD_TORCH_CHECK(
-      grad_output.dim() == 3 && grad_output.is_contiguous(), "grad_output must be contiguous, [samples, tokens, width]");
+      grad_output.dim() == 3 && grad_output.is_contiguous(),
+      "grad_output must be contiguous, [samples, tokens, width]");
   STD_TORCH_CHECK(
       input.dim() == 3 && input.is_contiguous() && input.scalar_type() == grad_output.scalar_type() &&
           input.size(0) == grad_output.size(0) && input.size(1) == grad_output.size(1),

@@ -88,7 +88,7 @@ def whole_samples() -> Iterator[Sample]:
         yield sample(f"strided-{short(dtype)}", SIZES["odd"], dtype, strided=True)
         yield sample(f"strided-single-{short(dtype)}", SIZES["odd"], dtype, None, strided=True)
     yield sample("many-matrices", (5, 7, 3), matrices=70, heavy=True)
-    yield sample("groups", (20, 1100, 400), matrices=5, heavy=True)  # more than are packed at once
+    yield sample("groups", (20, 1000, 900), matrices=5, heavy=True)  # more than are packed at once
     for value in (NAN, 1e-40, 1e18):
         yield sample(f"special-{value}", SIZES["odd"], special=value)
 

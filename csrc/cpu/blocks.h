@@ -68,7 +68,7 @@ struct Columns {
   SK_INLINE Columns from(int64_t r, int64_t k) const { return {at + k * kRows + r}; }
 };
 
-// One whose rows lie `stride` apart. A power of two is a bad stride: eight rows would compete for one place in the cache.
+// One whose rows lie `stride` apart. Even a power of two costs nothing: each line of a row serves sixteen steps.
 template <typename S>
 struct Lines {
   const S* at;

@@ -8,12 +8,6 @@
 
 namespace sk::cpu {
 
-// Elements between the rows of a strip: an odd number of cache lines, so that eight rows keep out of each other's way.
-template <typename S>
-int64_t strip_stride(int64_t width) {
-  return (round_up(width, kLanes<S>) / kLanes<S> | 1) * kLanes<S>;
-}
-
 // Rows of a strip in the dtype of the sums, filled up with zeros to a multiple of kRows.
 template <typename S, typename T>
 SK_CLONES void copy_strip(const T* __restrict__ x, int64_t width, int64_t rows, S* __restrict__ to, int64_t stride) {

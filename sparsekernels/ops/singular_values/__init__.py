@@ -27,8 +27,8 @@ def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend 
 
     Numerics: products in the dtype of u, each summed over N; sums over M in fp64, but for runs of eight on the CPU and
     of a block on a GPU. Deterministic.
-    Cost: 2*L*M*N*R operations, one read of grad. Copies on the CPU: of v, packed, one matrix
-    at a time or as many as fit 4 MiB.
+    Cost: 2*L*M*N*R operations, one read of grad. Copies on the CPU: of v, packed, one matrix at a time or as many as
+    fit 16 MiB.
     Source: Sreeram et al., Compress to Impress, arXiv 2510.20800.
 
     Raises:
