@@ -9,6 +9,7 @@ trained once), or any --model with --data of your own, taken as it is. For each 
           best reductions are evaluated on the same texts; up to 3 matrices are reduced, one after the other
   search  `laser.search`: every matrix at every rho is evaluated on the whole validation split
   random  as many reductions as adapt evaluates, on the same texts, drawn at random
+  adapt by rows  the same as adapt, which may also reduce four blocks, or four clusters, of rows each on its own
 
 each of them with accuracy as its aim (among equals the smaller loss), adapt and random once more with the loss.
 Reported are accuracy and loss on the test split, texts that were evaluated (a backward counts as three), wall time with
@@ -135,6 +136,8 @@ def run_seed(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, A
     for aim in ("accuracy", "loss"):
         note(f"adapt, {aim}", contenders.adapt(model, samples, aim, rhos))
         note(f"random, {aim}", contenders.chance(model, samples, aim, rhos, seed))
+    rows = {"blocks": (1, 4), "clusters": (4,)}
+    note("adapt by rows, accuracy", contenders.adapt(model, samples, "accuracy", rhos, **rows))
     seen: list[contenders.Quality] = []
     found = contenders.search(model, validation, "accuracy", rhos, seen)
     tried = found.reduced.report["tried"]

@@ -141,36 +141,43 @@ def count(batches: Sequence[Batch]) -> int:
 
 
 def compare_times(
-    model: nn.Module, samples: Sequence[Batch], rhos: Sequence[float], pairs: int = 15
+    model: nn.Module, samples: Sequence[Batch], rhos: Sequence[float], rounds: int = 15
 ) -> dict[str, float]:
-    """Seconds to rank every matrix, decompositions cached, and of a plain forward and backward; in turns, medians."""
+    """Seconds to rank every matrix, decompositions cached, and of a plain forward and backward; in turns, medians.
+
+    The plain backward makes the gradients of the weights that are ranked, and of no others.
+    """
     model.eval()
     first = laser.rank(model, samples, rhos=rhos, progress=False)
-    names = {matrix.parameter for matrix in first.matrices.values()}
-    weights = [p for name, p in model.named_parameters() if name in names]
+    weights = {model.get_parameter(matrix.parameter) for matrix in first.matrices.values()}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in samples:
+                model(**batch)
 
     def plain() -> None:
-        """The weights that are ranked get their gradients, and no others."""
         for batch in samples:
-            loss = model(**batch).loss * (len(batch["labels"]) / count(samples))
-            loss.backward()
+            (model(**batch).loss * (len(batch["labels"]) / count(samples))).backward()
         for p in weights:
             p.grad = None
 
     def ranked() -> None:
         laser.rank(model, samples, rhos=rhos, decompositions=first.decompositions, progress=False)
 
-    times: dict[str, list[float]] = {"plain": [], "ranked": []}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for _ in range(pairs):
-        for name, run in (("plain", plain), ("ranked", ranked)):
-            if name == "plain":
-                for p, _ in flags:
-                    p.requires_grad_(any(p is w for w in weights))
+    times: dict[str, list[float]] = {"forward": [], "plain": [], "ranked": []}
+    for p, _ in flags:
+        p.requires_grad_(p in weights)
+    for _ in range(rounds):
+        for name, run in (("forward", forward), ("plain", plain), ("ranked", ranked)):
             started = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - started)
     for p, flag in flags:
         p.requires_grad_(flag)
-    ratio = statistics.median(r / p for r, p in zip(times["ranked"][1:], times["plain"][1:], strict=True))
-    return {name: statistics.median(values[1:]) for name, values in times.items()} | {"ratio": ratio}
+    turns = list(zip(*times.values(), strict=True))[1:]
+    return {name: statistics.median(values[1:]) for name, values in times.items()} | {
+        "ratio": statistics.median(ranked / plain for _, plain, ranked in turns),
+        "ratio_of_backwards": statistics.median((ranked - fwd) / (plain - fwd) for fwd, plain, ranked in turns),
+    }
