@@ -5,7 +5,7 @@
 The model is MiniLM, fine-tuned on the text task of finetune.py (three epochs, 16 tokens; kept in --work, so that it is
 trained once), or any --model with --data of your own, taken as it is. For each seed:
 
-  adapt   `laser.adapt`: a backward over --samples texts of the validation split ranks all matrices at every rho, the 8
+  adapt   `laser.adapt`: a backward over --samples texts of the validation split ranks all matrices at every rho, the 16
           best reductions are evaluated on the same texts; up to 3 matrices are reduced, one after the other
   search  `laser.search`: every matrix at every rho is evaluated on the whole validation split
   random  as many reductions as adapt evaluates, on the same texts, drawn at random

@@ -17,7 +17,7 @@ import sparsekernels as sk
 from sparsekernels.methods import laser
 
 Batch = dict[str, torch.Tensor]
-TRIED, ROUNDS = 8, 3
+TRIED, ROUNDS = 16, 3
 
 
 @dataclass(frozen=True)

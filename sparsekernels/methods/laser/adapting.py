@@ -31,7 +31,7 @@ def adapt(
     names: Iterable[str] | None = None,
     blocks: Sequence[int] = (1,),
     clusters: Sequence[int] = (),
-    tried: int = 8,
+    tried: int = 16,
     rounds: int = 3,
     score: Score = "second",
     loss: Loss | None = None,
