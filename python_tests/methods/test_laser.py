@@ -552,7 +552,7 @@ def test_an_evaluate_that_fails_leaves_the_model_whole(way: str) -> None:
 
     def run() -> None:
         if way == "adapt":
-            laser.adapt(model, batches, evaluate, progress=False)
+            laser.adapt(model, batches, evaluate, tried=4, progress=False)
         else:
             laser.search(model, evaluate, rhos=(0.5,), progress=False)
 
@@ -582,6 +582,18 @@ def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         laser.adapt(model, [batch("bert")], progress=False, **options)
     assert_same(model, before)
+
+
+def test_a_model_without_numbered_blocks_must_be_told_what_to_reduce() -> None:
+    model = nn.Sequential()
+    model.add_module("only", nn.Linear(4, 4))
+    for run in (
+        lambda: laser.rank(model, [{"x": torch.ones(1, 4)}], progress=False),
+        lambda: laser.adapt(model, [{"x": torch.ones(1, 4)}], lambda m: 0.0, progress=False),
+        lambda: laser.search(model, lambda m: 0.0, progress=False),
+    ):
+        with pytest.raises(ValueError, match="names: the model has no projections in numbered blocks"):
+            run()
 
 
 def test_heat_map_data() -> None:

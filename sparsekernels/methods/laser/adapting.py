@@ -16,7 +16,7 @@ from ...evaluating import evaluating
 from ...losses import Batch, Loss, batch_size, default_loss, to_device
 from ...matrices import Matrix, matrices
 from .decompositions import Decompositions
-from .ranking import RHOS, Ranking, Reduction, Score, rank
+from .ranking import RHOS, Ranking, Reduction, Score, rank, targets
 from .reducing import Reduced, pieces, product, reduce
 
 Evaluate = Callable[[nn.Module], float]
@@ -71,7 +71,7 @@ def adapt(
     splits = [k for k in blocks if k != 1]
     trial = _Trial(model, evaluate or _minus_loss(batches, loss), Decompositions())
     options: dict[str, Any] = {"rhos": rhos, "loss": loss, "score": score, "decompositions": trial.decompositions}
-    left = list(matrices(model, names))
+    left = list(targets(model, names))
     plan: list[Reduction] = []
     history: list[list[Reduction]] = []
     backwards = 0
@@ -142,9 +142,9 @@ def search(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     trial = _Trial(model, evaluate, Decompositions())
-    every = [Reduction(label, rho) for label in matrices(model, names) for rho in sorted(rhos, reverse=True)]
+    every = [Reduction(label, rho) for label in targets(model, names) for rho in sorted(rhos, reverse=True)]
     if not every:
-        raise ValueError("rhos is empty, or names match no matrix")
+        raise ValueError("rhos is empty")
     plan: list[Reduction] = []
     with trial, tqdm(total=len(every), desc="search", unit="reduction", disable=not progress, leave=False) as bar:
         before = best = trial.value()

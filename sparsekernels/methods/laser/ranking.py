@@ -136,7 +136,7 @@ def rank(
         raise ValueError(f"rhos must be shares in [0, 1], at least one, got {list(rhos)}")
     if any(k < 1 for k in blocks) or any(k < 2 for k in clusters):
         raise ValueError(f"blocks must be at least 1 and clusters at least 2, got {list(blocks)} and {list(clusters)}")
-    found = matrices(model, names)
+    found = targets(model, names)
     cache = Decompositions() if decompositions is None else decompositions
     wanted = {
         label: [Split(k, False) for k in blocks if k <= matrix.shape[0]]
@@ -161,6 +161,14 @@ def rank(
                 reductions.append(Reduction(label, rho, split.blocks, split.clustered, predicted))
     reductions.sort(key=lambda reduction: -(reduction.predicted or 0.0))
     return Ranking(reductions, score, mean, found, cache)
+
+
+def targets(model: nn.Module, names: Iterable[str] | None) -> dict[str, Matrix]:
+    """The matrices that are meant. Raises ValueError if there are none."""
+    found = matrices(model, names)
+    if not found:
+        raise ValueError("names: the model has no projections in numbered blocks; say which matrices are meant")
+    return found
 
 
 def _scores(score: Score, parts: Sequence[tuple[Factors, Tensor]], inner: Tensor, rhos: Sequence[float]) -> list[float]:
