@@ -265,6 +265,21 @@ def test_parts_of_a_fused_projection() -> None:
         assert torch.allclose(part, was, atol=1e-6) == (name != "k")
 
 
+def test_a_weight_that_the_parent_reads_stays_dense() -> None:
+    import transformers
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 61}
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    before = snapshot(model)
+    mlp = model.encoder.block[0].layer[1].DenseReluDense
+    plan = [Reduction(f"encoder.block.0.layer.1.DenseReluDense.{name}.weight", 0.2) for name in ("wi", "wo")]
+    with laser.reduce(model, plan):
+        assert isinstance(mlp.wi, LowRankLinear)
+        assert type(mlp.wo) is nn.Linear
+        assert bool(model(torch.ones(1, 3, dtype=torch.long)).last_hidden_state.isfinite().all())
+    assert_same(model, before)
+
+
 class Shared(nn.Module):
     """Two Linears of one weight with biases of their own, one of them registered twice; hooks on a third."""
 

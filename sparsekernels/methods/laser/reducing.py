@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +116,8 @@ def reduce(
         plan: reductions, as `rank` returns them or made by hand; a matrix may occur once.
         factored: replace a Linear or Conv1D by a `LowRankLinear` where that stores less. Parts of a fused projection
             are factored beside dense rows. Everything else is written dense, in place: experts, tables, modules with
-            hooks, of a subclass, or that share their weight with another kind of module.
+            hooks, of a subclass, that share their weight with another kind of module, or whose weight is read by the
+            forward of their parent (`wo` of T5).
         decompositions: of a ranking of this model.
 
     Returns:
@@ -290,8 +292,8 @@ def _layers(model: nn.Module, parameter: nn.Parameter, work: Sequence[tuple[Matr
         [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
         for module in modules
     ]
-    if not all(places):
-        return None  # the model itself
+    if not all(places) or any(_reads_weight(*place) for mine in places for place in mine):
+        return None  # the model itself; or the dense weight would be multiplied out by every forward
     weight = parameter.detach().T if kind_of(modules[0]) == "conv1d" else parameter.detach()
     if len({kind_of(module) for module in modules}) > 1:
         return None
@@ -313,6 +315,14 @@ def _replaceable(module: nn.Module) -> bool:
     bias: Any = module.bias
     alike = bias is None or (bias.dtype, bias.device) == (module.weight.dtype, module.weight.device)
     return alike and "forward" not in module.__dict__ and not any(hooks)
+
+
+def _reads_weight(parent: nn.Module, name: str) -> bool:
+    """Whether the forward of the parent asks for the child's weight, as that of T5 does for its dtype."""
+    try:
+        return f"self.{name}.weight" in inspect.getsource(type(parent).forward)
+    except (OSError, TypeError):
+        return False
 
 
 def _blocks(
