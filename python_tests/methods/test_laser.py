@@ -14,7 +14,7 @@ import sparsekernels as sk
 from sparsekernels.low_rank import LowRankLinear
 from sparsekernels.matrices import matrices
 from sparsekernels.methods import laser
-from sparsekernels.methods.laser import Reduction, decompositions, reducing
+from sparsekernels.methods.laser import Reduction, changes, decompositions
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -430,14 +430,14 @@ def test_broken_weights_are_named_and_nothing_changes() -> None:
 def test_a_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Zoo()
     before = snapshot(model)
-    product = reducing.product
+    product = changes.product
 
     def failing(matrix, mine):
         if matrix.parameter == "embed.weight":
             raise MemoryError
         return product(matrix, mine)
 
-    monkeypatch.setattr(reducing, "product", failing)
+    monkeypatch.setattr(changes, "product", failing)
     with pytest.raises(MemoryError):
         laser.reduce(model, [Reduction(f"{name}.weight", 0.2) for name in ("up", "conv", "embed")])
     assert_same(model, before)

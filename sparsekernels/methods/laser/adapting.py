@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from ...evaluating import evaluating
 from ...losses import Batch, Loss, batch_size, default_loss, to_device
 from ...matrices import Matrix, matrices
+from .changes import product
 from .decompositions import Decompositions
 from .ranking import RHOS, Ranking, Reduction, Score, rank, targets
-from .reducing import Reduced, pieces, product, reduce
+from .reducing import Reduced, pieces, reduce
 
 Evaluate = Callable[[nn.Module], float]
 
