@@ -232,10 +232,70 @@ class Turned(nn.Module):
         return self.a(x.transpose(0, 1)).transpose(0, 1)
 
 
-def test_per_sample_where_samples_are_not_in_front() -> None:
+@pytest.mark.parametrize("length", [5, 3])
+def test_per_sample_where_samples_are_not_in_front(length: int) -> None:
+    """Even where there are as many tokens as samples."""
     torch.manual_seed(0)
     model = Turned()
-    compare_per_sample(model, [{"x": torch.randn(3, 5, 8)}], wanted(model, ["a.weight"]), loss=twice_loss)
+    compare_per_sample(model, [{"x": torch.randn(3, length, 8)}], wanted(model, ["a.weight"]), loss=twice_loss)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert-mlm"])
+@pytest.mark.parametrize("later", [False, True])
+def test_per_sample_of_texts_with_unequal_numbers_of_labels(kind: str, later: bool) -> None:
+    """The loss of a batch is the mean over its labels: that of a sample is its own mean all the same."""
+    model, ragged = transformer(kind), batch(kind, rows=3, length=8)
+    ragged["labels"][1, 3:] = -100
+    batches = [batch(kind, rows=2, length=8, seed=1), ragged] if later else [ragged]
+    compare_per_sample(model, batches, wanted(model))
+
+
+class Past(nn.Module):
+    """Reads its only weight past the module that holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.a.weight)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_model_whose_only_matrix_is_read_past_its_module(per_sample: bool) -> None:
+    torch.manual_seed(0)
+    model, batches = Past(), [{"x": torch.randn(3, 5, 8)}]
+    factors = wanted(model, ["a.weight"])
+    if per_sample:
+        compare_per_sample(model, batches, factors, loss=twice_loss)
+    else:
+        compare(model, batches, factors, loss=twice_loss)
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    names = ["self_attn.out_proj.weight", "linear1.weight"]  # its fast path reads weights by itself
+
+    def loss(model: nn.Module, b: dict[str, Tensor]) -> Tensor:
+        return model(b["x"].to(model.linear1.weight.dtype))[..., 0].mean()
+
+    compare(block, batches, wanted(block, names), loss=loss)
+
+
+class Named(nn.Module):
+    """Calls its modules with a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.a, self.b = nn.Linear(8, 8), Conv1D(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x=self.a(input=x).tanh())
+
+
+def test_modules_called_with_a_keyword() -> None:
+    torch.manual_seed(0)
+    model = Named()
+    compare(model, [{"x": torch.randn(3, 5, 8)}], wanted(model, ["a.weight", "b.weight"]), loss=twice_loss)
 
 
 def test_bad_input() -> None:

@@ -70,7 +70,9 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def check_loss(loss: Any, weights: str, where: str, hint: str = "") -> None:
     """Raise ValueError for what is no finite scalar with a gradient of `weights`; all else is for the message."""
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        got = type(loss).__name__
+        if isinstance(loss, Tensor):
+            got = f"shape {list(loss.shape)}" if loss.dim() else "one without a gradient"
         raise ValueError(f"loss must be a scalar tensor that depends on {weights}, got {got} at {where}")
     if not bool(loss.isfinite()):
         raise ValueError(f"loss is {loss.item()} at {where}{hint}")

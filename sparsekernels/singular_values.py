@@ -1,7 +1,8 @@
 """Gradients of the singular values of a model's weights, in one backward that forms no weight gradient of a Linear.
 
 A Linear runs the forward that it always had; its backward returns, in place of the weight's gradient, that of the
-singular values alone. Every other weight has a dense gradient for a moment, and one at a time.
+singular values alone. Every other weight has a dense gradient for a moment, one at a time: of other modules, of those
+whose forward was replaced, and of those that the first batch did not run.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from tqdm.auto import tqdm
 from .autograd import is_sparsified
 from .evaluating import evaluating, only_trainable
 from .factors import Factors
-from .losses import Batch, Loss, batch_size, check_loss, default_loss, rows_of, to_device
+from .losses import IGNORED, Batch, Loss, batch_size, check_loss, default_loss, rows_of, to_device
 from .matrices import Matrix
 from .ops import singular_value_grad, singular_value_grad_linear
 from .pairs import kind_of
+
+AGREES, AGREES_HALF = 1e-2, 0.2  # relative, between the derivatives of a sample in its batch and alone
 
 
 @dataclass
@@ -138,11 +141,12 @@ class _Linear(torch.autograd.Function):
         return grad_input, None, None, ctx.sink.of_activations(grads[0], input, grad_input), None
 
 
-def _forward(module: Any, sink: _Sink, input: Tensor) -> Tensor:
-    """The forward of a Linear or Conv1D, as autocast has it."""
-    x: Any = input
+def _forward(module: Any, sink: _Sink, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    """The forward of a Linear or Conv1D, as autocast has it; its one argument may have any name."""
+    x: Any
+    (x,) = (*args, *kwargs.values())
     weight, bias = module.weight, module.bias
-    kind = input.device.type
+    kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
@@ -221,17 +225,19 @@ def singular_value_gradients(
             device. A batch counts by the number of its samples.
         factors: for each matrix of `matrices(model)` that is wanted, any number of decompositions, of all of its rows
             or of some.
-        per_sample: the derivatives of each sample's own loss, whose mean those of the mean loss are. Batches are split
-            where every matrix belongs to a Linear or Conv1D with one entry for each sample in dimension 0; else
-            samples run one by one, which is slow. The loss of a batch counts as the mean of those of its samples.
+        per_sample: the derivatives of each sample's own loss, whose mean those of the mean loss are then. Batches are
+            split where every matrix belongs to a Linear or Conv1D with one entry for each sample in dimension 0, and
+            the loss is a mean over samples; else samples run one by one, which is slow. One sample of the first batch,
+            and of every batch with unequal numbers of labels, runs alone to find out.
         loss: function of (model, batch) that returns the mean loss of a batch. Default: the model's own.
         progress: show a progress bar.
 
     Returns:
         Derivatives of each matrix, and the mean loss.
 
-    Numerics: fp32 accumulation, fp64 for fp64 models; half-precision gradients below the range of the dtype are lost,
-    as in any backward without loss scaling. Deterministic on the CPU.
+    Numerics: fp32 accumulation, fp64 for fp64 models; `inner` comes from the input's gradient, rounded to its dtype.
+    Half-precision gradients below the range of the dtype are lost, as in any backward without loss scaling.
+    Deterministic on the CPU.
     Cost: a forward, a backward without weight gradients, and for a Linear of M x N with factors of R triplets
     2*T*R*(M + N) operations for T tokens, or, not per sample, 2*M*N*(T + R) where that is less.
 
@@ -302,13 +308,44 @@ def _run(
             for sink in sinks:
                 sink.start(size if per_sample else None)
             value = (loss or default_loss)(model, to_device(batch, device))
-            check_loss(value, "the matrices", f"batch {number} of samples")
-            value.backward()
-            mean += float(value.detach()) * size / count
-            unused = {sink.name for sink in sinks if sink.total.grad is None} - dense
+            unused = {sink.name for sink in sinks} - dense
+            if number or not unused or not isinstance(value, Tensor) or value.requires_grad:
+                check_loss(value, "the matrices", f"batch {number} of samples")
+                value.backward()
+                unused -= {sink.name for sink in sinks if sink.total.grad is not None}
             if number == 0 and unused:
                 raise _Unused(unused)
+            mean += float(value.detach()) * size / count
             for sink in sinks:
                 sink.finish(size if per_sample else size / count)
+            if per_sample and size > 1:
+                suspect = _suspect(batch, number == 0)
+                if suspect is not None and not _agrees(model, rows_of(batch, suspect, size), suspect, sinks, loss):
+                    raise _Mixed
             bar.update(size)
     return mean
+
+
+def _suspect(batch: Batch, first: bool) -> Tensor | None:
+    """A sample [1] to run alone: of texts with unequal numbers of labels the one with the fewest, else any, or none."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        counts = (labels != IGNORED).sum(1)
+        if bool((counts != counts[0]).any()):
+            return counts.where(counts > 1, counts.max()).argmin()[None]
+    return torch.tensor([0]) if first else None
+
+
+def _agrees(model: nn.Module, alone: Batch, sample: Tensor, sinks: Sequence[_Sink], loss: Loss | None) -> bool:
+    """Whether a sample of the last batch has the derivatives that it has alone."""
+    for sink in sinks:
+        sink.start(1)
+    (loss or default_loss)(model, to_device(alone, sinks[0].parameter.device)).backward()
+    off = size = 0.0
+    for sink in sinks:
+        own = sink.total.detach() if sink.total.grad is None else sink.total.grad
+        off += float((sink.found[-1][int(sample)] - own[0]).double().square().sum())
+        size += float(own.double().square().sum())
+    dtype = sinks[0].parameter.dtype
+    rounds = dtype.itemsize < 4 or torch.is_autocast_enabled(sinks[0].parameter.device.type)
+    return off <= (AGREES_HALF if rounds else AGREES) ** 2 * size
