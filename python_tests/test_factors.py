@@ -85,7 +85,8 @@ def test_many_triplets_are_all_of_them() -> None:
     ("weights", "rank", "message"),
     [
         ([torch.randn(3)], None, r"weights\[0\].*two dimensions"),
-        ([torch.ones(2, 2), torch.ones(2, 2).long()], None, r"weights\[1\] must be floating point"),
+        ([torch.ones(2, 2), torch.ones(2, 2).long()], None, r"weights\[1\] must be fp32"),
+        ([torch.ones(2, 2).to(torch.float8_e5m2)], None, r"weights\[0\] must be fp32"),
         ([torch.ones(2, 2), torch.full((2, 2), float("nan"))], None, r"weights\[1\] holds NaN"),
         ([torch.ones(2, 2)], -1, "rank must not be negative"),
     ],
@@ -146,6 +147,21 @@ def test_clusters_of_half_precision() -> None:
 def test_bad_clusters(clusters: int, rank: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} must lie in"):
         cluster_rows(decaying(40, 24), clusters, rank)
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"weight must be fp32.*two dimensions"):
+        cluster_rows(torch.randn(5), 2, 1)
+    (found,) = factorize([decaying(300, 200)], 5)
+    with pytest.raises(ValueError, match=r"rank must lie in \[0, 5\]"):
+        found.truncated(6)
+
+
+def test_truncation_does_not_depend_on_what_is_decomposed_beside() -> None:
+    one, other = decaying(300, 200), decaying(300, 200, seed=1)
+    (alone,), (_, beside) = factorize([one], 20), factorize([other, one], 20)
+    torch.testing.assert_close(alone.s, beside.s)
+    torch.testing.assert_close(alone.u @ alone.u.T, beside.u @ beside.u.T, rtol=0, atol=1e-4)
 
 
 def test_equal_values_are_averaged() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...factors import in_full_precision
 from ...low_rank import Block, LowRankLinear
 from ...matrices import Matrix
 from ...pairs import kind_of
@@ -26,13 +27,14 @@ class Piece:
 
 def product(matrix: Matrix, mine: Sequence[Piece]) -> Tensor:
     """The approximation, dense, [M, N]."""
-    if mine[0].rows is None:
-        return mine[0].up @ mine[0].down
-    out = mine[0].up.new_empty(matrix.shape)
-    for piece in mine:
-        assert piece.rows is not None
-        out[piece.rows.to(out.device)] = piece.up @ piece.down
-    return out
+    with in_full_precision(mine[0].up):
+        if mine[0].rows is None:
+            return mine[0].up @ mine[0].down
+        out = mine[0].up.new_empty(matrix.shape)
+        for piece in mine:
+            assert piece.rows is not None
+            out[piece.rows.to(out.device)] = piece.up @ piece.down
+        return out
 
 
 class Dense:
@@ -99,7 +101,8 @@ def put(model: nn.Module, work: Sequence[tuple[Matrix, Sequence[Piece]]], factor
             if layers is not None:
                 changes.append(Factored(*layers))
             else:
-                changes += [Dense(parameter, matrix, product(matrix, mine)) for matrix, mine in these]
+                for matrix, mine in these:
+                    changes.append(Dense(parameter, matrix, product(matrix, mine)))
     except BaseException:
         for change in reversed(changes):
             change.revert()
@@ -126,7 +129,7 @@ def _layers(model: nn.Module, parameter: nn.Parameter, work: Sequence[tuple[Matr
     if len({kind_of(module) for module in modules}) > 1:
         return None
     blocks, rows = _blocks(weight, parameter, work)
-    if sum(block.numel for block in blocks) >= weight.numel():
+    if not LowRankLinear.is_smaller(blocks):
         return None
     layers = [LowRankLinear(blocks, module.bias, rows).train(module.training) for module in modules]  # type: ignore[arg-type]
     for layer in layers[1:]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ...factors import Factors, cluster_rows, factorize, split_rows
@@ -33,8 +34,9 @@ class _Held:
 class Decompositions:
     """Singular triplets of matrices, whole or by groups of rows, each computed once.
 
-    They are computed anew for a weight that was changed in place or replaced since; changes made through `.data` go
-    unnoticed. `clear()` forgets all.
+    They are computed anew for a weight that was changed in place, moved or replaced since; other changes made through
+    `.data` go unnoticed. In fp32 (fp64 for fp64), all triplets of a square weight take 8 B an element. `clear()`
+    forgets all.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,12 @@ class Decompositions:
     def _serves(held: _Held | None, parameter: Tensor, rho: float) -> bool:
         if held is None or held.weight() is not parameter or held.version != parameter._version:
             return False
-        return all(part.complete or len(part.s) >= rank_for(rho, part) for part in held.parts)
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return all(
+            (part.u.dtype, part.u.device) == (wide, parameter.device)
+            and (part.complete or len(part.s) >= rank_for(rho, part))
+            for part in held.parts
+        )
 
 
 def rank_for(rho: float, part: Factors) -> int:
