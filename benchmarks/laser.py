@@ -87,7 +87,8 @@ def fine_tuned(args: argparse.Namespace, task: TextTask, seed: int) -> Loaded:
     if args.model:
         return load(config, task)
     size = f"{config.epochs}x{config.max_length}" + (f"-{config.steps}" if config.steps else "")
-    path = args.work / f"minilm-{size}-seed{seed}.safetensors"
+    data = args.data.stem if args.data else "docstrings"
+    path = args.work / f"minilm-{args.task}-{data}-{size}-seed{seed}.safetensors"
     if not path.is_file():
         args.work.mkdir(parents=True, exist_ok=True)
         in_fresh_process(train_and_keep, config, task, path)

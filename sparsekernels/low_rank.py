@@ -116,8 +116,9 @@ class LowRankLinear(nn.Module):
             weight = torch.cat(parts)
         return weight if self.places is None else weight[self.places]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., N] to [..., M]."""
+        x = input
         ups = self._ups()
         if len(ups) == 1 and self.places is None:
             up = ups[0]

@@ -102,8 +102,9 @@ def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
         model: any model; no weight is read, so it may be on the meta device.
         names: patterns as in `fnmatch`, of labels or of names of parameters (a tied one has several), which stand for
             all matrices in it. Brackets are first taken as they stand, so that `*[q]` is every query, and only if
-            nothing matches as a choice of characters. Embedding tables and heads may be named. None: the projections of
-            attention and MLP inside of numbered blocks, without those that have a side of one.
+            nothing matches as a choice of characters. Embedding tables and heads may be named. None: all in numbered
+            blocks, which are the projections of attention and MLP, without embeddings, heads, and those that have a
+            side of one.
 
     Returns:
         The matrices; none of a convolution or a LowRankLinear, of a parameter of another than two or three dimensions,
@@ -238,6 +239,8 @@ def _spoken(model: nn.Module, found: Mapping[str, Matrix]) -> dict[str, set[str]
 
 def _matching(pattern: str, spoken: Mapping[str, set[str]], model: nn.Module) -> set[str]:
     """The labels that a pattern stands for."""
+    if pattern in spoken:
+        return spoken[pattern]
     readings = (pattern.replace("[", "[[]"), pattern)
     for reading in readings:
         matched = [labels for name, labels in spoken.items() if fnmatch.fnmatchcase(name, reading)]

@@ -386,6 +386,27 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("broken", ["ranks", "rows", "missing"])
+def test_files_that_contradict_themselves_are_refused(broken: str, tmp_path: Path) -> None:
+    from sparsekernels.files import load_tensors, save_tensors
+
+    model = Zoo()
+    with laser.reduce(model, [Reduction("experts.weight[0]", 0.5, 2), Reduction("up.weight", 0.5)]) as reduced:
+        reduced.save(tmp_path / "file")
+    before = snapshot(model)
+    tensors, metadata = load_tensors(tmp_path / "file", "reductions")
+    if broken == "ranks":
+        tensors["1.0.down"] = tensors["1.0.down"][:-1]
+    elif broken == "rows":
+        tensors["0.1.rows"] = tensors["0.0.rows"]
+    else:
+        del tensors["1.0.up"]
+    save_tensors(tmp_path / "file", tensors, metadata)
+    with pytest.raises(ValueError, match="is damaged"):
+        laser.load(model, tmp_path / "file")
+    assert_same(model, before)
+
+
 def test_load_refuses_another_shape(tmp_path: Path) -> None:
     with laser.reduce(nn.Sequential(nn.Linear(8, 6)), [Reduction("0.weight", 0.5)]) as reduced:
         reduced.save(tmp_path / "plan")
@@ -402,7 +423,7 @@ def test_load_refuses_another_shape(tmp_path: Path) -> None:
         (lambda: [Reduction("up.weight", 0.5, 33)], "blocks: 'up.weight' has 32 rows"),
         (lambda: [Reduction("none", 0.5)], "nothing matches 'none'"),
         (lambda: [Reduction("up.weight", 0.5), Reduction("up.weight", 0.2)], "reduces 'up.weight' twice"),
-        (lambda: [Reduction("experts.weight", 0.5)], "stands for several"),
+        (lambda: [Reduction("experts.weight", 0.5)], r"is no label of a matrix; it stands for 'experts.weight\[0\]'"),
     ],
 )
 def test_bad_plans_change_nothing(make, message: str) -> None:
@@ -441,15 +462,49 @@ def test_a_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError):
         laser.reduce(model, [Reduction(f"{name}.weight", 0.2) for name in ("up", "conv", "embed")])
     assert_same(model, before)
+    monkeypatch.setattr(changes, "product", lambda matrix, mine: product(matrix, mine) if matrix.expert == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        laser.reduce(model, [Reduction(f"experts.weight[{i}]", 0.2) for i in range(2)])
+    assert_same(model, before)
 
 
 def test_sparsified_models_are_refused() -> None:
     model = Zoo()
-    with (
-        sk.sparsify(model, sk.Selection({"head.bias": sk.Index(torch.tensor([0]), (5,))})),
-        pytest.raises(ValueError, match="sparsified"),
-    ):
-        laser.reduce(model, [Reduction("up.weight", 0.5)])
+    with sk.sparsify(model, sk.Selection({"head.bias": sk.Index(torch.tensor([0]), (5,))})):
+        with pytest.raises(ValueError, match="sparsified"):
+            laser.reduce(model, [Reduction("up.weight", 0.5)])
+        with pytest.raises(ValueError, match="sparsified"):
+            laser.search(model, lambda m: 1 / 0, names=["up.weight"], progress=False)  # refused before it is called
+
+
+def test_tied_weights_are_named_by_their_label() -> None:
+    with pytest.raises(ValueError, match=r"'b.weight' is no label of a matrix; it stands for 'a.weight'"):
+        laser.reduce(Shared(), [Reduction("b.weight", 0.5)])
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    """Decomposed and multiplied in fp32, whatever is around."""
+    model, plan = wide_bert(), []
+    for name in ("intermediate.dense", "output.dense"):
+        plan += [Reduction(f"bert.encoder.layer.{i}.{name}.weight", 0.1, 1 + 2 * i, bool(i)) for i in range(2)]
+    with laser.reduce(model, plan, factored=False):
+        expected = snapshot(model)
+    with torch.autocast("cpu", torch.bfloat16), laser.reduce(model, plan, factored=False):
+        assert_same(model, expected)
+
+
+def test_decompositions_of_a_model_that_moved_are_made_anew() -> None:
+    model, batches = transformer("bert"), [batch("bert")]
+    ranking = laser.rank(model, batches, progress=False)
+    model.double()
+    again = laser.rank(model, batches, decompositions=ranking.decompositions, progress=False)
+    assert again.loss == pytest.approx(ranking.loss)
+    plan = again.best()[:1]
+    label = plan[0].matrix
+    weight = model.get_parameter(label).detach().clone()
+    with laser.reduce(model, plan, factored=False, decompositions=ranking.decompositions):
+        expected = best(weight, int(plan[0].rho * min(weight.shape)))
+        torch.testing.assert_close(model.get_parameter(label).detach(), expected, rtol=0, atol=1e-12)
 
 
 # ---- adapt and search
@@ -553,7 +608,7 @@ def test_nothing_is_kept_that_does_not_help() -> None:
 
 
 @pytest.mark.parametrize("way", ["adapt", "search"])
-def test_an_evaluate_that_fails_leaves_the_model_whole(way: str) -> None:
+def test_an_evaluate_that_stops_leaves_the_model_whole(way: str) -> None:
     model, batches = transformer("bert"), [batch("bert")]
     before = snapshot(model)
     pointers = [p.data_ptr() for p in model.parameters()]
@@ -562,8 +617,8 @@ def test_an_evaluate_that_fails_leaves_the_model_whole(way: str) -> None:
     def evaluate(model: nn.Module) -> float:
         calls.append(1)
         if len(calls) == 12:
-            return float("nan")
-        return float(len(calls))  # ever better, so that something is kept before it fails
+            raise KeyboardInterrupt
+        return float(len(calls))  # ever better, so that something is kept before it stops
 
     def run() -> None:
         if way == "adapt":
@@ -571,11 +626,33 @@ def test_an_evaluate_that_fails_leaves_the_model_whole(way: str) -> None:
         else:
             laser.search(model, evaluate, rhos=(0.5,), progress=False)
 
-    with pytest.raises(ValueError, match="evaluate must return a finite number, got nan"):
+    with pytest.raises(KeyboardInterrupt):
         run()
     assert_same(model, before)
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert model.training
+
+
+@pytest.mark.parametrize("way", ["adapt", "search"])
+def test_what_cannot_be_evaluated_is_not_kept(way: str) -> None:
+    """Infinite or NaN for a reduction: it gains nothing. For the model as it is: there is nothing to compare with."""
+    model, batches = transformer("bert"), [batch("bert")]
+    before = snapshot(model)
+
+    def run(values: list[float]) -> laser.Reduced:
+        feed = iter([*values, *[0.0] * 1000])
+        if way == "adapt":
+            return laser.adapt(model, batches, lambda m: next(feed), tried=4, rounds=1, progress=False)
+        return laser.search(model, lambda m: next(feed), rhos=(0.5,), rounds=1, progress=False)
+
+    reduced = run([0.0, float("-inf"), float("nan"), float("inf"), 1.0])
+    tried = reduced.report["tried"][0] if way == "adapt" else reduced.report["tried"]
+    assert [r.measured for r in tried[:4]] == [float("-inf")] * 3 + [1.0]
+    assert reduced.plan == [tried[3]]
+    reduced.revert()
+    with pytest.raises(ValueError, match="evaluate must return a finite number for the model as it is, got nan"):
+        run([float("nan")])
+    assert_same(model, before)
 
 
 @pytest.mark.parametrize(
@@ -587,6 +664,8 @@ def test_an_evaluate_that_fails_leaves_the_model_whole(way: str) -> None:
         ({"rhos": [2.0]}, "rhos must be"),
         ({"score": "best"}, "score must be"),
         ({"blocks": [0]}, "blocks must be"),
+        ({"blocks": [1000]}, "blocks and clusters leave nothing to try"),
+        ({"blocks": []}, "blocks and clusters leave nothing to try"),
         ({"clusters": [1]}, "clusters at least 2"),
         ({"names": ["nothing"]}, "nothing"),
     ],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...autograd import is_sparsified
 from ...evaluating import evaluating
 from ...losses import Batch, Loss, batch_size, default_loss, to_device
 from ...matrices import Matrix, matrices
@@ -60,8 +61,12 @@ def adapt(
         "before", "after": what `evaluate` gave; "tried": for each round its reductions, with their measured gains;
         "ranking": of the first round, all reductions with predicted scores.
 
+    Cost: `rounds` times that of `rank` and `tried` evaluations; the decompositions of all matrices are held, see
+    `Decompositions`. Reductions that make `evaluate` infinite or NaN gain minus infinity.
+
     Raises:
-        ValueError: as `rank`, an evaluate that is not finite, numbers below 1. The model is unchanged then.
+        ValueError: as `rank`, an evaluate that is not finite for the model as it is, numbers below 1. The model is
+        unchanged then.
 
     Source: Sreeram et al. (arXiv 2510.20800), as far as it could be read: one backward ranks, candidates are evaluated
     on the same samples. Ours: the scores, `tried`, greedy composition with a new ranking in each round.
@@ -69,6 +74,8 @@ def adapt(
     if tried < 1 or rounds < 1:
         raise ValueError(f"tried and rounds must be at least 1, got {tried} and {rounds}")
     batches = list(samples)
+    if not batches:
+        raise ValueError("samples holds no batch")
     splits = [k for k in blocks if k != 1]
     trial = _Trial(model, evaluate or _minus_loss(batches, loss), Decompositions())
     options: dict[str, Any] = {"rhos": rhos, "loss": loss, "score": score, "decompositions": trial.decompositions}
@@ -79,7 +86,7 @@ def adapt(
     first: Ranking | None = None
     bar = tqdm(total=rounds, desc="adapt", unit="round", disable=not progress, leave=False)
     with trial, bar:
-        before = best = trial.value()
+        before = best = trial.start()
         for _ in range(min(rounds, len(left))):
             ranking = rank(model, batches, names=left, progress=False, **options)
             backwards += 1
@@ -90,6 +97,8 @@ def adapt(
                 again = rank(model, batches, names=chosen, blocks=splits, clusters=clusters, progress=False, **options)
                 backwards += 1
                 candidates = sorted([*candidates, *again], key=lambda reduction: -(reduction.predicted or 0.0))
+            if not candidates:
+                raise ValueError("blocks and clusters leave nothing to try: no matrix has so many rows")
             measured = [trial.measure(reduction, best) for reduction in candidates[:tried]]
             history.append(measured)
             kept = max(measured, key=lambda reduction: _gain(reduction))
@@ -148,7 +157,7 @@ def search(
         raise ValueError("rhos is empty")
     plan: list[Reduction] = []
     with trial, tqdm(total=len(every), desc="search", unit="reduction", disable=not progress, leave=False) as bar:
-        before = best = trial.value()
+        before = best = trial.start()
         measured = []
         for reduction in every:
             measured.append(trial.measure(reduction, before))
@@ -192,6 +201,8 @@ class _Trial:
 
     def __init__(self, model: nn.Module, evaluate: Evaluate, decompositions: Decompositions) -> None:
         self.model, self.evaluate, self.decompositions = model, evaluate, decompositions
+        if any(is_sparsified(module) for module in model.modules()):
+            raise ValueError("the model is sparsified; call restore() or merge() on its SparseModel first")
         self.matrices = matrices(model, ["*"])
         self.count = 0
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
@@ -200,14 +211,20 @@ class _Trial:
         with evaluating(self.model), torch.no_grad():
             found = float(self.evaluate(self.model))
         self.count += 1
+        return found
+
+    def start(self) -> float:
+        """The value of the model as it is. Raises ValueError if it is not finite."""
+        found = self.value()
         if not math.isfinite(found):
-            raise ValueError(f"evaluate must return a finite number, got {found}")
+            raise ValueError(f"evaluate must return a finite number for the model as it is, got {found}")
         return found
 
     def measure(self, reduction: Reduction, before: float) -> Reduction:
-        """The reduction, with what it gains over `before`."""
+        """The reduction, with what it gains over `before`; minus infinity where that is no finite number."""
         with self._with(reduction):
-            return replace(reduction, measured=self.value() - before)
+            gain = self.value() - before
+        return replace(reduction, measured=gain if math.isfinite(gain) else -math.inf)
 
     def keep(self, reduction: Reduction) -> None:
         parameter, data = self._reduced(reduction)

@@ -95,7 +95,7 @@ def rank(
 ) -> Ranking:
     """Predict what reducing each matrix to each rank would do to the loss, from one backward over the samples.
 
-    The model is left as it was. No weight gradient of a Linear is ever formed.
+    The model is left as it was. No weight gradient of a Linear or Conv1D is formed, if it runs by its own forward.
 
     Args:
         model: any torch model; a sparsified one must be restored first.
@@ -120,8 +120,8 @@ def rank(
 
     Numerics: triplets of a repeated singular value are scored as one. Deterministic on the CPU.
     Cost: the decompositions (kept), then that of `singular_value_gradients`, per sample for "second": models with
-    experts in one tensor, say, run sample by sample then. With rho below a quarter only so many triplets are computed,
-    by a randomised method.
+    experts in one tensor, say, run sample by sample then, as do batches of texts with unequal numbers of labels. With
+    small rho only so many triplets are computed, by a randomised method, see `factorize`.
 
     Raises:
         ValueError: numbers out of range, an unknown score, names that match nothing, weights that are not finite, and

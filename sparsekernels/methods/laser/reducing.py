@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...autograd import is_sparsified
@@ -43,7 +44,8 @@ class Reduced:
     def revert(self) -> nn.Module:
         """Put the original weights and modules back, bit for bit; nothing happens the second time. Returns the model.
 
-        A module that was factored comes back on the device and in the dtype that its factors have by then.
+        A module that was factored comes back on the device and in the dtype that its factors have by then. Biases, and
+        whatever else was not reduced, stay as they are.
         """
         for change in reversed(self._changes):
             change.revert()
@@ -104,7 +106,7 @@ def reduce(
         factored: replace a Linear or Conv1D by a `LowRankLinear` where that stores less. Parts of a fused projection
             are factored beside dense rows. Everything else is written dense, in place: experts, tables, modules with
             hooks, of a subclass, that share their weight with another kind of module, or whose weight is read by the
-            forward of their parent (`wo` of T5).
+            forward of their parent (`wo` of T5). Code elsewhere that reads `.weight` gets the product, computed anew.
         decompositions: of a ranking of this model.
 
     Returns:
@@ -149,7 +151,10 @@ def load(model: nn.Module, path: str | Path, *, factored: bool = True) -> Reduce
     prepared: Prepared = []
     for reduction, matrix, mine in zip(plan, _resolved(model, plan), loaded, strict=True):
         device = model.get_parameter(matrix.parameter).device
-        shape = sum(len(piece.up) for piece in mine), *{piece.down.shape[1] for piece in mine}
+        with reading(path):
+            shape = _shape(mine)
+        if shape is None:
+            raise ValueError(f"{path} is damaged: its factors of {matrix.label!r} do not fit each other")
         if shape != matrix.shape:
             raise ValueError(f"{path} holds {list(shape)} for {matrix.label!r}, which is {list(matrix.shape)}")
         moved = [Piece(piece.up.to(device), piece.down.to(device), piece.rows) for piece in mine]
@@ -175,10 +180,24 @@ def _resolved(model: nn.Module, plan: Sequence[Reduction]) -> list[Matrix]:
             raise ValueError(f"plan reduces {label!r} twice; a matrix may occur once")
     found: dict[str, Matrix] = {}
     for label in labels:
-        found |= matrices(model, [label])
+        mine = matrices(model, [label])
+        found |= mine
         if label not in found:
-            raise ValueError(f"plan: {label!r} is no matrix of the model, but stands for several; name one")
+            meant = "; ".join(map(repr, list(mine)[:3]))
+            raise ValueError(f"plan: {label!r} is no label of a matrix; it stands for {meant}")
     return [found[label] for label in labels]
+
+
+def _shape(mine: Sequence[Piece]) -> tuple[int, int] | None:
+    """Of the matrix that the pieces make together, or None if they do not fit each other."""
+    m, widths = sum(len(piece.up) for piece in mine), {piece.down.shape[1] for piece in mine}
+    fits = all(piece.up.shape[1] == len(piece.down) for piece in mine) and len(widths) == 1
+    if len(mine) == 1 and mine[0].rows is None:
+        return (m, *widths) if fits else None  # type: ignore[return-value]
+    rows = [piece.rows for piece in mine if piece.rows is not None]
+    fits &= [len(r) for r in rows] == [len(piece.up) for piece in mine]
+    fits = fits and torch.equal(torch.cat(rows).sort().values, torch.arange(m))
+    return (m, *widths) if fits else None  # type: ignore[return-value]
 
 
 def _put(model: nn.Module, prepared: Prepared, factored: bool) -> Reduced:
