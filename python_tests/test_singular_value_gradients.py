@@ -206,6 +206,18 @@ def test_per_sample(kind: str) -> None:
     compare_per_sample(model, [batch(kind), batch(kind, rows=2, length=5, seed=1)], wanted(model))
 
 
+def test_per_sample_runs_batches_and_one_sample_alone() -> None:
+    model, batches = transformer("bert"), [batch("bert"), batch("bert", rows=2, seed=1)]
+    sizes: list[int] = []
+
+    def loss(model: nn.Module, b: dict[str, Tensor]) -> Tensor:
+        sizes.append(len(b["labels"]))
+        return model(**b).loss
+
+    singular_value_gradients(model, batches, wanted(model), per_sample=True, loss=loss, progress=False)
+    assert sizes == [3, 1, 2]
+
+
 def test_per_sample_where_modules_do_not_tell_samples_apart() -> None:
     """Experts, a table, and a Linear whose weight is read past it: samples run one by one."""
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import sparsekernels as sk
 from sparsekernels.low_rank import LowRankLinear
 from sparsekernels.matrices import matrices
 from sparsekernels.methods import laser
-from sparsekernels.methods.laser import Reduction, changes, decompositions
+from sparsekernels.methods.laser import Reduction, changes, decompositions, ranking
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -107,6 +107,24 @@ def test_second_order_gains(rhos: tuple[float, ...]) -> None:
         gains = torch.stack([(grad[reduction.matrix] * change).sum() for grad in grads]).double()
         expected = float(gains.mean() - gains.square().mean() / 2)
         assert reduction.predicted == pytest.approx(expected, rel=1e-2, abs=1e-5), reduction
+
+
+def test_scores_by_hand() -> None:
+    """Two samples, three triplets of which one is kept; then the same without the last, which <G, W> makes up for."""
+    s, values = torch.tensor([4.0, 2.0, 1.0]), torch.tensor([[1.0, -1.0, 0.5], [3.0, 2.0, -0.5]])
+    vectors = torch.eye(3)
+    whole = [(sk.Factors(vectors, s, vectors), values)]
+    inner = (s * values).sum(1)
+    cut = torch.tensor([-2.0 + 0.5, 4.0 - 0.5])
+    scores = ranking._scores
+    assert scores("gain", [(whole[0][0], values.mean(0))], inner.mean(), [0.34]) == [float(cut.mean())]
+    assert scores("second", whole, inner, [0.34]) == [float(cut.mean() - cut.square().mean() / 2)]
+    assert scores("sum", [(whole[0][0], values.mean(0))], inner.mean(), [0.34]) == [0.5 + 0.0]
+    assert scores("count", [(whole[0][0], values.mean(0))], inner.mean(), [0.34]) == [1.0]
+    few = [(sk.Factors(vectors[:, :2], s[:2], vectors[:, :2]), values[:, :2])]
+    assert scores("second", few, inner, [0.34, 0.0]) == pytest.approx(
+        [float(x.mean() - x.square().mean() / 2) for x in (cut, inner)]
+    )
 
 
 def test_other_scores() -> None:
@@ -261,6 +279,8 @@ def test_parts_of_a_fused_projection() -> None:
         assert isinstance(layer.c_attn, LowRankLinear)
         assert reduced.saved == 16 * 16 - 3 * 32
         parts = layer.c_attn(x).split(16, -1)
+    with laser.reduce(model, [Reduction("transformer.h.0.attn.c_attn.weight[q]", 0.2)]):
+        assert layer.c_attn.rows is None  # in order: nothing is permuted
     for name, part, was in zip("qkv", parts, whole.split(16, -1), strict=True):
         assert torch.allclose(part, was, atol=1e-6) == (name != "k")
 
@@ -386,19 +406,21 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("broken", ["ranks", "rows", "missing"])
+@pytest.mark.parametrize("broken", ["ranks", "rows", "swapped", "missing"])
 def test_files_that_contradict_themselves_are_refused(broken: str, tmp_path: Path) -> None:
     from sparsekernels.files import load_tensors, save_tensors
 
     model = Zoo()
-    with laser.reduce(model, [Reduction("experts.weight[0]", 0.5, 2), Reduction("up.weight", 0.5)]) as reduced:
+    with laser.reduce(model, [Reduction("experts.weight[0]", 0.5, 3), Reduction("up.weight", 0.5)]) as reduced:
         reduced.save(tmp_path / "file")
     before = snapshot(model)
     tensors, metadata = load_tensors(tmp_path / "file", "reductions")
     if broken == "ranks":
         tensors["1.0.down"] = tensors["1.0.down"][:-1]
     elif broken == "rows":
-        tensors["0.1.rows"] = tensors["0.0.rows"]
+        tensors["0.1.rows"] = tensors["0.2.rows"]
+    elif broken == "swapped":
+        tensors["0.0.rows"], tensors["0.1.rows"] = tensors["0.1.rows"], tensors["0.0.rows"]
     else:
         del tensors["1.0.up"]
     save_tensors(tmp_path / "file", tensors, metadata)
