@@ -721,3 +721,27 @@ def test_heat_map_data() -> None:
     assert grid.values.shape == (2, len(grid.kinds))
     best_q = max(r.predicted for r in ranking if r.matrix == "transformer.h.1.attn.c_attn.weight[q]")
     assert grid.values[1, 0] == pytest.approx(best_q)
+
+
+def test_heat_map_shows_the_grid() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    values = torch.tensor([[1.0, -3.0], [float("nan"), 2.0]])
+    axes = laser.heat_map(laser.Grid([0, 5], ["q", "mlp"], values), title="gains")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["q", "mlp"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "5"]
+    (image,) = axes.get_images()
+    assert image.get_clim() == (-3.0, 3.0)  # no gain is white
+    assert image.get_array().mask.tolist() == [[False, False], [True, False]]
+
+
+def test_grids_are_checked() -> None:
+    model = transformer("gpt2")
+    found = matrices(model)
+    label = next(iter(found))
+    with pytest.raises(ValueError, match=r"has no measured gain"):
+        laser.grid([Reduction(label, 0.5, predicted=1.0)], found, measured=True)
+    with pytest.raises(ValueError, match=r"matrices holds no 'x'"):
+        laser.grid([Reduction("x", 0.5, predicted=1.0)], found)
+    with pytest.raises(ValueError, match=r"no matrix that lies in a numbered layer"):
+        laser.grid([], found)
