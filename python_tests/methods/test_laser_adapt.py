@@ -1,0 +1,192 @@
+"""LASER: what adapt and search find, keep and count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import batch, transformer
+from reduced_models import assert_same, snapshot, wide_bert
+from torch import Tensor, nn
+
+from sparsekernels.matrices import matrices
+from sparsekernels.methods import laser
+
+
+def trained_bert() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """A classifier that has learnt its samples by heart, with noise on a weight."""
+    model, b = wide_bert().eval(), batch("bert", rows=12, length=9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(15):
+        model(**b).loss.backward()
+        optimizer.step()
+        model.zero_grad()
+    with torch.no_grad():
+        weight = model.get_parameter("bert.encoder.layer.1.intermediate.dense.weight")
+        weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    return model.train(), [b]
+
+
+def minus_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    assert not torch.is_grad_enabled()
+    assert not model.training
+    return -float(model(**batches[0]).loss)
+
+
+def test_search_tries_everything() -> None:
+    model, batches = trained_bert()
+    before, labels = snapshot(model), list(matrices(model))
+    reduced = laser.search(model, lambda m: minus_loss(m, batches), rhos=(0.03, 0.5), rounds=2, progress=False)
+    assert model.training
+    report = reduced.report
+    assert [(r.matrix, r.rho) for r in report["tried"]] == [(label, rho) for label in labels for rho in (0.5, 0.03)]
+    assert reduced.plan[0] == max(report["tried"], key=lambda reduction: reduction.measured)
+    assert report["evaluations"] > len(report["tried"])
+    model.eval()
+    with torch.no_grad():
+        assert report["after"] == pytest.approx(minus_loss(model, batches), abs=1e-5)
+    assert report["after"] - report["before"] == pytest.approx(sum(r.measured for r in reduced.plan), abs=1e-6)
+    reduced.revert()
+    model.train()
+    assert_same(model, before)
+
+
+def test_adapt_that_tries_everything_finds_what_search_finds() -> None:
+    model, batches = trained_bert()
+    options = {"rhos": (0.5, 0.1, 0.03), "rounds": 1, "progress": False}
+    found = laser.search(model, lambda m: minus_loss(m, batches), **options)
+    found.revert()
+    reduced = laser.adapt(model, batches, tried=1000, **options)
+    assert reduced.plan == found.plan
+    assert reduced.plan[0].measured == pytest.approx(found.plan[0].measured, rel=1e-4)
+    assert reduced.plan[0].predicted is not None
+
+
+def test_adapt_composes_greedily() -> None:
+    model, batches = trained_bert()
+    before = snapshot(model)
+    reduced = laser.adapt(model, batches, rhos=(0.5, 0.1, 0.03), tried=4, rounds=3, progress=False)
+    report = reduced.report
+    assert len(reduced.plan) >= 2
+    assert len({r.matrix for r in reduced.plan}) == len(reduced.plan)
+    assert all(r.measured > 0 for r in reduced.plan)
+    assert report["before"] == pytest.approx(sum(r.measured for r in reduced.plan) * -1 + report["after"], abs=1e-6)
+    model.eval()
+    with torch.no_grad():
+        assert report["after"] == pytest.approx(minus_loss(model, batches), abs=1e-5)
+    assert report["backwards"] == len(report["tried"]) <= 3
+    assert report["evaluations"] == 1 + sum(map(len, report["tried"]))
+    for i, tried in enumerate(report["tried"][1:], 1):  # what is reduced already is not tried again
+        assert not {r.matrix for r in tried} & {r.matrix for r in reduced.plan[:i]}
+    model.train()
+    reduced.revert()
+    assert_same(model, before)
+
+
+def test_rows_in_groups_are_tried_too() -> None:
+    model, batches = trained_bert()
+    options = {"rhos": (0.1,), "rounds": 1, "progress": False}
+    reduced = laser.adapt(model, batches, blocks=(1, 2), clusters=(3,), tried=1000, **options)
+    assert reduced.report["backwards"] == 2
+    (tried,) = reduced.report["tried"]
+    assert len(tried) == 3 * 12
+    assert {(r.blocks, r.clustered) for r in tried} == {(1, False), (2, False), (3, True)}
+    reduced.revert()
+    reduced = laser.adapt(model, batches, blocks=(1, 2), clusters=(3,), tried=4, **options)
+    (tried,) = reduced.report["tried"]
+    assert len(tried) == 4
+    assert [r.predicted for r in tried] == sorted((r.predicted for r in tried), reverse=True)
+
+
+def test_nothing_is_kept_that_does_not_help() -> None:
+    model, batches = transformer("bert"), [batch("bert")]
+    before = snapshot(model)
+    for reduced in (
+        laser.adapt(model, batches, lambda model: 0.0, progress=False),
+        laser.search(model, lambda model: 0.0, rhos=(0.5,), progress=False),
+    ):
+        assert reduced.plan == []
+        assert reduced.saved == 0
+        assert_same(model, before)
+
+
+@pytest.mark.parametrize("way", ["adapt", "search"])
+def test_an_evaluate_that_stops_leaves_the_model_whole(way: str) -> None:
+    model, batches = transformer("bert"), [batch("bert")]
+    before = snapshot(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    calls: list[int] = []
+
+    def evaluate(model: nn.Module) -> float:
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return float(len(calls))  # ever better, so that something is kept before it stops
+
+    def run() -> None:
+        if way == "adapt":
+            laser.adapt(model, batches, evaluate, tried=4, progress=False)
+        else:
+            laser.search(model, evaluate, rhos=(0.5,), progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert_same(model, before)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert model.training
+
+
+@pytest.mark.parametrize("way", ["adapt", "search"])
+def test_what_cannot_be_evaluated_is_not_kept(way: str) -> None:
+    """Infinite or NaN for a reduction: it gains nothing. For the model as it is: there is nothing to compare with."""
+    model, batches = transformer("bert"), [batch("bert")]
+    before = snapshot(model)
+
+    def run(values: list[float]) -> laser.Reduced:
+        feed = iter([*values, *[0.0] * 1000])
+        if way == "adapt":
+            return laser.adapt(model, batches, lambda m: next(feed), tried=4, rounds=1, progress=False)
+        return laser.search(model, lambda m: next(feed), rhos=(0.5,), rounds=1, progress=False)
+
+    reduced = run([0.0, float("-inf"), float("nan"), float("inf"), 1.0])
+    tried = reduced.report["tried"][0] if way == "adapt" else reduced.report["tried"]
+    assert [r.measured for r in tried[:4]] == [float("-inf")] * 3 + [1.0]
+    assert reduced.plan == [tried[3]]
+    reduced.revert()
+    with pytest.raises(ValueError, match="evaluate must return a finite number for the model as it is, got nan"):
+        run([float("nan")])
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tried": 0}, "tried"),
+        ({"rounds": 0}, "rounds"),
+        ({"rhos": []}, "rhos must be"),
+        ({"rhos": [2.0]}, "rhos must be"),
+        ({"score": "best"}, "score must be"),
+        ({"blocks": [0]}, "blocks must be"),
+        ({"blocks": [1000]}, "blocks and clusters leave nothing to try"),
+        ({"blocks": []}, "blocks and clusters leave nothing to try"),
+        ({"clusters": [1]}, "clusters at least 2"),
+        ({"names": ["nothing"]}, "nothing"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    model = transformer("bert")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        laser.adapt(model, [batch("bert")], progress=False, **options)
+    assert_same(model, before)
+
+
+def test_a_model_without_numbered_blocks_must_be_told_what_to_reduce() -> None:
+    model = nn.Sequential()
+    model.add_module("only", nn.Linear(4, 4))
+    for run in (
+        lambda: laser.rank(model, [{"x": torch.ones(1, 4)}], progress=False),
+        lambda: laser.adapt(model, [{"x": torch.ones(1, 4)}], lambda m: 0.0, progress=False),
+        lambda: laser.search(model, lambda m: 0.0, progress=False),
+    ):
+        with pytest.raises(ValueError, match="names: the model has no projections in numbered blocks"):
+            run()
