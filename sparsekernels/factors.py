@@ -102,7 +102,7 @@ def _triplets(stack: Tensor, rank: int | None, seed: int) -> tuple[Tensor, Tenso
     most = stack.shape[2]
     if rank is None or rank + OVERSAMPLING >= RANDOMISED_BELOW * most:
         u, s, vh = torch.linalg.svd(stack, full_matrices=False)
-        return u, s, vh.mT.contiguous()
+        return u.contiguous(), s, vh.mT.contiguous()
     generator = torch.Generator(stack.device).manual_seed(seed)
     start = torch.randn(most, rank + OVERSAMPLING, generator=generator, device=stack.device, dtype=stack.dtype)
     basis = torch.linalg.qr(stack @ start).Q

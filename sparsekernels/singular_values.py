@@ -80,19 +80,24 @@ class _Sink:
         grad = torch.cat(self.found) if self.per_sample else torch.cat(self.found).sum(0)
         pieces = iter(grad.split(self._sizes(), -1))
         for matrix, parts in self.matrices:
-            inner = next(pieces).squeeze(-1)
-            found[matrix] = Derivatives([next(pieces) for _ in parts], inner)
+            inner, *values = (next(pieces) for _ in range(1 + len(parts)))
+            whole = _whole(parts)
+            inner = inner.squeeze(-1) if whole is None else (values[whole] * parts[whole].s).sum(-1)
+            found[matrix] = Derivatives(values, inner)
         return found
 
     def _sizes(self) -> list[int]:
-        return [k for _, parts in self.matrices for k in (1, *(len(part.s) for part in parts))]
+        counts = ((_whole(parts) is None, *(len(part.s) for part in parts)) for _, parts in self.matrices)
+        return [int(k) for some in counts for k in some]
 
     def of_gradient(self, grad: Tensor) -> Tensor:
         """The derivatives, from the dense gradient."""
         found = []
         for matrix, parts in self.matrices:
-            g, weight = matrix.read(grad), matrix.read(self.parameter)
-            found.append((g.to(self.total.dtype) * weight.to(self.total.dtype)).sum()[None])
+            g = matrix.read(grad)
+            if _whole(parts) is None:
+                weight = matrix.read(self.parameter)
+                found.append((g.to(self.total.dtype) * weight.to(self.total.dtype)).sum()[None])
             found += [singular_value_grad(_rows(g, part, 0), part.u, part.v) for part in parts]
         return torch.cat(found)[None]
 
@@ -104,16 +109,20 @@ class _Sink:
         dy, x, dx = (t.reshape(samples, -1, t.shape[-1]) for t in (grad_output, input, grad_input))
         found = []
         for matrix, parts in self.matrices:
-            grad, back = dy, dx
-            if matrix.rows is not None:
-                grad = dy[..., matrix.rows]
-                back = grad @ matrix.read(self.parameter).to(grad.dtype)
-            # <G, W> = sum over tokens of dY_t^T W X_t, and dY_t^T W is the gradient of the input.
-            found.append((back.to(self.total.dtype) * x).flatten(1).sum(1, keepdim=True))
+            grad = dy if matrix.rows is None else dy[..., matrix.rows]
+            if _whole(parts) is None:
+                # <G, W> = sum over tokens of dY_t^T W X_t, and dY_t^T W is the gradient of the input.
+                back = dx if matrix.rows is None else grad @ matrix.read(self.parameter).to(grad.dtype)
+                found.append((back.to(self.total.dtype) * x).flatten(1).sum(1, keepdim=True))
             for part in parts:
                 values = singular_value_grad_linear(_rows(grad, part, 2), x, part.u, part.v, per_sample=self.per_sample)
                 found.append(values if self.per_sample else values[None])
         return torch.cat(found, 1)
+
+
+def _whole(parts: Sequence[Factors]) -> int | None:
+    """Which part, if any, is the whole matrix by all its triplets: then <G, W> is the sum of s_i dL/ds_i."""
+    return next((i for i, part in enumerate(parts) if part.rows is None and part.complete), None)
 
 
 class _Mixed(Exception):
@@ -235,9 +244,9 @@ def singular_value_gradients(
     Returns:
         Derivatives of each matrix, and the mean loss.
 
-    Numerics: fp32 accumulation, fp64 for fp64 models; `inner` comes from the input's gradient, rounded to its dtype.
-    Half-precision gradients below the range of the dtype are lost, as in any backward without loss scaling.
-    Deterministic on the CPU.
+    Numerics: fp32 accumulation, fp64 for fp64 models; `inner`, where no factors are the whole matrix, comes from the
+    input's gradient, rounded to its dtype. Half-precision gradients below the range of the dtype are lost, as in any
+    backward without loss scaling. Deterministic on the CPU.
     Cost: a forward, a backward without weight gradients, and for a Linear of M x N with factors of R triplets
     2*T*R*(M + N) operations for T tokens, or, not per sample, 2*M*N*(T + R) where that is less.
 
