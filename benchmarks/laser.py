@@ -116,7 +116,6 @@ def run_seed(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, A
         "test_before": asdict(contenders.quality(model, test)),
         "weights": sum(p.numel() for p in model.parameters()),
         "matrices": sum(m.shape[0] * m.shape[1] for m in sk.matrices(model).values()),
-        "times": contenders.compare_times(model, samples, rhos),
         "found": {},
     }
 
@@ -145,6 +144,15 @@ def run_seed(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, A
     note("search, accuracy", found)
     done["gains"] = gains(model, samples, tried, seen, rhos)
     return done
+
+
+def time_ranking(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, float]:
+    """Ranking beside a plain forward and backward, on the texts of a seed."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config, loaded = config_of(args, seed), fine_tuned(args, task, seed)
+    samples = loaded.batches(config, "validation", limit=args.samples, draw=seed)
+    return contenders.compare_times(loaded.model, samples, args.rho or list(laser.RHOS))
 
 
 def gains(model: Any, samples: Any, tried: Any, seen: Any, rhos: list[float]) -> list[dict[str, Any]]:
@@ -182,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
             content = json.loads(args.out.read_text(encoding="utf-8"))
             if content["settings"] != settings:
                 raise DataError(f"{args.out} was measured with other settings; move it away to start afresh")
+        if "times" not in content:
+            content["times"] = in_fresh_process(time_ranking, args, task, seeds[0])
         for seed in seeds:
             if seed not in [done["seed"] for done in content["seeds"]]:
                 content["seeds"].append(in_fresh_process(run_seed, args, task, seed))

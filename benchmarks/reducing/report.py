@@ -40,7 +40,7 @@ def markdown(content: Content) -> str:
     pairs = [(done["found"]["adapt, accuracy"], done["found"]["search, accuracy"]) for done in seeds]
     fewer, faster = ([theirs[key] / ours[key] for ours, theirs in pairs] for key in ("texts", "seconds"))
     gaps = [100 * (ours["test"]["accuracy"] - theirs["test"]["accuracy"]) for ours, theirs in pairs]
-    times = [done["times"] for done in seeds]
+    times = content["times"]
     lines += [
         "",
         "Weights saved are a share of those in the matrices that may be reduced. Against search with the same aim,",
@@ -48,10 +48,8 @@ def markdown(content: Content) -> str:
         f"time; its test accuracy less that of search is {several(gaps, '+.1f')} points (one number a seed).",
         "",
         f"Ranking all matrices on {settings['samples']} texts, decompositions cached, takes "
-        f"{several([1e3 * t['ranked'] for t in times], '.0f')} ms, a plain forward and backward",
-        f"{several([1e3 * t['plain'] for t in times], '.0f')} ms: "
-        f"{several([t['ratio'] for t in times], '.2f')} times as long, and "
-        f"{several([t['ratio_of_backwards'] for t in times], '.2f')} without the forward in either.",
+        f"{1e3 * times['ranked']:.0f} ms, a plain forward and backward {1e3 * times['plain']:.0f} ms:",
+        f"{times['ratio']:.2f} times as long, and {times['ratio_of_backwards']:.2f} without the forward in either.",
         "",
         "Rank correlation (Spearman) of the predicted gain with the measured fall of the loss, mean of the seeds:",
         "",
