@@ -128,8 +128,8 @@ def rank(
             all that `singular_value_gradients` raises.
 
     Source: scoring matrices by the gradients of their singular values, from about 100 samples, is the idea of Sreeram
-    et al. (arXiv 2510.20800); splitting rows too. Sign and aggregation could not be read: the scores and the default rhos are
-    ours.
+    et al. (arXiv 2510.20800); splitting rows too. Sign and aggregation could not be read: the scores are ours, and so
+    are the default rhos.
     """
     if score not in ("second", "gain", "sum", "count"):
         raise ValueError(f'score must be "second", "gain", "sum" or "count", got {score!r}')
