@@ -14,10 +14,11 @@ from .ops.backend import build_facts, serving, why_not
 def main() -> None:
     devices = ["cpu", "cuda"]
     print(f"sparsekernels {__version__}, torch {torch.__version__}, python {platform.python_version()}")
-    print(f"{'op':<24}{'cpu':<12}{'cuda':<12}what it does")
+    width = 2 + max(len(op.name) for op in OPS)
+    print(f"{'op':<{width}}{'cpu':<12}{'cuda':<12}what it does")
     for op in OPS:
         served = "".join(f"{serving(op.name, device) if usable(device) else '-':<12}" for device in devices)
-        print(f"{op.name:<24}{served}{op.doc}")
+        print(f"{op.name:<{width}}{served}{op.doc}")
     print()
     for device in devices:
         fact = build_facts().get(device, {})
