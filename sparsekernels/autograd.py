@@ -32,6 +32,12 @@ def is_sparsified(module: nn.Module) -> bool:
     return SLOTS in module.__dict__
 
 
+def refuse_sparsified(model: nn.Module) -> None:
+    """Raise ValueError if any module of the model holds a selected parameter: its weights are not the model's own."""
+    if any(is_sparsified(module) for module in model.modules()):
+        raise ValueError("the model is sparsified; call restore() or merge() on its SparseModel first")
+
+
 class _Linear(torch.autograd.Function):
     """y = x W^T + b; the gradient of `values` is that of W at the index."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .autograd import is_sparsified
+from .autograd import refuse_sparsified
 from .carry import joined
 from .files import load_tensors, reading, save_tensors
 from .ops import gather, scatter_
@@ -145,8 +145,7 @@ class Delta:
         return self.changes[name].index.to(weight.device)
 
     def _checked(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        if any(is_sparsified(module) for module in model.modules()):
-            raise ValueError("the model is sparsified; call restore() or merge() on its SparseModel first")
+        refuse_sparsified(model)
         weights = self.selection.check(model)
         for name, weight in weights.items():
             if weight.dtype != self.changes[name].values.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .autograd import is_sparsified
+from .autograd import refuse_sparsified
 from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
 from .names import matching
 from .per_sample import Collector, Misfit, Trust
@@ -133,8 +133,7 @@ def squared_gradient_norms(
 
 def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str] | None) -> dict[str, Index | None]:
     """Name -> the part of the parameter that counts, None for the whole."""
-    if any(is_sparsified(module) for module in model.modules()):
-        raise ValueError("model is sparsified, so its weights have no gradients of their own; call restore() first")
+    refuse_sparsified(model)
     if selection is not None:
         parameters = selection.check(model)
         if not selection:

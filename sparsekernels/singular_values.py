@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
 
-from .autograd import is_sparsified
+from .autograd import refuse_sparsified
 from .evaluating import evaluating, only_trainable
 from .factors import Factors
 from .losses import IGNORED, Batch, Loss, batch_size, check_loss, default_loss, rows_of, to_device
@@ -258,8 +258,7 @@ def singular_value_gradients(
         raise ValueError("samples holds no batch")
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients within torch.inference_mode(); leave it first")
-    if any(is_sparsified(module) for module in model.modules()):
-        raise ValueError("model is sparsified, so its weights have no gradients of their own; call restore() first")
+    refuse_sparsified(model)
     sinks: dict[str, _Sink] = {}
     for matrix, parts in factors.items():
         name = matrix.parameter

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...autograd import is_sparsified
+from ...autograd import refuse_sparsified
 from ...evaluating import evaluating
 from ...losses import Batch, Loss, batch_size, default_loss, to_device
 from ...matrices import Matrix, matrices
@@ -201,8 +201,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, evaluate: Evaluate, decompositions: Decompositions) -> None:
         self.model, self.evaluate, self.decompositions = model, evaluate, decompositions
-        if any(is_sparsified(module) for module in model.modules()):
-            raise ValueError("the model is sparsified; call restore() or merge() on its SparseModel first")
+        refuse_sparsified(model)
         self.matrices = matrices(model, ["*"])
         self.count = 0
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
