@@ -161,10 +161,13 @@ def test_merge_and_commit(kind: str) -> None:
     reduced.revert()  # no way back
     assert_same(model, after)
 
+    assert reduced.saved == 0
     reduced = laser.reduce(model, plan)
+    saved = reduced.saved
     reduced.commit()
     logits = model(**b).logits
     reduced.revert()
+    assert reduced.saved == saved > 0
     assert any(isinstance(module, LowRankLinear) for module in model.modules())
     assert torch.equal(model(**b).logits, logits)
 

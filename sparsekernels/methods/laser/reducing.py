@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...autograd import is_sparsified
+from ...autograd import refuse_sparsified
 from ...files import load_tensors, reading, save_tensors
 from ...matrices import Matrix, matrices
 from .changes import Change, Piece, put
@@ -27,19 +28,16 @@ class Reduced:
 
     Attributes:
         model: the model. plan: what was reduced. report: of `adapt` and `search`, how it was found; else empty.
+        saved: elements that the replaced weights had, less those of their factors; 0 once these are out again.
     """
 
     def __init__(self, model: nn.Module, prepared: Prepared, changes: list[Change]) -> None:
         self.model = model
         self.plan = [reduction for reduction, _, _ in prepared]
         self.report: dict[str, Any] = {}
+        self.saved = sum(change.saved for change in changes)
         self._prepared = prepared
         self._changes = changes
-
-    @property
-    def saved(self) -> int:
-        """Elements that the replaced weights had, less those of their factors."""
-        return sum(change.saved for change in self._changes)
 
     def revert(self) -> nn.Module:
         """Put the original weights and modules back, bit for bit; nothing happens the second time. Returns the model.
@@ -49,7 +47,7 @@ class Reduced:
         """
         for change in reversed(self._changes):
             change.revert()
-        self._changes = []
+        self._leave()
         return self.model
 
     def merge(self) -> nn.Module:
@@ -59,13 +57,19 @@ class Reduced:
         """
         for change in self._changes:
             change.merge()
-        self._changes = []
+        self._leave()
         return self.model
 
     def commit(self) -> nn.Module:
         """Keep the model as it is, factors and all, and free the originals: no way back. Returns the model."""
         self._changes = []
         return self.model
+
+    def _leave(self) -> None:
+        """After a commit there is nothing to leave."""
+        if self._changes:
+            self.saved = 0
+        self._changes = []
 
     def save(self, path: str | Path) -> None:
         """Write the approximations to a safetensors file, atomically, for `load`: as they were made, before training.
@@ -172,18 +176,15 @@ def pieces(model: nn.Module, reduction: Reduction, matrix: Matrix, cache: Decomp
 
 
 def _resolved(model: nn.Module, plan: Sequence[Reduction]) -> list[Matrix]:
-    if any(is_sparsified(module) for module in model.modules()):
-        raise ValueError("the model is sparsified; call restore() or merge() on its SparseModel first")
+    refuse_sparsified(model)
     labels = [reduction.matrix for reduction in plan]
+    twice = next((label for label, count in Counter(labels).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"plan reduces {twice!r} twice; a matrix may occur once")
+    found = matrices(model, labels)
     for label in labels:
-        if labels.count(label) > 1:
-            raise ValueError(f"plan reduces {label!r} twice; a matrix may occur once")
-    found: dict[str, Matrix] = {}
-    for label in labels:
-        mine = matrices(model, [label])
-        found |= mine
         if label not in found:
-            meant = "; ".join(map(repr, list(mine)[:3]))
+            meant = "; ".join(map(repr, list(matrices(model, [label]))[:3]))
             raise ValueError(f"plan: {label!r} is no label of a matrix; it stands for {meant}")
     return [found[label] for label in labels]
 
