@@ -23,7 +23,6 @@ it the same name with .md, _gains.png (layer x matrix, predicted and measured), 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 from finetune import default_model, in_fresh_process, positive
-from finetuning.report import machine, write_json, write_text
+from finetuning.report import continued, machine, write_json, write_text
 from finetuning.text_task import DataError, TextTask, load_task
 from finetuning.training import Config, Loaded, ModelError, load, train
 from reducing import contenders, report
@@ -114,7 +113,6 @@ def run_seed(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, A
     done: dict[str, Any] = {
         "seed": seed,
         "test_before": asdict(contenders.quality(model, test)),
-        "weights": sum(p.numel() for p in model.parameters()),
         "matrices": sum(m.shape[0] * m.shape[1] for m in sk.matrices(model).values()),
         "found": {},
     }
@@ -185,11 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         task = load_task(args.task, args.data)
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "work", "seed", "threads")}
         settings |= {"data": task.source, "texts": task.sizes, "rho": args.rho or list(laser.RHOS)}
-        content: dict[str, Any] = {"machine": machine(), "settings": settings, "seeds": []}
-        if args.out.is_file():
-            content = json.loads(args.out.read_text(encoding="utf-8"))
-            if content["settings"] != settings:
-                raise DataError(f"{args.out} was measured with other settings; move it away to start afresh")
+        content = continued(args.out, {"machine": machine(), "settings": settings, "seeds": []})
         if "times" not in content:
             content["times"] = in_fresh_process(time_ranking, args, task, seeds[0])
         for seed in seeds:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .text_task import DataError
+
 MIB = 2**20
 Row = dict[str, Any]
 
@@ -36,6 +38,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def continued(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """What the results file holds, if there is one, or else `fresh`; both have their "settings", which must agree."""
+    if not path.is_file():
+        return fresh
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content["settings"] != fresh["settings"]:
+        raise DataError(f"{path} was measured with other settings; move it away, or name another --out")
+    return content
 
 
 def machine() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .text_task import DataError, TextTask
+from .text_task import TextTask
 from .training import Config, train
 
 FACTOR = 3.0  # between neighbouring learning rates of the search
@@ -59,11 +58,8 @@ class Study:
         settings = {**asdict(base), "model": Path(base.model).parent.name, "threads": None}
         settings |= {"data": task.source, "texts": task.sizes, "seeds": list(seeds)}
         del settings["samples"]  # part of an entry
-        self.content: dict[str, Any] = {"machine": report.machine(), "settings": settings, "runs": [], "summary": []}
-        if path.is_file():
-            self.content = json.loads(path.read_text(encoding="utf-8"))
-            if self.content["settings"] != settings:
-                raise DataError(f"{path} was measured with other settings; move it away to start afresh")
+        fresh = {"machine": report.machine(), "settings": settings, "runs": [], "summary": []}
+        self.content = report.continued(path, fresh)
 
     def run(self, stage: str, name: str, rate: float, seed: int, head_rate: float, epochs: int) -> dict[str, Any]:
         """Return the run with these settings, training only if the file does not hold it yet."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from finetuning import report
 from finetuning.study import best_rate
-from finetuning.text_task import DataError
 
 import sparsekernels as sk
 
@@ -53,17 +52,14 @@ class Study:
     ) -> None:
         self.path, self.model, self.tokenizer, self.jobs, self.settings = path, model, tokenizer, jobs, settings
         described = json.loads(json.dumps({**asdict(settings), **origin}))
-        self.content: dict[str, Any] = {
+        fresh = {
             "machine": report.machine(),
             "settings": described,
             "rates": {},
             "search_seconds": 0.0,
             "runs": [],
         }
-        if path.is_file():
-            self.content = json.loads(path.read_text(encoding="utf-8"))
-            if self.content["settings"] != described:
-                raise DataError(f"{path} was measured with other settings; move it away, or name another --out")
+        self.content = report.continued(path, fresh)
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
