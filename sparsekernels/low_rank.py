@@ -118,14 +118,13 @@ class LowRankLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., N] to [..., M]."""
-        x = input
         ups = self._ups()
         if len(ups) == 1 and self.places is None:
             up = ups[0]
             if up is None:
-                return F.linear(x, self.down, self.bias)
-            return F.linear(F.linear(x, self.down), up, self.bias)
-        pieces = F.linear(x, self.down).split(self.ranks, -1)
+                return F.linear(input, self.down, self.bias)
+            return F.linear(F.linear(input, self.down), up, self.bias)
+        pieces = F.linear(input, self.down).split(self.ranks, -1)
         y = torch.cat([p if up is None else F.linear(p, up) for p, up in zip(pieces, ups, strict=True)], -1)
         if self.places is not None:
             # On the CPU, index_select of two bytes an element takes three times as long as the way round by four.
