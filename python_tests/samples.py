@@ -236,6 +236,7 @@ def all_samples() -> dict[str, list[Sample]]:
     from samples_adamw_rows import adamw_rows_samples
     from samples_fisher import fisher_samples
     from samples_fisher_vector import fisher_vector_samples
+    from samples_gates import gates_samples
     from samples_ks import ks_samples
     from samples_masked_grad import masked_grad_samples
     from samples_singular_values import singular_values_samples
@@ -249,6 +250,7 @@ def all_samples() -> dict[str, list[Sample]]:
         *adamw_rows_samples(),
         *fisher_samples(),
         *fisher_vector_samples(),
+        *gates_samples(),
         *ks_samples(),
         *masked_grad_samples(),
         *singular_values_samples(),

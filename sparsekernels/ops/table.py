@@ -17,6 +17,7 @@ from typing import Any
 from .adamw import reference as adamw
 from .adamw_rows import reference as adamw_rows
 from .fisher import reference as fisher
+from .gates import reference as gates
 from .gather_scatter import reference as gather_scatter
 from .ks import reference as ks
 from .masked_grad import reference as masked_grad
@@ -175,5 +176,55 @@ OPS: tuple[Op, ...] = (
         "the same straight from the activations of a Linear, per sample if wanted: no weight gradient is formed",
         singular_values.singular_value_grad_linear,
         singular_values.singular_value_grad_linear_fake,
+    ),
+    Op(
+        "gate_values",
+        "gates",
+        "(Tensor logits, int kind, float noise, Tensor? key, int stream) -> (Tensor values, Tensor slopes)",
+        "stochastic gates drawn for logits, and their derivatives",
+        gates.gate_values,
+        gates.gate_values_fake,
+    ),
+    Op(
+        "gate_probabilities",
+        "gates",
+        "(Tensor[] logits, int kind, float noise) -> (Tensor probabilities, Tensor slopes)",
+        "the chance of each gate to be open, over a list of tensors, and its derivative",
+        gates.gate_probabilities,
+        gates.gate_probabilities_fake,
+    ),
+    Op(
+        "gated_weight",
+        "gates",
+        "(Tensor weight, Tensor? bias, Tensor? rows, Tensor? columns, int kind, float noise, Tensor? key, "
+        "bool transposed, ScalarType dtype, int row_group, int column_group) -> (Tensor gated, Tensor gated_bias)",
+        "a weight times gates on its rows and columns, drawn on the way",
+        gates.gated_weight,
+        gates.gated_weight_fake,
+    ),
+    Op(
+        "gate_gradient",
+        "gates",
+        "(Tensor a, Tensor b, Tensor logits, int kind, float noise, Tensor? key, int stream, int group) "
+        "-> (Tensor gradient, Tensor scaled_sum)",
+        "gradient of gates from activations on one of their sides, and that of a gated bias",
+        gates.gate_gradient,
+        gates.gate_gradient_fake,
+    ),
+    Op(
+        "take_columns",
+        "gates",
+        "(Tensor x, Tensor columns) -> Tensor",
+        "read selected columns of every row into a narrower tensor",
+        gates.take_columns,
+        gates.take_columns_fake,
+    ),
+    Op(
+        "put_columns",
+        "gates",
+        "(Tensor x, Tensor columns, int width) -> Tensor",
+        "spread columns over wider rows, zeros between them",
+        gates.put_columns,
+        gates.put_columns_fake,
     ),
 )

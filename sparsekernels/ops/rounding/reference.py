@@ -13,6 +13,13 @@ WORD = 0xFFFFFFFF
 
 def philox(key: int, low: Tensor, third: int | Tensor, fourth: int) -> Tensor:
     """The first word (int64 in [0, 2^32)) of the counters (low [...] int64, third, fourth) under a key of 64 bits."""
+    return philox_words(key, low, third, fourth)[0]
+
+
+def philox_words(
+    key: int | Tensor, low: Tensor, third: int | Tensor, fourth: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All four of them. A key in memory, int64, stays on its device."""
     c0, c1 = low & WORD, low >> 32 & WORD
     c2, c3 = torch.zeros_like(c0) + (third & WORD), torch.full_like(c0, fourth & WORD)
     k0, k1 = key & WORD, key >> 32 & WORD
@@ -21,7 +28,7 @@ def philox(key: int, low: Tensor, third: int | Tensor, fourth: int) -> Tensor:
         high_b, low_b = _product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = k0 + 0x9E3779B9 & WORD, k1 + 0xBB67AE85 & WORD
-    return c0
+    return c0, c1, c2, c3
 
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

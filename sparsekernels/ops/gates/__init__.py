@@ -1,0 +1,293 @@
+"""Stochastic gates on rows and columns of frozen weights, and the narrow activations of layers that lost some of them.
+
+A gate is max(0, min(1, s)) for a random s whose centre its logit moves. Draws are a function of (key, stream, number of
+the gate) alone: whoever has the key draws them again, on any device, and nothing about them is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backend import Backend, select
+from ..masked_grad.reference import accumulation_dtype
+from .checks import (
+    DTYPES,
+    Kind,
+    check_columns,
+    check_group,
+    check_like,
+    check_logits,
+    check_matrix,
+    check_noise,
+)
+
+
+def gate_values(
+    logits: Tensor,
+    *,
+    kind: Kind,
+    noise: float,
+    key: Tensor | None = None,
+    stream: int = 0,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw a gate for each logit, and its derivative.
+
+    Equivalent, with u0, u1 = uniform(0, 1) and without a key u0 = u1 = the centre, to
+        stg:            s = logits + 0.5 + noise * sqrt(-2 * log(u0)) * cos(2 * pi * u1)
+        finegates:      the same of tanh(logits)
+        hard_concrete:  s = 1.2 * sigmoid((log(u0) - log(1 - u0) + logits) / noise) - 0.1; no noise: sigmoid(logits)
+        values, slopes = s.clamp(0, 1), torch.where((s > 0) & (s < 1), ds_dlogits, 0)
+
+    Args:
+        logits ([n], fp32 or fp64): not changed. mu of stg, its artanh of finegates, log alpha of hard_concrete.
+        kind: "stg", "finegates" or "hard_concrete".
+        noise: > 0; sigma of the normal noise, or the temperature beta of hard_concrete.
+        key ([1], int64, on the device of logits): the key of Philox4x32-10; gate i takes the first two words of counter
+            (i, stream), u = ((word >> 9) + 0.5) * 2**-23. None: no noise, as in evaluation.
+        stream: in [0, 2**32); other streams give other draws under the same key.
+
+    Returns:
+        ([n], [n]), dtype of logits: values in [0, 1], and their derivatives by the logits, 0 where clamped.
+
+    Numerics: in the dtype of logits. Deterministic; other backends may differ in the last places of a value.
+    Cost: arithmetic, some 70 integer and 50 floating operations a gate.
+    Source: STG, Yamada et al., arXiv 1810.04247; FineGates, Svirsky et al., arXiv 2412.12951; L0, Louizos et al., arXiv
+    1712.01312, for hard_concrete.
+
+    Raises:
+        ValueError: kind, noise, stream, shapes, dtypes or devices do not fit.
+    """
+    number = check_noise(kind, noise, key, stream, logits.device)
+    check_logits("logits", logits)
+    run = select("gate_values", logits.device.type, backend)
+    return run(_packed(logits), number, noise, _key(key), stream)
+
+
+def gate_probabilities(
+    logits: Sequence[Tensor], *, kind: Kind, noise: float, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute the probability of each gate to be more than 0 under its noise, and its derivative, over a list.
+
+    Equivalent to
+        stg:            p = Phi((torch.cat(logits) + 0.5) / noise), Phi being the normal distribution function
+        finegates:      the same of tanh(logits)
+        hard_concrete:  p = sigmoid(torch.cat(logits) - noise * log(0.1 / 1.1))
+
+    Args:
+        logits (each [n], fp32 or fp64, all of one dtype): one vector at least; not changed.
+        kind, noise: as in gate_values.
+
+    Returns:
+        ([sum n], [sum n]), dtype of logits: probabilities, the vectors one after another, and dp/dlogits.
+
+    Numerics: in the dtype of logits; absolute errors of a few units of 1. Deterministic.
+    Cost: one read of logits, two writes of their size; one launch on the CPU, one for each vector on a GPU.
+    Source: as of gate_values; the sum of these is the L0 penalty of all three papers.
+
+    Raises:
+        ValueError: no logits, or kind, noise, shapes, dtypes or devices do not fit.
+    """
+    logits = list(logits)
+    if not logits:
+        raise ValueError("logits is empty: give at least one vector")
+    number = check_noise(kind, noise, None, 0, logits[0].device)
+    for i, each in enumerate(logits):
+        check_logits(f"logits[{i}]", each)
+        if each.dtype != logits[0].dtype or each.device != logits[0].device:
+            raise ValueError(
+                f"logits[{i}] is {each.dtype} on {each.device}, logits[0] {logits[0].dtype} on {logits[0].device}: "
+                "they must agree"
+            )
+    run = select("gate_probabilities", logits[0].device.type, backend)
+    return run([_packed(each) for each in logits], number, noise)
+
+
+def gated_weight(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    *,
+    kind: Kind,
+    noise: float,
+    key: Tensor | None = None,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+    row_group: int = 1,
+    column_group: int = 1,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Multiply a weight and its bias by gates on rows and columns, drawn on the way; neither argument changes.
+
+    Equivalent, with `gate = lambda logits, stream: gate_values(logits, ..., stream=stream)[0]`, to
+        z_r, z_c = gate(rows, 0).repeat_interleave(row_group), gate(columns, 1).repeat_interleave(column_group)
+        return (weight * z_r[:, None] * z_c).to(dtype), (bias * z_r).to(dtype)
+
+    Args:
+        weight ([M, N], or [N, M] if transposed, as in Conv1D; fp32, fp64, bf16, fp16).
+        bias ([M], dtype of weight): multiplied by the gates of the rows. None: there is none.
+        rows ([M / row_group], fp32; fp64 for fp64 weights): logits of gates on outputs; None: not gated.
+        columns ([N / column_group], likewise): logits of gates on inputs; None: not gated.
+        kind, noise, key: as in gate_values, of which rows are stream 0 and columns stream 1.
+        transposed: whether weight is stored as [N, M].
+        dtype: of the results, fp32, fp64, bf16 or fp16; None: that of weight. bf16 is what autocast would make of them.
+        row_group, column_group: neighbours that share a gate.
+
+    Returns:
+        (shape of weight, [M] or None), in `dtype`, contiguous, in memory of their own.
+
+    Numerics: products in fp32 (fp64 for an fp64 weight), rounded once. Deterministic.
+    Cost: one read of weight, one write of the result. Scratch: M + N gates on the CPU; none on a GPU.
+
+    Raises:
+        ValueError: kind, noise, shapes, groups, dtypes or devices do not fit.
+    """
+    number = check_noise(kind, noise, key, 0, weight.device)
+    check_matrix("weight", weight)
+    dtype = weight.dtype if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be fp32, fp64, bf16 or fp16, got {dtype}")
+    n, m = weight.shape if transposed else weight.shape[::-1]
+    wide = accumulation_dtype(weight.dtype)
+    for name, logits, size, group in (("row", rows, m, row_group), ("column", columns, n, column_group)):
+        check_group(f"{name}_group", group)
+        if logits is not None:
+            check_logits(f"{name}s", logits, size, group, f"the {name}s of weight {list(weight.shape)}")
+            check_like(f"{name}s", logits, wide, weight, "weight")
+    if bias is not None:
+        if bias.dim() != 1 or bias.shape[0] != m:
+            raise ValueError(f"bias must have shape [{m}], one for each row, got {list(bias.shape)}")
+        check_like("bias", bias, weight.dtype, weight, "weight")
+    gates = [None if x is None else _packed(x) for x in (bias, rows, columns)]
+    run = select("gated_weight", weight.device.type, backend)
+    gated, gated_bias = run(
+        _packed(weight), *gates, number, noise, _key(key), transposed, dtype, row_group, column_group
+    )
+    return gated, None if bias is None else gated_bias
+
+
+def gate_gradient(
+    a: Tensor,
+    b: Tensor,
+    logits: Tensor,
+    *,
+    kind: Kind,
+    noise: float,
+    key: Tensor | None = None,
+    stream: int = 0,
+    group: int = 1,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradient of gates from the activations on their side of a Linear, and that of a gated bias.
+
+    Equivalent, with `z, slopes = gate_values(logits, ...)`, to
+        gradient = slopes / z * (a * b).sum(0).unflatten(0, (-1, group)).sum(1)  # 0 where slopes are, whatever a holds
+        scaled_sum = z.repeat_interleave(group) * a.sum(0)  # 0 where z is, likewise
+
+    For y = F.linear(x, *gated_weight(...)): of the rows a, b = dy, y; of the columns a, b = x, dy @ W', with W' the
+    gated weight. Either product holds the gate as a factor, hence the division.
+
+    Args:
+        a ([T, W], fp32, fp64, bf16, fp16; W = n * group): not changed. Rows may lie further apart than W.
+        b (like a): not changed.
+        logits ([n], fp32 or fp64): of the gates; not changed.
+        kind, noise, key, stream: what the gates were drawn with.
+        group: neighbours that share a gate.
+
+    Returns:
+        ([n], [W]), dtype of logits: the gradient of the logits; for a = dy, the gradient of the bias.
+
+    Numerics: products and sums of 64 tokens in fp32 (fp64 for fp64), those of them in fp64. Deterministic, no atomics.
+    Cost: one read of a and b; T/64 partial sums of both. Copies: of activations whose columns do not lie side by side.
+    Source: ours; the gates as of gate_values.
+
+    Raises:
+        ValueError: kind, noise, stream, shapes, group, dtypes or devices do not fit.
+    """
+    number = check_noise(kind, noise, key, stream, a.device)
+    check_matrix("a", a)
+    if b.shape != a.shape or b.dtype != a.dtype or b.device != a.device:
+        raise ValueError(
+            f"b is {list(b.shape)}, {b.dtype} on {b.device}; a is {list(a.shape)}, {a.dtype} on {a.device}: "
+            "they must agree"
+        )
+    check_group("group", group)
+    check_logits("logits", logits, a.shape[1], group, f"the columns of a {list(a.shape)}")
+    if logits.device != a.device:
+        raise ValueError(f"logits is on {logits.device}, expected {a.device}; pass logits.to({str(a.device)!r})")
+    run = select("gate_gradient", a.device.type, backend)
+    return run(_by_rows(a), _by_rows(b), _packed(logits), number, noise, _key(key), stream, group)
+
+
+def take_columns(x: Tensor, columns: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """Read the selected columns of every row into a narrower tensor.
+
+    Equivalent to `x[..., columns]`.
+
+    Args:
+        x ([..., N], fp32, fp64, bf16, fp16): not changed. Rows may lie further apart than N.
+        columns ([C], int32 or int64): sorted, unique, in [0, N). The CPU kernel refuses others; a GPU's does not look.
+
+    Returns:
+        ([..., C], dtype of x), contiguous.
+
+    Numerics: bits move unchanged. Deterministic.
+    Cost: one read of x, one write of the result; without AVX-512, of x the lines that hold selected columns.
+
+    Raises:
+        ValueError: x has no columns dimension, or dtypes, devices or, on the CPU, the ends of columns do not fit.
+    """
+    check_columns(x, columns, x.shape[-1] if x.dim() else 0)
+    run = select("take_columns", x.device.type, backend)
+    return run(_rows_of(x), _packed(columns)).view(*x.shape[:-1], columns.shape[0])
+
+
+def put_columns(x: Tensor, columns: Tensor, width: int, *, backend: Backend | None = None) -> Tensor:
+    """Spread the columns of x over rows of `width`, with zeros between them: the inverse of take_columns.
+
+    Equivalent to `out = x.new_zeros(*x.shape[:-1], width); out[..., columns] = x`.
+
+    Args:
+        x ([..., C], fp32, fp64, bf16, fp16): not changed. Rows may lie further apart than C.
+        columns ([C], int32 or int64): sorted, unique, in [0, width); where each column of x goes. The CPU kernel
+            refuses others; a GPU's does not look.
+        width: columns of the result.
+
+    Returns:
+        ([..., width], dtype of x), contiguous.
+
+    Numerics: bits move unchanged. Deterministic.
+    Cost: one read of x, one write of the result, zeros included: there is no pass that fills them in before.
+
+    Raises:
+        ValueError: x has no columns dimension or not one for each of columns, or dtypes, devices or, on the CPU, the
+            ends of columns do not fit.
+    """
+    check_columns(x, columns, width)
+    if x.shape[-1] != columns.shape[0]:
+        raise ValueError(f"x has {x.shape[-1]} columns, columns says where {columns.shape[0]} go: they must agree")
+    run = select("put_columns", x.device.type, backend)
+    return run(_rows_of(x), _packed(columns), width).view(*x.shape[:-1], width)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Contiguous; and detached, for logits and weights may require grad."""
+    return x.detach().contiguous()
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """As a matrix, in place where rows are evenly spaced."""
+    return _by_rows(x[None] if x.dim() == 1 else x.flatten(0, -2))
+
+
+def _key(key: Tensor | None) -> Tensor | None:
+    return None if key is None else key.detach()

@@ -1,0 +1,79 @@
+"""What the public functions of this family refuse, once for all backends."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["stg", "finegates", "hard_concrete"]
+KINDS = get_args(Kind)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_noise(kind: str, noise: float, key: Tensor | None, stream: int, device: torch.device) -> int:
+    """The number by which the ops know a kind."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if not 0 < noise < float("inf"):
+        raise ValueError(f"noise must be a finite number above 0, got {noise}; for no noise leave key at None")
+    if key is not None and (key.dtype != torch.int64 or key.shape != (1,) or key.device != device):
+        raise ValueError(
+            f"key must be int64 of shape [1] on {device}, got {key.dtype} of {list(key.shape)} on {key.device}; "
+            "torch.randint(2**62, (1,), device=...) makes one"
+        )
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"stream must lie in [0, 2**32), got {stream}")
+    return KINDS.index(kind)
+
+
+def check_logits(name: str, x: Tensor, size: int | None = None, group: int = 1, of: str = "") -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be fp32 or fp64, got {x.dtype}; gates are kept in full precision")
+    if x.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {list(x.shape)}")
+    if size is not None and x.shape[0] * group != size:
+        raise ValueError(
+            f"{name} has {x.shape[0]} gates of {group} each for {size}, {of}; "
+            + (f"expected {size // group}" if size % group == 0 else f"{group} does not divide {size}")
+        )
+
+
+def check_group(name: str, group: int) -> None:
+    if group < 1:
+        raise ValueError(f"{name} must be at least 1, got {group}")
+
+
+def check_matrix(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} must be fp32, fp64, bf16 or fp16, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have two dimensions, got shape {list(x.shape)}")
+
+
+def check_like(name: str, x: Tensor, dtype: torch.dtype, other: Tensor, other_name: str) -> None:
+    if x.dtype != dtype or x.device != other.device:
+        raise ValueError(
+            f"{name} is {x.dtype} on {x.device}, expected {dtype} on {other.device} to go with {other_name} of "
+            f"{other.dtype}; pass {name}.to({str(other.device)!r}, {dtype})"
+        )
+
+
+def check_columns(x: Tensor, columns: Tensor, width: int) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be fp32, fp64, bf16 or fp16, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, that of its columns")
+    if columns.dtype not in (torch.int32, torch.int64) or columns.dim() != 1:
+        raise ValueError(
+            f"columns must be int32 or int64 of one dimension, got {columns.dtype} of {list(columns.shape)}"
+        )
+    if columns.device != x.device:
+        raise ValueError(f"columns is on {columns.device}, expected {x.device}; pass columns.to({str(x.device)!r})")
+    if width < 0:
+        raise ValueError(f"width must be at least 0, got {width}")
+    if columns.device.type == "cpu" and columns.shape[0] and not torch.compiler.is_compiling():
+        first, last = int(columns[0]), int(columns[-1])
+        if first < 0 or last >= width:
+            raise ValueError(f"columns must be sorted and lie in [0, {width}), got {first} to {last}")
