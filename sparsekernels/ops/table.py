@@ -206,8 +206,8 @@ OPS: tuple[Op, ...] = (
         "gate_gradient",
         "gates",
         "(Tensor a, Tensor b, Tensor logits, int kind, float noise, Tensor? key, int stream, int group) "
-        "-> (Tensor gradient, Tensor scaled_sum)",
-        "gradient of gates from activations on one of their sides, and that of a gated bias",
+        "-> (Tensor gradient, Tensor of_values, Tensor scaled_sum)",
+        "gradients of gates and of their logits from activations on one of their sides, and that of a gated bias",
         gates.gate_gradient,
         gates.gate_gradient_fake,
     ),

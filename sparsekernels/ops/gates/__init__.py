@@ -181,12 +181,13 @@ def gate_gradient(
     stream: int = 0,
     group: int = 1,
     backend: Backend | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradient of gates from the activations on their side of a Linear, and that of a gated bias.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of gates from the activations on their side of a Linear, and that of a gated bias.
 
     Equivalent, with `z, slopes = gate_values(logits, ...)`, to
-        gradient = slopes / z * (a * b).sum(0).unflatten(0, (-1, group)).sum(1)  # 0 where slopes are, whatever a holds
-        scaled_sum = z.repeat_interleave(group) * a.sum(0)  # 0 where z is, likewise
+        of_values = (a * b).sum(0).unflatten(0, (-1, group)).sum(1) / z  # 0 where z is, whatever a and b hold
+        gradient = slopes * of_values  # 0 where slopes are, likewise
+        scaled_sum = z.repeat_interleave(group) * a.sum(0)  # 0 where z is
 
     For y = F.linear(x, *gated_weight(...)): of the rows a, b = dy, y; of the columns a, b = x, dy @ W', with W' the
     gated weight. Either product holds the gate as a factor, hence the division.
@@ -199,7 +200,8 @@ def gate_gradient(
         group: neighbours that share a gate.
 
     Returns:
-        ([n], [W]), dtype of logits: the gradient of the logits; for a = dy, the gradient of the bias.
+        ([n], [n], [W]), dtype of logits: the gradient of the logits; that of the values of the gates, also where they
+        are clamped at 1 (its square is their Fisher information); for a = dy, the gradient of the bias.
 
     Numerics: products and sums of 64 tokens in fp32 (fp64 for fp64), those of them in fp64. Deterministic, no atomics.
     Cost: one read of a and b; T/64 partial sums of both. Copies: of activations whose columns do not lie side by side.

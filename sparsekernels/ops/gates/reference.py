@@ -80,7 +80,7 @@ def gated_weight(
 
 def gate_gradient(
     a: Tensor, b: Tensor, logits: Tensor, kind: int, noise: float, key: Tensor | None, stream: int, group: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(a.dtype, torch.float32)
     products, sums = logits.new_zeros((2, a.shape[1]), dtype=torch.float64)
     for left, right in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
@@ -89,9 +89,10 @@ def gate_gradient(
         sums += left.sum(0)
     z, slopes = gate_values(logits, kind, noise, key, stream)
     of_gates = products.view(logits.shape[0], group).sum(1).to(logits.dtype)
-    gradient = torch.where(slopes == 0, 0, slopes / z * of_gates)
+    of_values = torch.where(z == 0, 0, of_gates / z)
     each = z.repeat_interleave(group)
-    return gradient, torch.where(each == 0, 0, each * sums.to(logits.dtype))
+    scaled_sum = torch.where(each == 0, 0, each * sums.to(logits.dtype))
+    return torch.where(slopes == 0, 0, slopes * of_values), of_values, scaled_sum
 
 
 def take_columns(x: Tensor, columns: Tensor) -> Tensor:
@@ -132,8 +133,8 @@ def gated_weight_fake(
 
 def gate_gradient_fake(
     a: Tensor, b: Tensor, logits: Tensor, kind: int, noise: float, key: Tensor | None, stream: int, group: int
-) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape), logits.new_empty(a.shape[1])
+) -> tuple[Tensor, Tensor, Tensor]:
+    return logits.new_empty(logits.shape), logits.new_empty(logits.shape), logits.new_empty(a.shape[1])
 
 
 def take_columns_fake(x: Tensor, columns: Tensor) -> Tensor:
