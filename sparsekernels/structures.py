@@ -122,7 +122,8 @@ def weight_size(module: nn.Module) -> tuple[int, int]:
     kind = kind_of(module)
     if kind not in ("linear", "conv1d"):
         raise AttributeError(f"{type(module).__name__} is no Linear or Conv1D")
-    outputs, inputs = module.weight.shape if kind == "linear" else module.weight.shape[::-1]  # type: ignore[union-attr, misc]
+    weight: Any = module.weight
+    outputs, inputs = weight.shape if kind == "linear" else weight.shape[::-1]
     return outputs, inputs
 
 
