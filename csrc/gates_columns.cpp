@@ -37,9 +37,10 @@ void for_rows(const Tensor& x, const Tensor& columns, int64_t width, Tensor& out
     with_bytes(x.element_size(), [&](auto zero) {
       using U = decltype(zero);
       constexpr int64_t kLanes = 64 / sizeof(U);
-      const auto lanes = scratch<cpu::Lanes>((width + kLanes - 1) / kLanes);
+      const int64_t vectors = (width + kLanes - 1) / kLanes;
+      const auto lanes = scratch<cpu::Lanes>(vectors);
       const bool fast = cpu::compresses();
-      if (fast) cpu::find_lanes(index, count, width, kLanes, lanes.get());
+      if (fast) cpu::find_lanes<kLanes>(index, count, vectors, lanes.get());
       const auto* from = static_cast<const U*>(x.const_data_ptr());
       auto* to = static_cast<U*>(out.mutable_data_ptr());
       const int64_t grain = kGrain / ((count + width) * int64_t(sizeof(U)) + 1) + 1;

@@ -135,8 +135,33 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     for alternative in (-1, 0, 1):
         for n in (8, 4096):  # the smallest block and the largest
             yield lambda a=alternative, n=n: kernel("ks_2samp")(dense.view(-1, n), dense.view(-1, n), a)
+    yield from gates_calls(dtype)
     yield lambda: kernel("topk")([dense, dense[:, :7].contiguous()], 5, False)
     yield lambda: kernel("topk")([dense], 5, True)
+
+
+def gates_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Each kind, drawn and not; with all that may be absent and without."""
+    kernel = backend.triton_kernel
+    wide = torch.promote_types(dtype, torch.float32)
+    logits, weight, bias = torch.zeros(48, dtype=wide), torch.zeros(96, 48, dtype=dtype), torch.zeros(96, dtype=dtype)
+    for kind in range(3):
+        yield lambda k=kind: kernel("gate_probabilities")([logits, logits], k, 0.5)
+        for key in (None, torch.tensor([5])):
+            number = (kind, 0.5, key)
+            yield lambda n=number: kernel("gate_values")(logits, *n, 2)
+            yield lambda n=number: kernel("gate_gradient")(weight, weight, logits, *n, 0, 1)
+            every = (bias, logits, logits)
+            for transposed, shape, given in (
+                (False, (96, 48), every), (True, (48, 96), every),
+                (False, (96, 48), (None, None, logits)), (True, (48, 96), (bias, logits, None)),
+            ):  # fmt: skip
+                rest = (*number, transposed, dtype, 2, 1)
+                yield lambda g=given, r=rest, s=shape: kernel("gated_weight")(weight.view(s), *g, *r)
+    yield lambda: kernel("gate_gradient")(weight.view(48, 96), weight.view(48, 96), logits, 0, 0.5, None, 0, 2)
+    for columns in (torch.arange(0, 48, 3), torch.arange(0, 48, 3, dtype=torch.int32)):
+        yield lambda c=columns: kernel("take_columns")(weight, c)
+        yield lambda c=columns: kernel("put_columns")(weight[:, ::3].contiguous(), c, 48)
 
 
 def fisher_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:

@@ -34,7 +34,8 @@ class Watcher:
 
     def reset(self, arguments) -> None:
         tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.numel()]
-        self.owned = [(x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize) for x in tensors]
+        spans = [1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) for x in tensors]
+        self.owned = [(x.data_ptr(), x.data_ptr() + n * x.itemsize) for x, n in zip(tensors, spans, strict=True)]
         self.seen: dict[str, list[np.ndarray]] = {"read": [], "written": [], "counted": []}
 
     def note(self, kind, pointers, mask, size) -> None:

@@ -29,16 +29,17 @@ inline bool compresses() {
 #endif
 }
 
-// Lanes of every vector of `width` elements; `lanes` of them to one, at most 32.
-template <typename I>
-void find_lanes(const I* columns, int64_t count, int64_t width, int64_t lanes, Lanes* out) {
-  int64_t k = 0;
-  for (int64_t i = 0; i * lanes < width; ++i) {
-    out[i] = {0, 0, k};
-    for (; k < count && int64_t(columns[k]) < (i + 1) * lanes; ++k) {
-      out[i].mask |= uint32_t(1) << (int64_t(columns[k]) - i * lanes);
-      ++out[i].count;
-    }
+// Lanes of all `vectors`, each of so many elements.
+template <int64_t lanes, typename I>
+void find_lanes(const I* columns, int64_t count, int64_t vectors, Lanes* out) {
+  static_assert(lanes <= 32);
+  std::fill_n(out, vectors, Lanes{0, 0, 0});
+  for (int64_t k = 0; k < count; ++k) out[columns[k] / lanes].mask |= uint32_t(1) << (columns[k] % lanes);
+  int64_t before = 0;
+  for (int64_t i = 0; i < vectors; ++i) {
+    out[i].count = uint32_t(__builtin_popcount(out[i].mask));
+    out[i].before = before;
+    before += out[i].count;
   }
 }
 

@@ -70,13 +70,13 @@ def scatter_add_kernel(target, positions, values, count, width, BLOCK_K: tl.cons
 
 def gather(source: Tensor, positions: Tensor, rows: bool) -> Tensor:
     out = source.new_empty((positions.shape[0], *(source.shape[1:] if rows else ())))
-    launch_tiles(gather_kernel, positions.shape[0], _as_integers(source), positions, _as_integers(out))
+    launch_tiles(gather_kernel, positions.shape[0], as_integers(source), positions, as_integers(out))
     return out
 
 
 def scatter_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> None:
     values = values.to(target.dtype)
-    launch_tiles(scatter_kernel, positions.shape[0], _as_integers(target), positions, _as_integers(values))
+    launch_tiles(scatter_kernel, positions.shape[0], as_integers(target), positions, as_integers(values))
 
 
 def scatter_add_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> None:
@@ -106,7 +106,7 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _as_integers(tensor: Tensor) -> Tensor:
+def as_integers(tensor: Tensor) -> Tensor:
     """The same memory as integers: moving bits needs no kernel for each dtype, and leaves a NaN as it is."""
     tensor = tensor.detach()
     if tensor.is_complex():
