@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ def dense(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 ONES = torch.ones
+STG: dict[str, Any] = {"kind": "stg", "noise": 0.5}
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
     "gather, shape": (ops.gather, lambda: (dense(3, 4), index(1)), r"source has shape \[3, 4\].*made for \[4, 3\]"),
     "gather, strides": (ops.gather, lambda: (dense(3, 4).T, index(1)), "source must be contiguous"),
@@ -66,6 +68,71 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
     "topk, dtypes": (ops.topk, lambda: ([dense(), dense(2).double()], 1), r"scores\[0\] is torch.float32.*scores\[1\]"),
     "topk, integers": (ops.topk, lambda: ([dense().long()], 1), "floating point"),
     "topk, NaN": (ops.topk, lambda: ([dense(), torch.tensor([1.0, float("nan")])], 1), r"NaN.*1|1.*NaN"),
+    "gate_values, kind": (
+        partial(ops.gate_values, kind="beta", noise=1.0),  # type: ignore[arg-type]
+        lambda: (ONES(3),),
+        "kind must be one of",
+    ),
+    "gate_values, noise": (
+        partial(ops.gate_values, kind="stg", noise=0.0),
+        lambda: (ONES(3),),
+        "above 0, got 0.0; for no noise leave key at None",
+    ),
+    "gate_values, key": (
+        partial(ops.gate_values, **STG, key=ONES(1)),
+        lambda: (ONES(3),),
+        r"key must be int64 of shape \[1\]",
+    ),
+    "gate_values, stream": (partial(ops.gate_values, **STG, stream=-1), lambda: (ONES(3),), "stream must lie in"),
+    "gate_values, dtype": (
+        partial(ops.gate_values, **STG),
+        lambda: (dense(3, dtype=torch.bfloat16),),
+        "logits must be fp32 or fp64",
+    ),
+    "gate_probabilities, none": (
+        partial(ops.gate_probabilities, **STG),
+        lambda: ([],),
+        "give at least one vector",
+    ),
+    "gate_probabilities, dtypes": (
+        partial(ops.gate_probabilities, **STG),
+        lambda: ([ONES(3), ONES(3).double()],),
+        r"logits\[1\] is torch.float64",
+    ),
+    "gated_weight, rows": (
+        partial(ops.gated_weight, **STG),
+        lambda: (dense(), None, ONES(3)),
+        "rows has 3 gates of 1 each for 4.*expected 4",
+    ),
+    "gated_weight, group": (
+        partial(ops.gated_weight, **STG, row_group=3),
+        lambda: (dense(), None, ONES(1)),
+        "3 does not divide 4",
+    ),
+    "gated_weight, bias": (
+        partial(ops.gated_weight, **STG),
+        lambda: (dense(), ONES(3)),
+        r"bias must have shape \[4\]",
+    ),
+    "gated_weight, fp64": (
+        partial(ops.gated_weight, **STG),
+        lambda: (dense(dtype=torch.float64), None, ONES(4)),
+        "rows is torch.float32.*expected torch.float64",
+    ),
+    "gate_gradient, shapes": (
+        partial(ops.gate_gradient, **STG),
+        lambda: (dense(5, 3), dense(4, 3), ONES(3)),
+        r"b is \[4, 3\].*a is \[5, 3\]",
+    ),
+    "gate_gradient, gates": (
+        partial(ops.gate_gradient, **STG),
+        lambda: (dense(5, 3), dense(5, 3), ONES(2)),
+        "logits has 2 gates of 1 each for 3",
+    ),
+    "take_columns, range": (ops.take_columns, lambda: (dense(), torch.tensor([1, 3])), r"lie in \[0, 3\), got 1 to 3"),
+    "take_columns, dtype": (ops.take_columns, lambda: (dense(), ONES(2)), "columns must be int32 or int64"),
+    "put_columns, count": (ops.put_columns, lambda: (dense(), torch.tensor([1, 2]), 5), "x has 3 columns.*where 2 go"),
+    "put_columns, width": (ops.put_columns, lambda: (dense(), torch.tensor([0, 1, 2]), -1), "width must be at least 0"),
 }
 
 
@@ -73,7 +140,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused(case: str, name: str | None) -> None:
     call, make, words = CASES[case]
-    if name is not None and (reason := backend.why_not(call.__name__, name, "cpu")):
+    if name is not None and (reason := backend.why_not(getattr(call, "func", call).__name__, name, "cpu")):
         pytest.skip(reason)
     args = make()
     before = [x.clone() for x in args if isinstance(x, torch.Tensor)]

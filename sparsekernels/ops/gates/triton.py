@@ -104,7 +104,7 @@ def sum_tokens_kernel(
     a, b, parts, tokens, width, a_stride, b_stride,
     WIDE: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program owns TOKENS tokens by BLOCK columns: parts[block, 0, j] = sum of a b, parts[block, 1, j] = sum of a."""
+    """One program owns TOKENS tokens by BLOCK columns: parts[block, 0, j] = sum of a b, parts[block, 1, j] of a."""
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(width, BLOCK)
     block = program // across
