@@ -76,6 +76,11 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x * x.abs().amax()
+
+
 class LlamaMLP(transformers.models.llama.modeling_llama.LlamaMLP):
     """Another one of that name."""
 
@@ -106,7 +111,8 @@ UNCERTAIN = {
     "activation 0.5 at 0": (lambda: family("bert", hidden_act="sigmoid"), 2, 0),
     "activation 0 at 0": (lambda: family("bert", hidden_act="relu2"), 2, 2),
     "activation with weights": (spoiled("mlp", "act_fn", nn.PReLU(24)), 2, 1),
-    "activation across neurons": (spoiled("mlp", "act_fn", lambda x: x - x.mean() * (x[:1] != 0)), 2, 1),
+    "activation across neurons": (spoiled("mlp", "act_fn", Mixing()), 2, 1),
+    "activation of rows of 24": (spoiled("mlp", "act_fn", nn.LayerNorm(24, elementwise_affine=False)), 2, 1),
     "another forward": (spoiled("mlp", "up_proj", Scaled(16, 24)), 2, 1),
     "another attribute": (spoiled("mlp", "intermediate_size", 25), 2, 1),
     "another class of that name": (spoiled("", "mlp", LlamaMLP), 2, 1),
