@@ -49,6 +49,7 @@ FAMILIES = (
     "topk",
     "ks",
     "singular_values",
+    "gates",
     "gather_scatter",
     "low_rank",
 )
@@ -58,8 +59,8 @@ BUSY = 0.5  # load average over the last minute above which other programs are i
 
 
 def cases(small: bool, only: str) -> list[Case]:
-    found = [case for family in FAMILIES for case in importlib.import_module(f"bench_{family}").cases(small)]
-    return [case for case in found if case.versus and only in case.name]
+    found = [(family, case) for family in FAMILIES for case in importlib.import_module(f"bench_{family}").cases(small)]
+    return [case for family, case in found if case.versus and (only in case.name or only == family)]
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], state: str, budget: float) -> dict[str, list[float]]:
@@ -203,7 +204,7 @@ def duration(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="measure the cases whose name contains this")
+    parser.add_argument("--only", default="", help="measure the cases whose name contains this, or a family")
     parser.add_argument("--seconds", type=float, default=1.5, help="how long a case is measured in each state")
     parser.add_argument("--small", action="store_true", help="small inputs, to try the program out")
     parser.add_argument("--threads", type=int, help="threads of torch; as torch chooses by default")
