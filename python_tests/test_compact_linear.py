@@ -178,3 +178,15 @@ def test_error_of_the_input():
     layer, _, _ = made(*INDICES["some of both"])
     with pytest.raises(ValueError, match=rf"input must be \[..., {N}\], got \[2, 4\]"):
         layer(torch.ones(2, 4, dtype=torch.float64))
+
+
+@cases
+def test_compiled_in_one_graph(rows, columns):
+    layer, _, _ = made(rows, columns)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 4, N, dtype=torch.float64, requires_grad=True)
+    y, expected = compiled(x), layer(x)
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    got, wanted = (torch.autograd.grad(out, [x, layer.weight], dy, retain_graph=True) for out in (y, expected))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

@@ -97,6 +97,12 @@ def spoiled(module, attribute, value):
     return model
 
 
+def part_of_a_head():
+    model = spoiled("self_attn", "q_proj", nn.Linear(16, 12))()
+    model.model.layers[0].self_attn.o_proj = nn.Linear(12, 16)
+    return model
+
+
 def mobilebert():
     narrow = {"embedding_size": 8, "true_hidden_size": 8, "intra_bottleneck_size": 8}
     return random(transformers.MobileBertModel, {**SIZES, **narrow, "num_hidden_layers": 1})
@@ -119,6 +125,7 @@ UNCERTAIN = {
     "no linear": (spoiled("self_attn", "q_proj", nn.Identity()), 1, 2),
     "another size": (spoiled("self_attn", "o_proj", nn.Linear(12, 16)), 1, 2),
     "another width": (spoiled("self_attn", "head_dim", 3), 1, 2),
+    "part of a head": (part_of_a_head, 1, 2),
     "another version": (spoiled("self_attn", "o_proj", None), 1, 2),
 }
 

@@ -161,9 +161,8 @@ def _llama(name: str, a: Any) -> Attention:
     return _apart(name, a, "q_proj k_proj v_proj", _under(name, "o_proj"), a.head_dim, True)
 
 
-def _gpt2(name: str, a: Any) -> Attention | None:
-    if a.is_cross_attention:
-        return None
+def _gpt2(name: str, a: Any) -> Attention:
+    """Of cross attention too, whose c_attn has two of the three parts, and so does not fit."""
     q, k, v = (Part(_under(name, "c_attn"), slice(i * a.split_size, (i + 1) * a.split_size)) for i in range(3))
     width, units = a.head_dim, {"num_heads": 1, "split_size": a.head_dim}
     return Attention(name, q, k, v, _under(name, "c_proj"), a.num_heads, width, width, False, units)
