@@ -1,6 +1,7 @@
 """Kernels and methods for training a sparse part of a model's weights."""
 
 from . import methods, ops
+from .compact_linear import CompactLinear
 from .delta import Delta
 from .factors import Factors, cluster_rows, factorize
 from .fisher import fisher_diagonal, squared_gradient_norms
@@ -12,6 +13,7 @@ from .singular_values import singular_value_gradients
 from .sparsify import SparseModel, sparsify
 
 __all__ = [
+    "CompactLinear",
     "Delta",
     "Factors",
     "Index",

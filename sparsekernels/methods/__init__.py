@@ -1,6 +1,6 @@
 """The methods: each reads like its paper's pseudo-code. Most end in a Selection, which is then trained or moved."""
 
-from . import laser
+from . import gates, laser
 from .embedding_tuning import Certificate, certificate, embed_tune, partial_transfer, partial_tune, predictions
 from .fish import fish
 from .ird import ird
@@ -14,6 +14,7 @@ __all__ = [
     "certificate",
     "embed_tune",
     "fish",
+    "gates",
     "ird",
     "ks_lottery",
     "laser",

@@ -1,0 +1,224 @@
+"""Put gates on a model's projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...autograd import refuse_sparsified
+from ...cutting import Planner
+from ...gated_linear import Gating, LayerGates, gate
+from ...names import default_head, default_targets, matching
+from ...ops.gates.checks import Kind
+from ...pairs import kind_of
+from ...structures import Part, structures, weight_size
+from .schedule import Schedule
+from .training import OPEN, Found, Gates, Vector
+
+GRANULARITIES = ("row+column", "head", "mlp", "head+mlp")
+NOISES = {"stg": 0.5, "finegates": 0.5, "hard_concrete": 2 / 3}
+
+
+def attach(
+    model: nn.Module,
+    target: float,
+    steps: int,
+    *,
+    kind: Kind = "stg",
+    noise: float | None = None,
+    granularity: str = "row+column",
+    targets: Iterable[str] | None = None,
+    head: Iterable[str] | None = None,
+    lora_rank: int = 0,
+    lora_scale: float = 1.0,
+) -> Gates:
+    """Freeze a model, put stochastic gates on its projections, and train those, to have a smaller model at the end.
+
+        gates = sk.methods.gates.attach(model, target=0.3, steps=len(loader))
+        optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
+        for batch in loader:
+            (model(**batch).loss + gates.penalty()).backward()
+            optimizer.step(); optimizer.zero_grad(); gates.step()
+        gates.compress().save_pretrained(folder)
+
+    What trains: gates, low-rank factors if asked for, biases and norms of the blocks, and the head.
+
+    Args:
+        model: any torch model; changed in place, undone by `restore()`.
+        target: share of the parameters of the targets (weights and biases) that is to be removed, in (0, 1).
+        steps: optimizer steps that the training will have; gates close between 10 % and 50 % of them, and are fixed
+            from 80 % on.
+        kind: "stg", clamp(mu + 0.5 + noise * normal, 0, 1); "finegates", the same of mu = tanh(l); "hard_concrete".
+        noise: sigma of the first two, temperature of the last; None: 0.5, 0.5, 2/3.
+        granularity: "row+column", gates on all rows and columns of the targets; "head", a gate on each attention head,
+            or on each key/value head with its query heads; "mlp", one on each neuron; "head+mlp".
+        targets: patterns (as in `fnmatch`) of names of weights; None: attention and MLP projections in numbered blocks.
+        head: patterns of parameters that train densely; None: classifier, score, pooler and the like.
+        lora_rank: r of low-rank factors B A added to every target, within its gates; 0: none.
+        lora_scale: what B A is multiplied by.
+
+    Returns:
+        Gates.
+
+    Determinism: noise comes from torch's generator, an integer for each layer and forward, so `torch.manual_seed` makes
+    it reproducible, and checkpointing repeats it.
+    Cost: a forward and a backward by the input of each layer, no weight gradient; each makes a copy of the weight, one
+    layer at a time. Kept for backward: a layer's input, and its output.
+
+    Raises:
+        ValueError: arguments out of range; targets that are no weights of Linear or Conv1D modules; heads or neurons of
+            a model whose structure is unknown; more asked for than such gates can remove. The model is unchanged then.
+
+    Source: FineGates (Svirsky et al., arXiv 2412.12951), its code for which parameters train; STG (Yamada et al., arXiv
+    1810.04247); hard concrete (Louizos et al., arXiv 1712.01312). Ours: one noise for sampling and P(open), gates that
+    start where they have a gradient, norms that train, and what closes when (see `Gates.penalty`).
+    """
+    if not 0 < target < 1:
+        raise ValueError(f"target must lie in (0, 1), the share to remove, got {target}")
+    if steps < 10:
+        raise ValueError(f"steps must be at least 10, the optimizer steps of the whole training, got {steps}")
+    if kind not in NOISES:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, NOISES))}, got {kind!r}")
+    noise = NOISES[kind] if noise is None else noise
+    if not noise > 0:
+        raise ValueError(f"noise must be above 0, got {noise}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}")
+    if lora_rank < 0:
+        raise ValueError(f"lora_rank must be 0 or more, got {lora_rank}")
+    refuse_sparsified(model)
+    if any(isinstance(module, LayerGates) for module in model.modules()):
+        raise ValueError("the model has gates already; call restore() or compress() on its Gates first")
+    names = _layers(model, targets)
+    planner = Planner(model, names)
+    places = _Places(model, names)
+    vectors = places.vectors(granularity)
+    elements = places.elements(vectors)
+    parameters = dict(model.named_parameters())
+    dense = set(matching(parameters, head, "head") if head is not None else default_head(model))
+    gating = Gating(kind, noise, probing=True)
+    _check_reach(planner, vectors, target)
+
+    train = {
+        name
+        for name, p in parameters.items()
+        if p.is_floating_point()
+        and (name in dense or (p.dim() < 2 and any(part.isdigit() for part in name.split("."))))
+    }
+    found = {
+        name: Found(p, p.requires_grad, p.detach().clone() if name in train else None) for name, p in parameters.items()
+    }
+    for name, p in parameters.items():
+        p.requires_grad_(name in train)
+        p.grad = None
+    layers = {}
+    for name in names:
+        sides: dict[str, Any] = {}
+        for vector in vectors:
+            if vector.layer == name:
+                sides[vector.side] = torch.full((vector.count,), OPEN[kind])
+                if vector.side == "columns":
+                    sides["column_group"] = vector.group
+        if sides or lora_rank:
+            module = model.get_submodule(name)
+            gate(module, gating, **sides, lora_rank=lora_rank, lora_scale=lora_scale)
+            layers[name] = module.gates
+    return Gates(model, layers, vectors, planner, elements, gating, Schedule(steps, target), found, dense)  # type: ignore[arg-type]
+
+
+def _layers(model: nn.Module, targets: Iterable[str] | None) -> list[str]:
+    """Names of the modules whose weights are meant, those left out that cannot be cut."""
+    parameters = dict(model.named_parameters())
+    chosen = matching(parameters, targets, "targets") if targets is not None else default_targets(model)
+    names = []
+    for name in chosen:
+        module, _, attribute = name.rpartition(".")
+        if attribute == "weight" and kind_of(model.get_submodule(module)) in ("linear", "conv1d"):
+            names.append(module)
+        elif targets is not None:
+            raise ValueError(f"targets: {name!r} is no weight of a plain Linear or Conv1D; leave it out")
+    uncut = set(Planner(model, names).uncut)
+    if uncut and targets is not None:
+        raise ValueError(
+            f"targets: {min(uncut)!r} shares its weight, has hooks, or is read by more than its forward; leave it out"
+        )
+    names = [name for name in names if name not in uncut]
+    if not names:
+        raise ValueError("targets: the model has no Linear or Conv1D in numbered blocks; name the weights yourself")
+    return names
+
+
+class _Places:
+    """Where gates may be: sizes of the layers, and the heads and neurons all of whose layers are among them."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.sizes = {name: weight_size(model.get_submodule(name)) for name in names}
+        self.biases = {name: model.get_submodule(name).bias is not None for name in names}
+        attentions, mlps = structures(model)
+        self.attentions = [
+            a for a in attentions if {p.module for p in (a.query, a.key, a.value)} | {a.output} <= set(names)
+        ]
+        self.mlps = [mlp for mlp in mlps if {p.module for p in mlp.inputs} | {mlp.output} <= set(names)]
+
+    def vectors(self, granularity: str) -> list[Vector]:
+        """Which gates there are, one vector after another."""
+        wanted: list[tuple[str, str, int, int]] = []
+        if granularity == "row+column":
+            for name, (m, n) in self.sizes.items():
+                wanted += [(name, "rows", m, 1), (name, "columns", n, 1)]
+        for part, there in (("head", self.attentions), ("mlp", self.mlps)):
+            if part in granularity and not there:
+                raise ValueError(
+                    f'granularity {granularity!r}: the targets hold no {part} of a known structure; take "row+column"'
+                )
+        if "head" in granularity:
+            wanted += [(a.output, "columns", a.groups, a.query_rows) for a in self.attentions]
+        if "mlp" in granularity:
+            wanted += [(mlp.output, "columns", mlp.neurons, 1) for mlp in self.mlps]
+        vectors, start = [], 0
+        for layer, side, count, group in wanted:
+            vectors.append(Vector(layer, side, start, count, group))
+            start += count
+        return vectors
+
+    def elements(self, vectors: list[Vector]) -> Tensor:
+        """[gates]: how many parameters go with each gate, if it alone is closed."""
+        rows = {name: torch.full((m,), float(n + self.biases[name])) for name, (m, n) in self.sizes.items()}
+        columns = {name: torch.full((n,), float(m)) for name, (m, n) in self.sizes.items()}
+        found = {"rows": {k: x.clone() for k, x in rows.items()}, "columns": {k: x.clone() for k, x in columns.items()}}
+        heads = {}
+        for a in self.attentions:
+            q, k, v = (rows[p.module][_places(p)].view(a.groups, -1) for p in (a.query, a.key, a.value))
+            out = columns[a.output].view(a.groups, -1, a.kv_rows)
+            heads[a.output] = torch.stack([x.flatten(1).sum(1) for x in (q, k, v, out)]).sum(0)
+            found["rows"][a.value.module][_places(a.value)] = (v + out.sum(1)).flatten()
+            if out.shape[1] == 1:  # else a dimension of the value has other readers
+                found["columns"][a.output] = (v + out[:, 0]).flatten()
+                if not a.rotary:
+                    for part in (a.query, a.key):
+                        found["rows"][part.module][_places(part)] = (q + k).flatten()
+        for mlp in self.mlps:
+            whole = columns[mlp.output] + sum(rows[part.module][_places(part)] for part in mlp.inputs)
+            found["columns"][mlp.output] = whole
+            for part in mlp.inputs:
+                found["rows"][part.module][_places(part)] = whole
+        return torch.cat(
+            [heads[v.layer] if v.layer in heads and v.group > 1 else found[v.side][v.layer] for v in vectors]
+        )
+
+
+def _places(part: Part) -> Any:
+    return slice(None) if part.rows is None else part.rows
+
+
+def _check_reach(planner: Planner, vectors: list[Vector], target: float) -> None:
+    rows = {v.layer: torch.zeros(v.count, dtype=torch.bool) for v in vectors if v.side == "rows"}
+    columns = {v.layer: torch.zeros(v.count * v.group, dtype=torch.bool) for v in vectors if v.side == "columns"}
+    reach = planner.count(rows, columns) / planner.total
+    if reach < target:
+        raise ValueError(
+            f"target: these gates can remove {reach:.1%} of the targets' parameters, {target:.1%} is asked"
+        )

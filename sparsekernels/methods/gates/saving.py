@@ -1,0 +1,104 @@
+"""A compressed model in a folder, and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from ...cutting import Cut, Cuts, cut
+from ...files import load_tensors, reading, save_tensors
+
+CUTS, WEIGHTS, CONFIG = "cuts.safetensors", "model.safetensors", "config.json"
+SIDES = ("inputs", "columns", "outputs", "rows")
+
+
+def save_pretrained(model: nn.Module, cuts: Cuts, folder: str | Path) -> None:
+    """Write config.json, model.safetensors and cuts.safetensors into a folder, which is made if it is not there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
+            config: Any = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(partial)
+        save_model(model, str(Path(partial) / WEIGHTS))
+        tensors = {
+            f"{i}.{side}": getattr(part, side)
+            for i, part in enumerate(cuts.modules.values())
+            for side in SIDES
+            if getattr(part, side) is not None
+        }
+        plan = {
+            "modules": [[name, *part.shape] for name, part in cuts.modules.items()],
+            "attributes": cuts.attributes,
+            "total": cuts.total,
+            "removed": cuts.removed,
+            "model": type(model).__name__,
+        }
+        save_tensors(Path(partial) / CUTS, tensors, {"sparsekernels": "cuts", "cuts": json.dumps(plan)})
+        for path in Path(partial).iterdir():
+            os.replace(path, folder / path.name)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a compressed model that `Compressed.save_pretrained` wrote; in eval mode if it is made here.
+
+    Args:
+        folder: where it lies.
+        model: one of the original architecture, cut in place and filled; its weights do not matter. None: made from
+            config.json, which transformers models have.
+
+    Raises:
+        FileNotFoundError: no such folder or file. ValueError: a damaged file, one of something else, or a model of
+            another architecture; the model is unchanged then, unless only weights that are not cut do not fit.
+    """
+    folder = Path(folder)
+    tensors, metadata = load_tensors(folder / CUTS, "cuts")
+    with reading(folder / CUTS):
+        plan = json.loads(metadata["cuts"])
+        modules = {
+            name: Cut(**{side: tensors.get(f"{i}.{side}") for side in SIDES}, shape=(m, n))
+            for i, (name, m, n) in enumerate(plan["modules"])
+        }
+        cuts = Cuts(modules, plan["attributes"], plan["total"], plan["removed"])
+    if not (folder / WEIGHTS).exists():
+        raise FileNotFoundError(f"no file {folder / WEIGHTS}")
+    try:
+        with safe_open(str(folder / WEIGHTS), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or truncated: {error}") from error
+    if model is None:
+        model = _made(folder).eval()
+    cut(model, cuts)
+    try:
+        missing, unexpected = load_model(model, str(folder / WEIGHTS), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model: {error}") from error
+    if missing or unexpected:
+        wrong = ", ".join([*missing, *unexpected][:3])
+        raise ValueError(f"{folder / WEIGHTS} and the model do not hold the same tensors: {wrong}")
+    return model
+
+
+def _made(folder: Path) -> nn.Module:
+    """A model as config.json describes it, with any weights."""
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"no file {folder / CONFIG}: give load() a model of the original architecture")
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    architecture = (config.architectures or [""])[0]
+    made = getattr(transformers, architecture, None)
+    if made is None:
+        raise ValueError(f"{folder / CONFIG} names {architecture!r}, which transformers does not have; give a model")
+    return made._from_config(config, dtype=config.dtype or torch.float32)  # type: ignore[no-any-return]

@@ -1,0 +1,376 @@
+"""A model under gates: its penalty and schedule in training, and the smaller model at the end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...cutting import Cuts, Planner, cut
+from ...gated_linear import Gating, LayerGates, put_back, ungate
+from ...ops import gate_probabilities, gate_values
+from .saving import save_pretrained
+from .schedule import Importance, Schedule, price
+
+EVERY = 10  # steps between two looks at the price
+# By kind: the logit of a gate that is open, beyond which none goes; of one that is shut, likewise; learning rate.
+OPEN = {"stg": 1.0, "finegates": 1.5, "hard_concrete": 3.0}
+SHUT = {"stg": -1.0, "finegates": -1.5, "hard_concrete": -4.0}
+RATES = {"stg": 0.05, "finegates": 0.08, "hard_concrete": 0.15}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """The gates of one side of a layer: `count` of them from `start` in the vector of all, `group` positions each."""
+
+    layer: str
+    side: str  # "rows" or "columns"
+    start: int
+    count: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A parameter as it was found: whether it was trained, and its value if it is trained now."""
+
+    parameter: nn.Parameter
+    trained: bool
+    value: Tensor | None
+
+    def put_back(self) -> None:
+        self.parameter.requires_grad_(self.trained)
+        self.parameter.grad = None
+        if self.value is not None:
+            with torch.no_grad():
+                self.parameter.copy_(self.value)
+
+
+class _Wrong(torch.autograd.Function):
+    """Sum over gates of |weight| times the probability of the state that the weight's sign is against."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, gating: Gating, *logits: Tensor) -> Tensor:
+        share, slopes = gate_probabilities(logits, kind=gating.kind, noise=gating.noise)
+        ctx.sizes = [len(each) for each in logits]
+        ctx.save_for_backward(weights * slopes)
+        return (weights.clamp_min(0) * share - weights.clamp_max(0) * (1 - share)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, None, *(grads[0] * gradient).split(ctx.sizes)
+
+
+class Gates:
+    """What `attach` returns: the gates of a model, what else trains, and the ways out.
+
+    The model stays the object it was; train it as before, with the penalty added to the loss and `step()` called after
+    the optimizer's. As a context manager it gives the model back on leaving, unless that was compressed.
+
+    Attributes:
+        model: the model. schedule: when which share is to be gone.
+        steps: how often `step` was called. price: what closing is worth by now, in importance; gates below it close.
+        settled: whether gates are fixed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, LayerGates],
+        vectors: list[Vector],
+        planner: Planner,
+        elements: Tensor,
+        gating: Gating,
+        schedule: Schedule,
+        found: Mapping[str, Found],
+        head: set[str],
+    ) -> None:
+        self.model, self.schedule = model, schedule
+        self.steps, self.price, self.settled = 0, 0.0, False
+        self._layers, self._head = dict(layers), head
+        self._vectors, self._planner, self._gating, self._found = vectors, planner, gating, found
+        self._importance = Importance(elements)
+        self._weights = torch.zeros_like(elements)
+
+    # Training.
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All that trains: gates, low-rank factors, and the model's biases, norms and head."""
+        self._check_in_use()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The same without names."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def param_groups(
+        self, lr: float = 1e-3, *, gate_lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Groups for AdamW, one for each rate.
+
+        Args:
+            lr: of biases and norms; `lora_A` has half of it, `lora_B` four times it (LoRA+, Hayou et al., arXiv
+                2402.12354).
+            gate_lr: of the gates, whose logits have a way of about 2 (stg) to go; None: 0.05, finegates 0.08,
+                hard_concrete 0.15.
+            head_lr: of the task head; None: lr.
+            weight_decay: of low-rank factors and of matrices in the head; all else has none.
+        """
+        rate = RATES[self._gating.kind] if gate_lr is None else gate_lr
+        found: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            last = name.rpartition(".")[2]
+            if name.endswith((".gates.rows", ".gates.columns")):
+                key = (rate, 0.0)
+            elif last in ("lora_A", "lora_B"):
+                key = (lr * (0.5 if last == "lora_A" else 4), weight_decay)
+            else:
+                own = head_lr if head_lr is not None and name in self._head else lr
+                key = (own, weight_decay if parameter.dim() > 1 else 0.0)
+            found.setdefault(key, []).append(parameter)
+        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in found.items()]
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss of each batch: 0 before the first gate is to close, and after they have settled.
+
+        A gate with importance s is to close if s is below the price, and to stay open if it is above. The penalty is
+        the sum of |(price - s) / (price + s)| times the probability of the opposite, over all gates: nearly 0 once
+        gates are where they should be. Ours; papers have the sum of P(open) times a constant. The price stands for
+        their lambda: `step` raises it until what is below it is the share that is wanted by then.
+        """
+        self._check_in_use()
+        logits = self._logits()
+        if self.settled or self.price == 0:
+            return logits[0].new_zeros(())
+        result: Tensor = _Wrong.apply(self._weights.to(logits[0].device), self._gating, *logits)
+        return result
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Go on by a step of the schedule; call it after `optimizer.step()`, once each.
+
+        It takes in what backward left of the gates' gradients, keeps logits within their range, looks every 10 steps
+        which price removes the share that is wanted by now, counted as `compress` will, and settles in the end.
+        """
+        self._check_in_use()
+        self.steps += 1
+        if self.settled:
+            return
+        self._importance.add(self._take_gradients())
+        kind = self._gating.kind
+        for logits in self._logits():
+            logits.clamp_(SHUT[kind], OPEN[kind])
+        if self.schedule.settles(self.steps):
+            self.settle()
+        elif self.steps % EVERY == 0:
+            wanted = self.schedule.wanted(self.steps)
+            if wanted > 0:
+                scores = self._importance.values()
+                self.price, _ = price(scores, self._removed, wanted)
+                self._weights = (self.price - scores) / (self.price + scores).clamp_min(1e-38)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Fix the gates: as many as remove the share that was asked are shut, all others stay as open as they are.
+
+        Those that are shut already come first, then those of least importance; noise ends, and gates train no more.
+        `step` does it in time; what else trains goes on adapting to it.
+        """
+        self._check_in_use()
+        closed = torch.cat([gate_values(x, kind=self._gating.kind, noise=1.0)[0] for x in self._logits()]).cpu() == 0
+        scores = self._importance.values()
+        order = torch.empty_like(scores)
+        order[torch.argsort(torch.where(closed, -1 / (1 + scores), scores), stable=True)] = torch.arange(
+            len(scores), dtype=scores.dtype
+        )
+        _, stays = price(order, self._removed, self.schedule.target)
+        kind = self._gating.kind
+        for vector, logits in zip(self._vectors, self._logits(), strict=True):
+            part = slice(vector.start, vector.start + vector.count)
+            keep, was = stays[part].to(logits.device), closed[part].to(logits.device)
+            logits[~keep] = SHUT[kind]
+            logits[keep & was] = OPEN[kind]
+        self._fix()
+
+    def removed(self) -> float:
+        """The share of the gated layers' parameters that `compress` would remove now."""
+        return self._removed(self._open())
+
+    def open_gates(self) -> dict[str, dict[str, Tensor]]:
+        """Layer -> {"rows" or "columns": values in [0, 1] without noise}, on the CPU."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for vector, logits in zip(self._vectors, self._logits(), strict=True):
+            values, _ = gate_values(logits, kind=self._gating.kind, noise=self._gating.noise)
+            found.setdefault(vector.layer, {})[vector.side] = values.cpu()
+        return found
+
+    # The ways out.
+
+    @torch.no_grad()
+    def compress(self) -> Compressed:
+        """Cut closed gates out, fold the others into the weights: the model, changed in place, is smaller and plain.
+
+        Neurons and heads go as a whole; rows and columns that go by themselves leave a `CompactLinear`. In evaluation
+        the outputs are those of the gated model, but for rounding. Gates that have not settled are taken as they are.
+
+        Memory: the smaller layers beside the original ones, until all are made. The model is unchanged if that fails.
+        """
+        self._check_in_use()
+        if not self.settled:
+            warnings.warn(
+                f"compressing after {self.steps} of {self.schedule.steps} steps: {self.removed():.1%} of "
+                f"{self.schedule.target:.1%} will be removed; settle() removes the rest",
+                stacklevel=2,
+            )
+        rows, columns = self._masks(self._open())
+        cuts = self._planner.plan(rows, columns)
+        modules: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._planner.names}
+        taken = {name: ungate(modules[name]) for name in self._layers}
+
+        def folded(name: str) -> tuple[Tensor, Tensor | None]:
+            module = modules[name]
+            if name in taken:
+                return taken[name].folded(module.weight, module.bias)
+            return (module.weight if isinstance(module, nn.Linear) else module.weight.T), module.bias
+
+        try:
+            cut(self.model, cuts, folded)
+        except BaseException:
+            for name, gates in taken.items():
+                put_back(modules[name], gates)
+            raise
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._found[name].trained if name in self._found else True)
+        self._layers = {}
+        return Compressed(self.model, cuts)
+
+    def restore(self) -> nn.Module:
+        """Give the model back as it was found, bit for bit: no gates, biases, norms and head as before. Returns it."""
+        if self._layers:
+            for name in self._layers:
+                ungate(self.model.get_submodule(name))
+            for found in self._found.values():
+                found.put_back()
+            self._layers = {}
+        return self.model
+
+    def __enter__(self) -> Gates:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    # Stopping and going on.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on by itself beside the model's state_dict, which holds the gates: steps, importance, price."""
+        return {
+            "steps": self.steps,
+            "settled": self.settled,
+            "price": self.price,
+            "weights": self._weights.clone(),
+            "squares": self._importance.squares.clone(),
+            "seen": self._importance.seen.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: the state is of other gates. Nothing has changed then.
+        """
+        if state["squares"].shape != self._importance.squares.shape:
+            raise ValueError(
+                f"state is of {len(state['squares'])} gates, the model has {len(self._importance.squares)}"
+            )
+        self.steps, self.price = int(state["steps"]), float(state["price"])
+        self._weights = state["weights"].clone()
+        self._importance.squares, self._importance.seen = state["squares"].clone(), state["seen"].clone()
+        if state["settled"]:
+            self._fix()
+
+    # Inside.
+
+    def _check_in_use(self) -> None:
+        if not self._layers:
+            raise RuntimeError("the model has no gates any more: it was compressed or restored; attach() anew")
+
+    def _logits(self) -> list[Tensor]:
+        return [getattr(self._layers[vector.layer], vector.side) for vector in self._vectors]
+
+    def _open(self) -> Tensor:
+        """[gates], bool, on the CPU: which are open in evaluation."""
+        gating = self._gating
+        values = [gate_values(logits, kind=gating.kind, noise=gating.noise)[0] for logits in self._logits()]
+        return torch.cat(values).cpu() > 0
+
+    def _masks(self, is_open: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By layer, which rows and columns are open."""
+        found: dict[str, dict[str, Tensor]] = {"rows": {}, "columns": {}}
+        for vector in self._vectors:
+            mask = is_open[vector.start : vector.start + vector.count]
+            found[vector.side][vector.layer] = mask.repeat_interleave(vector.group) if vector.group > 1 else mask
+        return found["rows"], found["columns"]
+
+    def _removed(self, is_open: Tensor) -> float:
+        return self._planner.count(*self._masks(is_open)) / self._planner.total
+
+    def _take_gradients(self) -> Tensor:
+        """[gates], on the CPU: gradients by the values of gates since the last call, averaged over processes."""
+        found = []
+        for vector in self._vectors:
+            probe = self._layers[vector.layer].probes.get(vector.side)
+            gradient = None if probe is None else probe.grad
+            found.append(torch.zeros(vector.count) if gradient is None else gradient)
+            if probe is not None:
+                probe.grad = None
+        device = next((x.device for x in found if x.device.type != "cpu"), torch.device("cpu"))
+        flat = torch.cat([x.to(device, torch.float32) for x in found])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+        return flat.cpu()
+
+    def _fix(self) -> None:
+        self.settled = True
+        self._gating.stochastic = self._gating.probing = False
+        for logits in self._logits():
+            logits.requires_grad_(False)
+            logits.grad = None
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` returns.
+
+    Attributes:
+        model: the smaller model; all of its modules are plain but for `CompactLinear`.
+        cuts: where it was cut; `cuts.removed` of `cuts.total` parameters of the gated layers are gone.
+    """
+
+    model: nn.Module
+    cuts: Cuts
+
+    @property
+    def removed(self) -> float:
+        """The share of the gated layers' parameters that is gone."""
+        return self.cuts.removed / self.cuts.total
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a folder, for `load`: config.json (of transformers models), weights, cuts.
+
+        Each file is written atomically.
+        """
+        save_pretrained(self.model, self.cuts, folder)
