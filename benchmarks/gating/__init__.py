@@ -1,0 +1,1 @@
+"""What gates.py is made of."""
