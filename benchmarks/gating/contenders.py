@@ -189,7 +189,9 @@ def latencies(
     for name, folder in folders.items():
         models[name] = sk.methods.gates.load(folder, copy.deepcopy(model)).eval()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, model.config.vocab_size, shape, generator=generator)  # type: ignore[union-attr]
+    settings: Any = model.config
+    texts, tokens = shape[0], min(shape[1], settings.max_position_embeddings)
+    ids = torch.randint(settings.vocab_size, (texts, tokens), generator=generator)
     inputs = to_device({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, config.device)
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
