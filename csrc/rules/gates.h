@@ -126,8 +126,11 @@ SK_RULE Gate<S> draw_gate(S logit, S noise, uint32_t first, uint32_t second) {
     if (drawn) before += noise * (gate_root(S(-2) * gate_log(u)) * gate_cos(v));
     slope = kind == kFineGates ? S(1) - mean * mean : S(1);
   }
-  const S value = before < S(0) ? S(0) : before > S(1) ? S(1) : before;
-  return {value, before > S(0) && before < S(1) ? slope : S(0)};
+  // One condition at a time, NaN failing each: GCC makes no vectors of two.
+  slope = before > S(0) ? slope : S(0);
+  slope = before < S(1) ? slope : S(0);
+  before = before < S(0) ? S(0) : before;
+  return {before > S(1) ? S(1) : before, slope};
 }
 
 // The chance of a gate to be more than 0. `shift` is noise * ln(0.1 / 1.1).
