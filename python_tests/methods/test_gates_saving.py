@@ -87,6 +87,17 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged"):
         sk.methods.gates.load(tmp_path, model)
     assert_same(model, before)
+    second = compressed(transformer("bert"))
+    second.save_pretrained(tmp_path / "second")
+    weights.write_bytes((tmp_path / "second" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="two saves"):
+        sk.methods.gates.load(tmp_path, model)
+    other = transformer("bert")
+    other.classifier = nn.Linear(16, 5)
+    before_other = snapshot(other)
+    with pytest.raises(ValueError, match="'classifier.weight' is"):
+        sk.methods.gates.load(tmp_path / "second", other)
+    assert_same(other, before_other)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="model"):
         sk.methods.gates.load(tmp_path, model)

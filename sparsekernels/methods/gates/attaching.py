@@ -15,8 +15,9 @@ from ...names import default_head, default_targets, matching
 from ...ops.gates.checks import Kind
 from ...pairs import kind_of
 from ...structures import Part, structures, weight_size
+from .parts import OPEN, Found, Vector
 from .schedule import Schedule
-from .training import OPEN, Found, Gates, Vector
+from .training import Gates
 
 GRANULARITIES = ("row+column", "head", "mlp", "head+mlp")
 NOISES = {"stg": 0.5, "finegates": 0.5, "hard_concrete": 2 / 3}

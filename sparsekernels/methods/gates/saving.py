@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ def save_pretrained(model: nn.Module, cuts: Cuts, folder: str | Path) -> None:
         if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
             config: Any = copy.deepcopy(model.config)
             config.architectures = [type(model).__name__]
+            config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
             config.save_pretrained(partial)
-        save_model(model, str(Path(partial) / WEIGHTS))
+        mark = {"sparsekernels": uuid.uuid4().hex}  # of a save: what two of them left is not mixed up
+        save_model(model, str(Path(partial) / WEIGHTS), mark)
         tensors = {
             f"{i}.{side}": getattr(part, side)
             for i, part in enumerate(cuts.modules.values())
@@ -44,7 +47,11 @@ def save_pretrained(model: nn.Module, cuts: Cuts, folder: str | Path) -> None:
             "removed": cuts.removed,
             "model": type(model).__name__,
         }
-        save_tensors(Path(partial) / CUTS, tensors, {"sparsekernels": "cuts", "cuts": json.dumps(plan)})
+        save_tensors(
+            Path(partial) / CUTS,
+            tensors,
+            {"sparsekernels": "cuts", "cuts": json.dumps(plan), "weights": mark["sparsekernels"]},
+        )
         for path in Path(partial).iterdir():
             os.replace(path, folder / path.name)
 
@@ -59,7 +66,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such folder or file. ValueError: a damaged file, one of something else, or a model of
-            another architecture; the model is unchanged then, unless only weights that are not cut do not fit.
+            another architecture; the model is unchanged then, unless it lacks
+            some of the weights only.
     """
     folder = Path(folder)
     tensors, metadata = load_tensors(folder / CUTS, "cuts")
@@ -73,17 +81,22 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not (folder / WEIGHTS).exists():
         raise FileNotFoundError(f"no file {folder / WEIGHTS}")
     try:
-        with safe_open(str(folder / WEIGHTS), framework="pt"):
-            pass
+        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+            mark = (file.metadata() or {}).get("sparsekernels")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or truncated: {error}") from error
+    if mark != metadata["weights"]:
+        raise ValueError(f"{folder / CUTS} and {WEIGHTS} are of two saves; save the model again")
     if model is None:
         model = _made(folder).eval()
+    for name, tensor in model.state_dict().items():
+        if name.rpartition(".")[0] not in modules and shapes.get(name, tensor.shape) != tensor.shape:
+            raise ValueError(
+                f"{name!r} is {list(shapes[name])} in {folder / WEIGHTS}, {list(tensor.shape)} in the model"
+            )
     cut(model, cuts)
-    try:
-        missing, unexpected = load_model(model, str(folder / WEIGHTS), strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model: {error}") from error
+    missing, unexpected = load_model(model, str(folder / WEIGHTS), strict=False)
     if missing or unexpected:
         wrong = ", ".join([*missing, *unexpected][:3])
         raise ValueError(f"{folder / WEIGHTS} and the model do not hold the same tensors: {wrong}")

@@ -14,58 +14,37 @@ from torch import Tensor, nn
 
 from ...cutting import Cuts, Planner, cut
 from ...gated_linear import Gating, LayerGates, put_back, ungate
-from ...ops import gate_probabilities, gate_values
+from ...ops import gate_values
+from .parts import OPEN, RATES, SHUT, Found, Vector, Wrong
 from .saving import save_pretrained
 from .schedule import Importance, Schedule, price
 
 EVERY = 10  # steps between two looks at the price
-# By kind: the logit of a gate that is open, beyond which none goes; of one that is shut, likewise; learning rate.
-OPEN = {"stg": 1.0, "finegates": 1.5, "hard_concrete": 3.0}
-SHUT = {"stg": -1.0, "finegates": -1.5, "hard_concrete": -4.0}
-RATES = {"stg": 0.05, "finegates": 0.08, "hard_concrete": 0.15}
 
 
 @dataclass(frozen=True)
-class Vector:
-    """The gates of one side of a layer: `count` of them from `start` in the vector of all, `group` positions each."""
+class Compressed:
+    """What `compress` returns.
 
-    layer: str
-    side: str  # "rows" or "columns"
-    start: int
-    count: int
-    group: int
+    Attributes:
+        model: the smaller model; all of its modules are plain but for `CompactLinear`.
+        cuts: where it was cut; `cuts.removed` of `cuts.total` parameters of the gated layers are gone.
+    """
 
+    model: nn.Module
+    cuts: Cuts
 
-@dataclass(frozen=True)
-class Found:
-    """A parameter as it was found: whether it was trained, and its value if it is trained now."""
+    @property
+    def removed(self) -> float:
+        """The share of the gated layers' parameters that is gone."""
+        return self.cuts.removed / self.cuts.total
 
-    parameter: nn.Parameter
-    trained: bool
-    value: Tensor | None
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a folder, for `load`: config.json (of transformers models), weights, cuts.
 
-    def put_back(self) -> None:
-        self.parameter.requires_grad_(self.trained)
-        self.parameter.grad = None
-        if self.value is not None:
-            with torch.no_grad():
-                self.parameter.copy_(self.value)
-
-
-class _Wrong(torch.autograd.Function):
-    """Sum over gates of |weight| times the probability of the state that the weight's sign is against."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, gating: Gating, *logits: Tensor) -> Tensor:
-        share, slopes = gate_probabilities(logits, kind=gating.kind, noise=gating.noise)
-        ctx.sizes = [len(each) for each in logits]
-        ctx.save_for_backward(weights * slopes)
-        return (weights.clamp_min(0) * share - weights.clamp_max(0) * (1 - share)).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return None, None, *(grads[0] * gradient).split(ctx.sizes)
+        Each file is written atomically.
+        """
+        save_pretrained(self.model, self.cuts, folder)
 
 
 class Gates:
@@ -152,7 +131,7 @@ class Gates:
         logits = self._logits()
         if self.settled or self.price == 0:
             return logits[0].new_zeros(())
-        result: Tensor = _Wrong.apply(self._weights.to(logits[0].device), self._gating, *logits)
+        result: Tensor = Wrong.apply(self._weights.to(logits[0].device), self._gating, *logits)
         return result
 
     @torch.no_grad()
@@ -349,28 +328,3 @@ class Gates:
         for logits in self._logits():
             logits.requires_grad_(False)
             logits.grad = None
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What `compress` returns.
-
-    Attributes:
-        model: the smaller model; all of its modules are plain but for `CompactLinear`.
-        cuts: where it was cut; `cuts.removed` of `cuts.total` parameters of the gated layers are gone.
-    """
-
-    model: nn.Module
-    cuts: Cuts
-
-    @property
-    def removed(self) -> float:
-        """The share of the gated layers' parameters that is gone."""
-        return self.cuts.removed / self.cuts.total
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model into a folder, for `load`: config.json (of transformers models), weights, cuts.
-
-        Each file is written atomically.
-        """
-        save_pretrained(self.model, self.cuts, folder)

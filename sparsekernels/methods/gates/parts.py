@@ -1,0 +1,60 @@
+"""What `Gates` is made of: vectors of gates, their penalty, and parameters as they were found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...gated_linear import Gating
+from ...ops import gate_probabilities
+
+# By kind: the logit of a gate that is open, beyond which none goes; of one that is shut, likewise; learning rate.
+OPEN = {"stg": 1.0, "finegates": 1.5, "hard_concrete": 3.0}
+SHUT = {"stg": -1.0, "finegates": -1.5, "hard_concrete": -4.0}
+RATES = {"stg": 0.05, "finegates": 0.08, "hard_concrete": 0.15}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """The gates of one side of a layer: `count` of them from `start` in the vector of all, `group` positions each."""
+
+    layer: str
+    side: str  # "rows" or "columns"
+    start: int
+    count: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A parameter as it was found: whether it was trained, and its value if it is trained now."""
+
+    parameter: nn.Parameter
+    trained: bool
+    value: Tensor | None
+
+    def put_back(self) -> None:
+        self.parameter.requires_grad_(self.trained)
+        self.parameter.grad = None
+        if self.value is not None:
+            with torch.no_grad():
+                self.parameter.copy_(self.value)
+
+
+class Wrong(torch.autograd.Function):
+    """Sum over gates of |weight| times the probability of the state that the weight's sign is against."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, gating: Gating, *logits: Tensor) -> Tensor:
+        share, slopes = gate_probabilities(logits, kind=gating.kind, noise=gating.noise)
+        ctx.sizes = [len(each) for each in logits]
+        ctx.save_for_backward(weights * slopes)
+        return (weights.clamp_min(0) * share - weights.clamp_max(0) * (1 - share)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, None, *(grads[0] * gradient).split(ctx.sizes)
