@@ -23,6 +23,7 @@ forward time), _open.png (open gates of each layer).
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,9 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         whole = config(contenders[0], seeds[0], threads=None)
         content["latency"] = in_fresh_process(latencies, folders, whole, task, (32, 64), args.rounds)
         first = [next(c for c in contenders if c.name == name) for name in dict.fromkeys(c.name for c in contenders)]
-        content["step_times"] = in_fresh_process(step_times, first, whole, task, args.rounds)
+        content["step_times"] = in_fresh_process(step_times, first, whole, task, 10 * math.ceil(args.rounds / 5))
         write_json(args.out, content)
-    except (DataError, ModelError) as error:
+    except (DataError, ModelError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     text = report.markdown(content)

@@ -62,3 +62,35 @@ def test_two_processes(tmp_path: Path) -> None:
         for key, value in tuned.model.state_dict().items():
             assert torch.equal(states[0][key], states[1][key]), f"{key} differs between the processes"
             assert torch.allclose(states[0][key], value, rtol=1e-5, atol=1e-6), key
+
+
+def gated_work(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/gates", rank=rank, world_size=world)
+    try:
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+        gates = sk.methods.gates.attach(net, 0.4, 20)
+        run = DistributedDataParallel(net)
+        optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-2))
+        torch.manual_seed(rank)  # each its own texts and noise
+        for _ in range(20):
+            (run(torch.randn(5, 8)).square().mean() + gates.penalty()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            gates.step()
+        torch.save([net.state_dict(), gates.state_dict(), gates.removed()], f"{folder}/gates{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_gates_of_two_processes_agree(tmp_path: Path) -> None:
+    """And go on after they have settled."""
+    torch.multiprocessing.spawn(gated_work, args=(2, str(tmp_path)), nprocs=2)
+    (model, state, removed), (other, other_state, _) = (
+        torch.load(tmp_path / f"gates{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    assert state["settled"]
+    assert removed >= 0.4
+    for ours, theirs in ((model, other), (state, other_state)):
+        for key, value in ours.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key

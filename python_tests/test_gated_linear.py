@@ -139,7 +139,7 @@ def test_gradient_by_the_value_also_where_gates_are_open() -> None:
     with torch.no_grad():
         module.gates.rows[:3], module.gates.columns[:3] = 2.0, -2.0
     module.train()
-    module.gates.gating.stochastic = False
+    module.gates.gating.noise = 1e-6
     x, dy = data()
     ours = found(module, x, dy)
     assert ours["gates.rows"][:3].eq(0).all()

@@ -21,14 +21,14 @@ class Gating:
 
     Attributes:
         kind, noise: as in `sk.ops.gate_values`.
-        stochastic: whether gates are noisy in train mode; they never are in eval mode.
         probing: whether backward also leaves dL/dz of every open gate in `probes` of its layer.
+        settled: gates have no noise and a gradient of zero, in train mode too; in eval mode there never is noise.
     """
 
     kind: Kind
     noise: float
-    stochastic: bool = True
     probing: bool = False
+    settled: bool = False
 
 
 SIDES = ("rows", "columns")
@@ -48,12 +48,14 @@ class _Gated(torch.autograd.Function):
         transposed: bool, gating: Gating, group: int, scale: float,
     ) -> Tensor:  # fmt: skip
         ctx.options = (gating.kind, gating.noise, transposed, group, scale)
+        ctx.settled = gating.settled
         needed = ctx.needs_input_grad
         if needed[1]:
             raise RuntimeError("the weight of a gated layer must stay frozen; call requires_grad_(False) on it")
         folded, shift = _fold(x.dtype, weight, bias, rows, columns, a, b, key, *ctx.options)
         y = _linear(x, folded, shift, transposed)
-        keep_x, keep_y = needed[4] or needed[5] or needed[6] or needed[8], needed[3] or needed[7]
+        keep_x = needed[5] or needed[6] or (not gating.settled and (needed[4] or needed[8]))
+        keep_y = not gating.settled and (needed[3] or needed[7])
         ctx.save_for_backward(
             x if keep_x else None, y if keep_y else None, weight, bias, rows, columns, a, b, key
         )  # fmt: skip
@@ -62,11 +64,20 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _Gated._backward(ctx, grads)
+
+    @staticmethod
+    def _backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, rows, columns, a, b, key = ctx.saved_tensors
         kind, noise, transposed, group, scale = ctx.options
         draw: dict[str, Any] = {"kind": kind, "noise": noise, "key": key}
-        needed, dy = ctx.needs_input_grad, _matrix(grads[0])
+        needed, dy = list(ctx.needs_input_grad), _matrix(grads[0])
         out: list[Tensor | None] = [None] * 14
+        if ctx.settled:
+            sides = zip((rows, columns), needed[3:5], strict=True)
+            out[3:5] = [torch.zeros_like(logits) if want else None for logits, want in sides]
+            needed[3] = needed[4] = needed[7] = needed[8] = False
         if needed[0] or needed[4] or needed[8]:
             folded, _ = _fold(dy.dtype, weight, None, rows, columns, a, b, key, *ctx.options)
             dx = dy @ (folded.T if transposed else folded)
@@ -88,7 +99,7 @@ class _Gated(torch.autograd.Function):
             out[5] = (outer.T @ _matrix(x)).to(a.dtype) * (scale if z_c is None else scale * z_c)
         if out[2] is not None:
             out[2] = out[2].to(bias.dtype) if needed[2] else None
-        return tuple(grad if want else None for grad, want in zip(out, needed, strict=True))
+        return tuple(grad if want else None for grad, want in zip(out, ctx.needs_input_grad, strict=True))
 
 
 def _fold(
@@ -98,8 +109,9 @@ def _fold(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """W', laid out as the weight, and b'; in `dtype`."""
     if a is not None and b is not None:
-        wide = weight.to(a.dtype)
-        weight = torch.addmm(wide, a.T, b.T, alpha=scale) if transposed else torch.addmm(wide, b, a, alpha=scale)
+        left, right = (a.T, b.T) if transposed else (b, a)
+        with torch.autocast(weight.device.type, enabled=False):  # a backward or compress() may be called within one
+            weight = torch.addmm(weight.to(a.dtype), left, right, alpha=scale)
     if bias is not None:
         bias = bias.to(weight.dtype)
     if rows is None and columns is None:
@@ -143,7 +155,7 @@ class LayerGates(nn.Module):
     def apply_to(self, layer: nn.Module, input: Tensor) -> Tensor:
         """The forward of the gated layer."""
         weight: Any = layer.weight
-        noisy = layer.training and self.gating.stochastic
+        noisy = layer.training and not self.gating.settled
         # From torch's generator: a forward that checkpointing runs again starts from the same state of it.
         key = torch.randint(2**63 - 1, (1,), device=input.device) if noisy else None
         device, dtype = input.device.type, input.dtype
@@ -171,7 +183,7 @@ class LayerGates(nn.Module):
         return [None if p is None else p.to(wide) for p in (self.rows, self.columns, self.lora_A, self.lora_B)]
 
     def _probe(self, name: str, logits: Tensor | None) -> Tensor | None:
-        if logits is None or not self.gating.probing:
+        if logits is None or not self.gating.probing or self.gating.settled:
             return None
         probe = self.probes.get(name)
         if probe is None or probe.device != logits.device:

@@ -17,11 +17,15 @@ def label(name: str, asked: float) -> str:
 
 
 def rows(content: Content) -> list[dict[str, Any]]:
-    """One a contender and share: means over the seeds that all contenders have."""
+    """One a contender and share: means over the seeds that all of them have."""
+    every: dict[tuple[str, float], set[int]] = {}
+    for run in content["runs"]:
+        every.setdefault((run["name"], run["asked"]), set()).add(run["seed"])
+    seeds = set.intersection(*every.values())
     dense = {run["seed"]: run["test"] for run in content["runs"] if run["name"] == "dense"}
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for run in content["runs"]:
-        if run["seed"] in dense:
+        if run["seed"] in seeds:
             found.setdefault((run["name"], run["asked"]), []).append(run)
     order = list(dict.fromkeys(name for name, _ in found))
     table = []

@@ -276,3 +276,82 @@ def test_no_warning_in_an_ordinary_run() -> None:
         gates = sk.methods.gates.attach(model, 0.3, 12)
         train(model, gates, "bert", 12)
         gates.compress()
+
+
+def test_all_that_gates_can_remove() -> None:
+    """The price is infinite then; nothing becomes NaN."""
+    model = transformer("bert")
+    gates = sk.methods.gates.attach(model, 0.25, 30, granularity="head")
+    reach = gates._removed(torch.zeros(len(gates._weights), dtype=torch.bool))
+    gates.restore()
+    gates = sk.methods.gates.attach(model, reach, 30, granularity="head")
+    train(model, gates, "bert", 30)
+    assert gates.removed() == reach
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    gates.compress()
+
+
+def test_settling_keeps_the_order_of_importance() -> None:
+    """However small the numbers are, and with more shut than asked for."""
+    model = transformer("bert")
+    gates = sk.methods.gates.attach(model, 0.3, 30)
+    importance = gates._importance
+    generator = torch.Generator().manual_seed(0)
+    scores = 1e-12 * torch.rand(len(importance.seen), generator=generator)
+    importance.squares, importance.seen = scores * importance.elements, torch.ones_like(scores)
+    with torch.no_grad():
+        for logits in gates._logits():
+            logits.fill_(-1.0)
+    gates.settle()
+    stays = gates._open()
+    assert 0.3 <= gates.removed() < 0.31
+    assert scores[stays].min() >= scores[~stays].max()
+
+
+def test_compressing_under_autocast_rounds_nothing() -> None:
+    model = transformer("bert")
+    gates = sk.methods.gates.attach(model, 0.3, 12, lora_rank=2)
+    train(model, gates, "bert", 12)
+    before = outputs(model, "bert")
+    with torch.autocast("cpu", torch.bfloat16):
+        gates.compress()
+    torch.testing.assert_close(outputs(model, "bert"), before, rtol=1e-5, atol=1e-5)
+
+
+def test_compressed_once() -> None:
+    model = transformer("bert")
+    gates = sk.methods.gates.attach(model, 0.3, 12, granularity="mlp")
+    gates.settle()
+    gates.compress()
+    with pytest.raises(ValueError, match="compressed already"):
+        sk.methods.gates.attach(model, 0.3, 12)
+
+
+def test_after_restore_nothing_works() -> None:
+    gates = sk.methods.gates.attach(transformer("bert"), 0.3, 12)
+    state = gates.state_dict()
+    gates.restore()
+    for call in (gates.penalty, gates.step, gates.settle, gates.removed, gates.open_gates, gates.compress):
+        with pytest.raises(RuntimeError, match="no gates any more"):
+            call()
+    with pytest.raises(RuntimeError, match="no gates any more"):
+        gates.load_state_dict(state)
+    settled = sk.methods.gates.attach(transformer("bert"), 0.3, 12)
+    settled.settle()
+    with pytest.raises(ValueError, match="not settled"):
+        settled.load_state_dict(state)
+
+
+def test_settled_gates_stay_under_an_optimizer_with_momentum() -> None:
+    model = transformer("bert")
+    gates = sk.methods.gates.attach(model, 0.3, 30)
+    optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
+    seen = []
+    for i in range(30):
+        (model(**batch("bert", seed=i)).loss + gates.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gates.step()
+        if gates.settled:
+            seen.append(torch.cat(gates._logits()).detach().clone())
+    assert all(torch.equal(seen[0], later) for later in seen)

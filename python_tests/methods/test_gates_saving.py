@@ -95,7 +95,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     other = transformer("bert")
     other.classifier = nn.Linear(16, 5)
     before_other = snapshot(other)
-    with pytest.raises(ValueError, match="'classifier.weight' is"):
+    with pytest.raises(ValueError, match=r"'classifier.weight' is"):
         sk.methods.gates.load(tmp_path / "second", other)
     assert_same(other, before_other)
     weights.unlink()

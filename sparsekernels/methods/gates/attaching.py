@@ -16,6 +16,7 @@ from ...ops.gates.checks import Kind
 from ...pairs import kind_of
 from ...structures import Part, structures, weight_size
 from .parts import OPEN, Found, Vector
+from .saving import COMPRESSED
 from .schedule import Schedule
 from .training import Gates
 
@@ -45,7 +46,9 @@ def attach(
             optimizer.step(); optimizer.zero_grad(); gates.step()
         gates.compress().save_pretrained(folder)
 
-    What trains: gates, low-rank factors if asked for, biases and norms of the blocks, and the head.
+    What trains: gates, low-rank factors if asked for, biases and norms of the blocks, and the head. If you clip
+    gradients, clip those of the other parameters: the penalty moves all gates at once, and its gradient is large. An
+    operation that changes the output of a gated layer in place raises in backward, for the output is kept.
 
     Args:
         model: any torch model; changed in place, undone by `restore()`.
@@ -93,6 +96,8 @@ def attach(
     refuse_sparsified(model)
     if any(isinstance(module, LayerGates) for module in model.modules()):
         raise ValueError("the model has gates already; call restore() or compress() on its Gates first")
+    if COMPRESSED in model.__dict__:
+        raise ValueError("the model is compressed already: its cuts could not be saved along with new ones")
     names = _layers(model, targets)
     planner = Planner(model, names)
     places = _Places(model, names)
@@ -101,6 +106,8 @@ def attach(
     parameters = dict(model.named_parameters())
     dense = set(matching(parameters, head, "head") if head is not None else default_head(model))
     gating = Gating(kind, noise, probing=True)
+    if len({p.device for p in parameters.values()}) > 1:
+        raise ValueError("the model lies on several devices; gates need it on one")
     _check_reach(planner, vectors, target)
 
     train = {
@@ -148,7 +155,8 @@ def _layers(model: nn.Module, targets: Iterable[str] | None) -> list[str]:
         )
     names = [name for name in names if name not in uncut]
     if not names:
-        raise ValueError("targets: the model has no Linear or Conv1D in numbered blocks; name the weights yourself")
+        why = "all of them share weights, have hooks, or are read by others" if uncut else "name the weights yourself"
+        raise ValueError(f"targets: the model has no Linear or Conv1D in numbered blocks that can be cut; {why}")
     return names
 
 

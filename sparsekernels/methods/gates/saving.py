@@ -18,6 +18,7 @@ from torch import nn
 from ...cutting import Cut, Cuts, cut
 from ...files import load_tensors, reading, save_tensors
 
+COMPRESSED = "_compressed_by_gates"  # an attribute of a model that was
 CUTS, WEIGHTS, CONFIG = "cuts.safetensors", "model.safetensors", "config.json"
 SIDES = ("inputs", "columns", "outputs", "rows")
 
@@ -96,6 +97,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{name!r} is {list(shapes[name])} in {folder / WEIGHTS}, {list(tensor.shape)} in the model"
             )
     cut(model, cuts)
+    model.__dict__[COMPRESSED] = True
     missing, unexpected = load_model(model, str(folder / WEIGHTS), strict=False)
     if missing or unexpected:
         wrong = ", ".join([*missing, *unexpected][:3])

@@ -16,7 +16,7 @@ from ...cutting import Cuts, Planner, cut
 from ...gated_linear import Gating, LayerGates, put_back, ungate
 from ...ops import gate_values
 from .parts import OPEN, RATES, SHUT, Found, Vector, Wrong
-from .saving import save_pretrained
+from .saving import COMPRESSED, save_pretrained
 from .schedule import Importance, Schedule, price
 
 EVERY = 10  # steps between two looks at the price
@@ -77,6 +77,7 @@ class Gates:
         self._vectors, self._planner, self._gating, self._found = vectors, planner, gating, found
         self._importance = Importance(elements)
         self._weights = torch.zeros_like(elements)
+        self._fixed: list[Tensor] = []
 
     # Training.
 
@@ -144,6 +145,8 @@ class Gates:
         self._check_in_use()
         self.steps += 1
         if self.settled:
+            for logits, fixed in zip(self._logits(), self._fixed, strict=True):
+                logits.copy_(fixed)  # an optimizer's momentum goes on for a while
             return
         self._importance.add(self._take_gradients())
         kind = self._gating.kind
@@ -151,28 +154,29 @@ class Gates:
             logits.clamp_(SHUT[kind], OPEN[kind])
         if self.schedule.settles(self.steps):
             self.settle()
-        elif self.steps % EVERY == 0:
+        elif self.steps % min(EVERY, self.schedule.steps // 10) == 0:
             wanted = self.schedule.wanted(self.steps)
             if wanted > 0:
                 scores = self._importance.values()
-                self.price, _ = price(scores, self._removed, wanted)
-                self._weights = (self.price - scores) / (self.price + scores).clamp_min(1e-38)
+                self.price, stays = price(scores, self._removed, wanted)
+                share = (self.price - scores) / (self.price + scores).clamp_min(1e-38)
+                self._weights = share if stays.any() else torch.ones_like(scores)  # the price is infinite
 
     @torch.no_grad()
     def settle(self) -> None:
         """Fix the gates: as many as remove the share that was asked are shut, all others stay as open as they are.
 
-        Those that are shut already come first, then those of least importance; noise ends, and gates train no more.
+        Those that are shut already come first, then those of least importance; what is shut beyond that share opens
+        again. Noise ends, and gates train no more.
         `step` does it in time; what else trains goes on adapting to it.
         """
         self._check_in_use()
         closed = torch.cat([gate_values(x, kind=self._gating.kind, noise=1.0)[0] for x in self._logits()]).cpu() == 0
-        scores = self._importance.values()
-        order = torch.empty_like(scores)
-        order[torch.argsort(torch.where(closed, -1 / (1 + scores), scores), stable=True)] = torch.arange(
-            len(scores), dtype=scores.dtype
-        )
-        _, stays = price(order, self._removed, self.schedule.target)
+        first = self._importance.values().argsort(stable=True)
+        first = first[(~closed[first]).to(torch.uint8).argsort(stable=True)]
+        place = torch.empty(len(first))
+        place[first] = torch.arange(len(first), dtype=place.dtype)
+        _, stays = price(place, self._removed, self.schedule.target)
         kind = self._gating.kind
         for vector, logits in zip(self._vectors, self._logits(), strict=True):
             part = slice(vector.start, vector.start + vector.count)
@@ -231,10 +235,11 @@ class Gates:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._found[name].trained if name in self._found else True)
         self._layers = {}
+        self.model.__dict__[COMPRESSED] = True
         return Compressed(self.model, cuts)
 
     def restore(self) -> nn.Module:
-        """Give the model back as it was found, bit for bit: no gates, biases, norms and head as before. Returns it."""
+        """Give the model back as it was found: no gates, all parameters bit for bit. Returns it."""
         if self._layers:
             for name in self._layers:
                 ungate(self.model.get_submodule(name))
@@ -270,10 +275,11 @@ class Gates:
         Raises:
             ValueError: the state is of other gates. Nothing has changed then.
         """
-        if state["squares"].shape != self._importance.squares.shape:
-            raise ValueError(
-                f"state is of {len(state['squares'])} gates, the model has {len(self._importance.squares)}"
-            )
+        self._check_in_use()
+        if set(state) != set(self.state_dict()) or state["squares"].shape != self._importance.squares.shape:
+            raise ValueError(f"state is no state_dict() of {len(self._importance.squares)} gates, as the model has")
+        if self.settled and not state["settled"]:
+            raise ValueError("state is of gates that have not settled, these have; attach() anew and load into that")
         self.steps, self.price = int(state["steps"]), float(state["price"])
         self._weights = state["weights"].clone()
         self._importance.squares, self._importance.seen = state["squares"].clone(), state["seen"].clone()
@@ -287,6 +293,7 @@ class Gates:
             raise RuntimeError("the model has no gates any more: it was compressed or restored; attach() anew")
 
     def _logits(self) -> list[Tensor]:
+        self._check_in_use()
         return [getattr(self._layers[vector.layer], vector.side) for vector in self._vectors]
 
     def _open(self) -> Tensor:
@@ -315,7 +322,7 @@ class Gates:
             found.append(torch.zeros(vector.count) if gradient is None else gradient)
             if probe is not None:
                 probe.grad = None
-        device = next((x.device for x in found if x.device.type != "cpu"), torch.device("cpu"))
+        device = self._logits()[0].device
         flat = torch.cat([x.to(device, torch.float32) for x in found])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)
@@ -323,8 +330,5 @@ class Gates:
         return flat.cpu()
 
     def _fix(self) -> None:
-        self.settled = True
-        self._gating.stochastic = self._gating.probing = False
-        for logits in self._logits():
-            logits.requires_grad_(False)
-            logits.grad = None
+        self.settled = self._gating.settled = True
+        self._fixed = [logits.detach().clone() for logits in self._logits()]
