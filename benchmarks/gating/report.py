@@ -22,7 +22,7 @@ def rows(content: Content) -> list[dict[str, Any]]:
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for run in content["runs"]:
         found.setdefault((run["name"], run["asked"]), []).append(run)
-    order = list(dict.fromkeys(name for name, _ in found))
+    order = sorted(dict.fromkeys(name for name, _ in found), key=lambda name: name != "dense")
     table = []
     for (name, asked), runs in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         tests = [run["test"] for run in runs]
