@@ -3,8 +3,8 @@
 #pragma once
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
 
+#include "round.h"
 #include "rule.h"
 
 namespace sk {
@@ -12,22 +12,10 @@ namespace sk {
 enum GateKind { kStg, kFineGates, kHardConcrete, kGateKinds };
 constexpr double kGateLow = -0.1, kGateHigh = 1.1;  // what hard concrete gates stretch (0, 1) to, before they clamp
 
-SK_RULE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-SK_RULE uint32_t as_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
 // ln x of a normal x > 0: x = 2^e (1 + f), a polynomial in f (Cephes).
 SK_RULE float gate_log(float x) {
-  const int32_t e = int32_t(as_bits(x) - 0x3f3504f3u) >> 23;
-  const float f = as_float(as_bits(x) - (uint32_t(e) << 23)) - 1.0f, z = f * f;
+  const int32_t e = int32_t(bits_of(x) - 0x3f3504f3u) >> 23;
+  const float f = float_of(bits_of(x) - (uint32_t(e) << 23)) - 1.0f, z = f * f;
   float y = 7.0376836292e-2f;
   y = y * f - 1.1514610310e-1f;
   y = y * f + 1.1676998740e-1f;
@@ -53,7 +41,7 @@ SK_RULE float gate_exp(float x) {
   y = y * x + 4.1665795894e-2f;
   y = y * x + 1.6666665459e-1f;
   y = y * x + 5.0000001201e-1f;
-  return (y * (x * x) + x + 1.0f) * as_float((as_bits(shifted) - 0x4b400000u + 127u) << 23);
+  return (y * (x * x) + x + 1.0f) * float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
 }
 SK_RULE double gate_exp(double x) { return exp(x); }
 

@@ -355,3 +355,13 @@ def test_settled_gates_stay_under_an_optimizer_with_momentum() -> None:
         if gates.settled:
             seen.append(torch.cat(gates._logits()).detach().clone())
     assert all(torch.equal(seen[0], later) for later in seen)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_elements_are_what_closing_a_gate_alone_removes(kind: str, granularity: str) -> None:
+    gates = sk.methods.gates.attach(transformer(kind), 0.1, 20, granularity=granularity)
+    elements = gates._importance.elements
+    for i in range(len(elements)):
+        stays = torch.arange(len(elements)) != i
+        assert gates._planner.count(*gates._masks(stays)) == elements[i], gates._vectors
