@@ -27,6 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FAMILIES = sorted({op.family for op in OPS})
 SHARED_BYTES = 48 * 1024  # what a kernel gets without asking
 ASKING = {"ks_kernel": 64 * 1024}  # two rows of 4096 keys of 64 bits; Triton asks, and sm_80 and sm_90 have as much
+pytestmark = pytest.mark.xdist_group("aot")  # all of them read what one process compiles
 
 
 def missing_tools() -> str | None:
