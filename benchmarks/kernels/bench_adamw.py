@@ -45,16 +45,17 @@ class Step(Problem):
 
     @property
     def compact(self) -> list[Tensor]:
-        return [take(grad, index) for grad, index in zip(self.grads, self.indices, strict=True)]
+        """In fp32, as the values are."""
+        return [take(grad, index).float() for grad, index in zip(self.grads, self.indices, strict=True)]
 
 
 @functools.lru_cache(maxsize=1)
-def tensors(shapes: Shapes) -> tuple[list[Tensor], list[Tensor]]:
+def tensors(shapes: Shapes, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and gradients; no gradient is near zero, where eps would tell one placement of it from another."""
     torch.manual_seed(0)
-    weights = [torch.randn(shape, device=DEVICE).mul_(0.02) for shape in shapes]
+    weights = [torch.randn(shape, device=DEVICE).mul_(0.02).to(dtype) for shape in shapes]
     grads = [torch.rand(shape, device=DEVICE).sub_(0.5) for shape in shapes]
-    return weights, [grad.add_(grad.sign(), alpha=0.1) for grad in grads]
+    return weights, [grad.add_(grad.sign(), alpha=0.1).to(dtype) for grad in grads]
 
 
 def oracle(values: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
@@ -68,12 +69,17 @@ def oracle(values: list[Tensor], grads: list[Tensor], weight_decay: float) -> li
     return [p.detach() for p in params]
 
 
-def make(shapes: Shapes, select: Callable[[tuple[int, ...]], sk.Index], gathered: bool = False) -> Step:
-    weights, grads = tensors(shapes)
+def make(
+    shapes: Shapes,
+    select: Callable[[tuple[int, ...]], sk.Index],
+    gathered: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Step:
+    weights, grads = tensors(shapes, dtype)
     torch.manual_seed(1)
     indices = [select(shape) for shape in shapes]
     numel, k = sum(w.numel() for w in weights), sum(index.numel for index in indices)
-    lines = sum(touched(index, 4) for index in indices)
+    lines = sum(touched(index, dtype.itemsize) for index in indices)
     index_bytes = sum(index.positions.numel() * index.positions.element_size() for index in indices)
     if gathered:
         moved, formula = 16 * k + index_bytes + 3 * lines, "moments 16 K + positions + lines of p (2x) and grad"
@@ -84,7 +90,8 @@ def make(shapes: Shapes, select: Callable[[tuple[int, ...]], sk.Index], gathered
     values = [take(w, index) for w, index in zip(weights, indices, strict=True)]
     compact = [take(grad, index) for grad, index in zip(grads, indices, strict=True)]
     shape = f"{len(shapes)} x {list(shapes[0])}"
-    return Step(shape, k / numel, "float32", moved, formula, oracle(values, compact, DECAY), weights, grads, indices)
+    name = str(dtype).removeprefix("torch.")
+    return Step(shape, k / numel, name, moved, formula, oracle(values, compact, DECAY), weights, grads, indices)
 
 
 def all_rows(shape: tuple[int, ...]) -> sk.Index:
@@ -98,13 +105,13 @@ def solved(step: Step, weights: list[Any], call: Callable[[], Any], **more: Any)
     return Contender(call, lambda: [take(w, index) for w, index in pairs], untouched, **more)
 
 
-def sparse_adamw(step: Step) -> Contender:
+def sparse_adamw(step: Step, **options: Any) -> Contender:
     model = nn.ParameterList(weight.clone() for weight in step.weights)
     weights = list(model.parameters())
     tuned = sk.sparsify(model, sk.Selection({str(i): index for i, index in enumerate(step.indices)}))
     for values, grad in zip(tuned.parameters(), step.compact, strict=True):
         values.grad = grad
-    optimizer = sk.SparseAdamW(tuned.parameters(), LR, (BETA1, BETA2), EPS, DECAY)
+    optimizer = sk.SparseAdamW(tuned.parameters(), LR, (BETA1, BETA2), EPS, DECAY, **options)
     return solved(step, weights, optimizer.step)
 
 
@@ -117,7 +124,7 @@ def sparse_adamw_gathered(step: Step) -> Contender:
 
 def compact_op(step: Step, backend: Any) -> Contender:
     weights = [weight.clone() for weight in step.weights]
-    values = [take(weight, index) for weight, index in zip(weights, step.indices, strict=True)]
+    values = [take(weight, index).float() for weight, index in zip(weights, step.indices, strict=True)]
     state, steps, chosen = _op_state(step)
     grads = step.compact
 
@@ -151,7 +158,7 @@ def dense_fused(step: Step) -> Contender:
 
 def compact_fused(step: Step) -> Contender:
     weights = [weight.clone() for weight in step.weights]
-    values = _params([take(w, index) for w, index in zip(weights, step.indices, strict=True)], step.compact)
+    values = _params([take(w, index).float() for w, index in zip(weights, step.indices, strict=True)], step.compact)
     optimizer = torch.optim.AdamW(values, LR, (BETA1, BETA2), EPS, DECAY, fused=True)
     places = [(addressed(w, index), positions(index)) for w, index in zip(weights, step.indices, strict=True)]
 
@@ -159,7 +166,7 @@ def compact_fused(step: Step) -> Contender:
     def call() -> None:
         optimizer.step()
         for (weight, chosen), value in zip(places, values, strict=True):
-            weight.index_copy_(0, chosen, value)
+            weight.index_copy_(0, chosen, value.to(weight.dtype))
 
     return solved(step, weights, call)
 

@@ -29,7 +29,7 @@ from sparsekernels.ops.backend import why_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STATES = ("warm", "cold")
-LINE = 64  # bytes that memory moves at least, on the CPU
+LINE = 32 if DEVICE.type == "cuda" else 64  # bytes that memory moves at least: a sector, a cache line
 
 
 class WrongResult(AssertionError):
@@ -190,6 +190,17 @@ def seconds(call: Callable[[], Any], repeat: int = 1) -> float:
     return (time.perf_counter() - start) / repeat
 
 
+def event_seconds(call: Callable[[], Any], rounds: int) -> list[float]:
+    """Times of single calls on a GPU, between events; nothing waits before the last."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for before, after in events:
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in events]
+
+
 def cache_bytes() -> int:
     """Size of the last-level cache."""
     if DEVICE.type == "cuda":
@@ -211,12 +222,15 @@ def evict() -> None:
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes per second of `copy_` between two tensors of 256 MiB, reads and writes both counted; measured once.
+    """Bytes per second of `copy_` between two tensors, reads and writes both counted; measured once.
 
-    A store that first fetches its line moves half as much again as is counted here: shares can be a little above 1.
+    They have 256 MiB each, on a GPU 2 GiB. On a CPU a store that first fetches its line moves half as much again as is
+    counted here: shares can be a little above 1.
     """
-    source = torch.zeros(2**26, device=DEVICE)
-    target = torch.zeros_like(source)
-    copy = synchronized(lambda: target.copy_(source))
-    times = sorted(seconds(copy) for _ in range(11))
-    return 2 * source.numel() * source.element_size() / times[5]
+    on_gpu = DEVICE.type == "cuda"
+    source = torch.rand(2**29 if on_gpu else 2**26, device=DEVICE)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(11):
+        times += event_seconds(lambda: target.copy_(source), 1) if on_gpu else [seconds(lambda: target.copy_(source))]
+    return 2 * source.numel() * source.element_size() / sorted(times)[5]

@@ -1,0 +1,208 @@
+"""Kernels at sizes of large models, against what this GPU allows: the table that `make gpu` writes.
+
+    python benchmarks/kernels/gpu.py                   on a machine with a GPU
+    python benchmarks/kernels/gpu.py --only topk       the rows with this in their name; written only where --out says
+    python benchmarks/kernels/gpu.py --floors          sizes, bytes and floors alone: needs no GPU
+    python benchmarks/kernels/gpu.py --small           tiny inputs, on a CPU too: to try the program out
+
+What is measured, and how floors are counted, is said in gpu_rows.py. Inputs are random and larger than the L2 cache.
+Every contender's result is checked, then it is timed between events on the device, call by call, and the median counts;
+what is too short for that is captured in a CUDA graph, whose replays are timed. Each backend that serves an op has a
+line, so that the slower one can go. The copy bandwidth is measured in the same run, by a copy of 2 GiB.
+
+Results: benchmarks/results/<name of the GPU>.json, written as each row is done, and .md. What fails, for want of memory
+or because its result is wrong, is noted there, and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import DEVICE, Problem, WrongResult, copy_bandwidth, event_seconds, seconds
+from gpu_rows import Row, rows
+from ratios import duration, machine, median, rounded, write
+from tqdm import tqdm
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+H200 = 4.3e12  # bytes a second that a copy moves on one NVIDIA H200: what floors are stated for where no GPU is
+BUDGET = 0.5  # seconds of timed calls for a contender
+IN_GRAPH = 50  # calls in a graph
+BACKENDS = ("native", "triton")
+
+
+def contenders(row: Row) -> list[str]:
+    """Ours as a user calls it, ours on each backend, and the alternatives."""
+    case = row.case
+    op = case.name.partition(",")[0]
+    each = [name for name in case.contenders if name in {f"{op} {backend}" for backend in BACKENDS}]
+    return [case.ours, *each, *case.versus]
+
+
+def timed(call: Callable[[], Any], in_graph: bool) -> list[float]:
+    if DEVICE.type == "cpu":
+        return [seconds(call) for _ in range(3)]
+    if not in_graph:
+        once = median(event_seconds(call, 3))
+        return event_seconds(call, int(min(200, max(5, BUDGET / once))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(IN_GRAPH):
+            call()
+    return [time / IN_GRAPH for time in event_seconds(graph.replay, 23)[3:]]
+
+
+def launches(call: Callable[[], Any]) -> int | None:
+    """How many kernels a call launches; None where that cannot be seen."""
+    if DEVICE.type == "cpu":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or []) or None
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """A record; what cannot run here, or computes something else, is noted in it and does not hide the rest."""
+    record: dict[str, Any] = {**stated(row), "floor_seconds": rounded(row.bytes / copy_bandwidth()), "contenders": []}
+    found: list[dict[str, Any]] = record["contenders"]
+    try:
+        problem: Problem = row.case.make()
+        record |= {"shape": problem.shape, "dtype": problem.dtype}
+    except RuntimeError as error:  # above all, memory
+        found.append(failed(row.case.ours, error))
+        return record
+    for name in contenders(row):
+        try:
+            contender, error = row.case.entrant(name, problem)
+            times = timed(contender.call, row.graph)
+            entry = {"name": name, "median_seconds": rounded(median(times)), "seconds": [rounded(t) for t in times]}
+            if row.graph:
+                entry["launches"] = launches(contender.call)
+            found.append({**entry, "max_error": rounded(error)})
+        except (RuntimeError, WrongResult) as failure:
+            found.append(failed(name, failure))
+        contender = None
+        free()
+    return judged(row, record)
+
+
+def failed(name: str, error: Exception) -> dict[str, Any]:
+    return {"name": name, "failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+def free() -> None:
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def judged(row: Row, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with what it amounts to: share of the floor's speed, times faster, bars met or missed."""
+    by_name = {each["name"]: each.get("median_seconds") for each in record["contenders"]}
+    ours = by_name[row.case.ours]
+    if ours is None:
+        return record
+    record["share_of_floor"] = rounded(record["floor_seconds"] / ours)
+    record["times_faster"] = {name: rounded(by_name[name] / ours) for name in row.case.versus if by_name[name]}
+    verdicts = {}
+    if row.share is not None:
+        verdicts[f"at least {row.share:.0%} of the floor's speed"] = record["share_of_floor"] >= row.share
+    if row.most is not None:
+        verdicts[f"at most {duration(row.most)}"] = ours <= row.most
+    for name, bar in row.case.versus.items():
+        if bar is not None and by_name[name]:
+            verdicts[f"at least {bar:g}x faster than {name}"] = by_name[name] / ours >= bar
+    return {**record, "bars": verdicts}
+
+
+def stated(row: Row) -> dict[str, Any]:
+    """What is known of a row without measuring."""
+    return {"case": row.case.name, "bytes": row.bytes, "bytes_formula": row.formula}
+
+
+def floors(chosen: list[Row]) -> str:
+    lines = [
+        f"Floors at {H200 / 1e12:g} TB/s, reads and writes together: the copy bandwidth of an NVIDIA H200.",
+        "None of these rows has been measured; `make gpu` measures them.",
+        "",
+        "| kernel | must be moved | | floor | asked |",
+        "|---|---|---|---|---|",
+    ]
+    for row in chosen:
+        asked = [f"≥ {row.share:.0%} of its speed"] if row.share else []
+        asked += [f"≤ {duration(row.most)}"] if row.most else []
+        asked += [f"≥ {bar:g}x faster than {name}" for name, bar in row.case.versus.items() if bar]
+        floor = duration(row.bytes / H200)
+        lines.append(f"| {row.case.name} | {row.bytes / 1e9:.3g} GB | {row.formula} | {floor} | {'; '.join(asked)} |")
+    return "\n".join(lines) + "\n"
+
+
+def table(content: dict[str, Any]) -> str:
+    bandwidth = content["copy_bytes_per_second"] / 1e12
+    lines = [
+        f"{content['device']}, torch {content['torch']}; a copy moves {bandwidth:.3g} TB/s. Medians, on the device.",
+        "",
+        "| kernel | contender | time | floor | of its speed | ours is faster | asked |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in content["results"]:
+        for number, each in enumerate(record["contenders"]):
+            found = each.get("median_seconds")
+            if found is None:
+                cells = [each["name"], "failed", "", "", "", each["failed"].splitlines()[0]]
+            else:
+                share = f"{record['floor_seconds'] / found:.0%}"
+                times = record.get("times_faster", {}).get(each["name"])
+                bars = record.get("bars", {}) if number == 0 else {}
+                verdicts = "; ".join(f"{bar}: {'met' if met else 'missed'}" for bar, met in bars.items())
+                took = duration(found) + (f", {each['launches']} launches" if each.get("launches") else "")
+                cells = [each["name"], took, "", share, f"{times:.3g}x" if times else "", verdicts]
+                cells[2] = duration(record["floor_seconds"]) if number == 0 else ""
+            lines.append("| " + " | ".join([record["case"] if number == 0 else "", *cells]).replace("\n", " ") + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="measure the rows with this in their name")
+    parser.add_argument("--small", action="store_true", help="small inputs, to try the program out")
+    parser.add_argument("--floors", action="store_true", help="print sizes and floors, measure nothing")
+    parser.add_argument("--out", type=Path, help="where to write JSON; the table goes beside it")
+    arguments = parser.parse_args(argv)
+    chosen = [row for row in rows(arguments.small) if arguments.only in row.case.name]
+    if not chosen:
+        parser.error(f"no row has {arguments.only!r} in its name")
+    if arguments.floors:
+        print(floors(chosen), end="")
+        return 0
+    if DEVICE.type == "cpu" and not arguments.small:
+        parser.error("torch sees no GPU here; --floors and --small need none")
+    facts = machine()
+    out = arguments.out
+    if out is None and not (arguments.small or arguments.only):
+        out = RESULTS / (re.sub(r"\W+", "_", facts["device"].lower()) + ".json")
+    command = " ".join(["python", "benchmarks/kernels/gpu.py", *(sys.argv[1:] if argv is None else argv)])
+    content: dict[str, Any] = {**facts, "command": command, "results": []}
+    begin = time.perf_counter()
+    for row in tqdm(chosen, unit="row", disable=None):
+        content["results"].append(measure(row))
+        content["seconds"] = rounded(time.perf_counter() - begin)
+        if out is not None:
+            write(out, content)
+    text = table(content)
+    if out is not None:
+        out.with_suffix(".md").write_text(text)
+    print(f"{text}\n{f'written to {out}' if out else 'not written; name a file with --out'}")
+    return int(any("failed" in each for record in content["results"] for each in record["contenders"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

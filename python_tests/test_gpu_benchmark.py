@@ -1,0 +1,123 @@
+"""The table of kernels at large sizes: floors from sizes alone, and the program on tiny inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "kernels"))
+
+import gpu as program
+from compare import LINE, Contender, Problem
+from gpu_rows import SECTOR, Row, rows, sector_bytes
+
+ROWS = rows(small=True)
+# Bytes of a problem are counted on its data; those of a floor are expected, for sectors of a GPU, and each read once.
+COUNTED_OTHERWISE = ("topk", "fisher_embedding_", "adamw_rows_", "masked_grad_embedding")
+
+
+def row_of(name: str) -> Row:
+    return next(row for row in ROWS if row.case.name.startswith(name))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.case.name)
+def test_floors_are_what_the_problems_count(row: Row, device: torch.device) -> None:
+    """The same bytes, but for what chance adds, and for cache lines larger than the sectors of a GPU."""
+    counted = row.case.make().bytes_moved
+    if LINE > SECTOR and "sectors" in row.formula:
+        assert row.bytes < counted < 2 * row.bytes
+    elif row.case.name.startswith("topk"):
+        assert row.bytes < counted  # the passes of a radix select
+    else:
+        assert counted == pytest.approx(row.bytes, rel=0.1 if row.case.name.startswith(COUNTED_OTHERWISE) else 0.01)
+
+
+def test_sectors_of_random_elements() -> None:
+    chosen = torch.rand(2_000_000, generator=torch.Generator().manual_seed(0)) < 0.02
+    touched = chosen.view(-1, SECTOR // 2).any(1).sum() * SECTOR
+    assert sector_bytes(chosen.numel(), 0.02, 2) == pytest.approx(float(touched), rel=0.01)
+    assert sector_bytes(1600, 1.0, 2) == 3200
+
+
+def test_a_few_rows_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "gpu.json"
+    assert program.main(["--small", "--only", "scatter_add_", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    names = [row.case.name for row in ROWS if "scatter_add_" in row.case.name]
+    assert [record["case"] for record in content["results"]] == names
+    for record in content["results"]:
+        assert all(each["median_seconds"] > 0 for each in record["contenders"])
+        assert record["floor_seconds"] == pytest.approx(record["bytes"] / content["copy_bytes_per_second"], rel=1e-3)
+        assert record["share_of_floor"] == pytest.approx(
+            record["floor_seconds"] / record["contenders"][0]["median_seconds"], rel=1e-3
+        )
+        assert record["bars"]
+    assert out.with_suffix(".md").read_text() in capsys.readouterr().out
+
+
+def test_what_fails_is_noted_and_does_not_hide_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = row_of("gather, 1 %")
+
+    def failing(_: object) -> Contender:
+        raise RuntimeError("no memory\nleft")
+
+    def wrong(problem: Problem) -> Contender:
+        return Contender(lambda: None, lambda: [torch.zeros_like(problem.expected[0])])
+
+    made = {**row.case.contenders, "torch.index_select": wrong, "t[idx]": failing}
+    broken = dataclasses.replace(row, case=dataclasses.replace(row.case, contenders=made))
+    monkeypatch.setattr(program, "rows", lambda small: [broken])
+    assert program.main(["--small", "--out", str(tmp_path / "gpu.json")]) == 1
+    (record,) = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    missing = {each["name"]: each["failed"] for each in record["contenders"] if "failed" in each}
+    assert missing.keys() == {"torch.index_select", "t[idx]"}
+    assert missing["torch.index_select"].startswith("WrongResult")
+    assert record["share_of_floor"] > 0
+    assert record["times_faster"] == {}
+    assert "| t[idx] | failed |  |  |  | RuntimeError: no memory |" in capsys.readouterr().out
+
+
+def test_a_problem_too_large_for_the_machine_is_noted() -> None:
+    def too_large() -> Problem:
+        raise RuntimeError("no memory")
+
+    row = row_of("topk")
+    record = program.measure(dataclasses.replace(row, case=dataclasses.replace(row.case, make=too_large)))
+    assert record["contenders"] == [{"name": "topk", "failed": "RuntimeError: no memory"}]
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(7e-6, True), (9e-6, False)])
+def test_bars_can_be_missed(seconds: float, met: bool) -> None:
+    row = dataclasses.replace(row_of("adamw_compact_, 1 %"), most=8e-6)
+    fused = "torch.optim.AdamW(fused=True)"
+    record = {
+        "floor_seconds": 5e-6,
+        "contenders": [
+            {"name": row.case.ours, "median_seconds": seconds},
+            {"name": fused, "median_seconds": 150e-6},
+            {"name": "compact AdamW(fused=True) + index_copy_", "failed": "RuntimeError"},
+        ],
+    }
+    found = program.judged(row, record)
+    assert found["bars"]["at most 8 µs"] is met
+    assert found["bars"]["at least 60% of the floor's speed"] is met
+    assert found["bars"][f"at least 20x faster than {fused}"] is met
+
+
+def test_without_a_gpu_it_prints_floors_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--floors"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"| {row.case.name} |" in text for row in rows(small=False))
+    assert "None of these rows has been measured" in text
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            program.main([])
+        assert "torch sees no GPU" in capsys.readouterr().err
