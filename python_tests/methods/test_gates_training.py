@@ -127,7 +127,7 @@ def test_what_trains() -> None:
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     found = {name: rates[id(p)] for name, p in gates.named_parameters()}
     layer = "bert.encoder.layer.0.attention.self.query"
-    assert found[f"{layer}.gates.rows"] == (0.05, 0.0)
+    assert found[f"{layer}.gates.rows"] == (0.1, 0.0)
     assert found[f"{layer}.gates.lora_A"] == (5e-4, 0.1)
     assert found[f"{layer}.gates.lora_B"] == (4e-3, 0.1)
     assert found[f"{layer}.bias"] == (1e-3, 0.0)

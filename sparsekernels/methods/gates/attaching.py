@@ -78,7 +78,7 @@ def attach(
 
     Source: FineGates (Svirsky et al., arXiv 2412.12951), its code for which parameters train; STG (Yamada et al., arXiv
     1810.04247); hard concrete (Louizos et al., arXiv 1712.01312). Ours: one noise for sampling and P(open), gates that
-    start where they have a gradient, norms that train, and what closes when (see `Gates.penalty`).
+    rest where noise hardly reaches them, norms that train, and what closes when (see `Gates.penalty`).
     """
     if not 0 < target < 1:
         raise ValueError(f"target must lie in (0, 1), the share to remove, got {target}")

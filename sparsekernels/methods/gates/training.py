@@ -101,8 +101,8 @@ class Gates:
         Args:
             lr: of biases and norms; `lora_A` has half of it, `lora_B` four times it (LoRA+, Hayou et al., arXiv
                 2402.12354).
-            gate_lr: of the gates, whose logits have a way of about 2 (stg) to go; None: 0.05, finegates 0.08,
-                hard_concrete 0.15.
+            gate_lr: of the gates, whose logits have a way of 4 (stg) to go; None: 0.1, finegates 0.08, hard_concrete
+                0.4.
             head_lr: of the task head; None: lr.
             weight_decay: of low-rank factors and of matrices in the head; all else has none.
         """
