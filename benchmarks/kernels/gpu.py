@@ -131,7 +131,7 @@ def stated(row: Row) -> dict[str, Any]:
 def floors(chosen: list[Row]) -> str:
     lines = [
         f"Floors at {H200 / 1e12:g} TB/s, reads and writes together: the copy bandwidth of an NVIDIA H200.",
-        "None of these rows has been measured; `make gpu` measures them.",
+        "`make gpu` measures these rows; it has not been run on a GPU yet.",
         "",
         "| kernel | must be moved | | floor | asked |",
         "|---|---|---|---|---|",
