@@ -4,7 +4,7 @@
 #   PIP_FLAGS=...            more flags for pip. torch from PyPI comes with 3 GB of CUDA libraries; without a GPU, use
 #                            PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   SPARSEKERNELS_BUILD=...  what to build: see setup.py
-#   ARGS=...                 more arguments for the program run by `demo`, `ks-lottery`, `test`, `bench` or `gpu`
+#   ARGS=...                 more arguments for the program run by `demo`, `ks-lottery`, `test` or `bench`, and for the tests of `gpu`
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ks-lottery test lint format bench cuda-check resources gpu gpu-sanitize install-matrix clean
+.PHONY: help demo ks-lottery test lint format bench cuda-check resources gpu gpu-sanitize gpu-built install-matrix clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -50,16 +50,18 @@ resources: cuda-check  ## registers, shared memory and spills of every CUDA and 
 	$(RUN) .ci/resources.py
 
 # With the torch, the nvcc and the packages that PYTHON has: nothing is fetched. The table is made even if a test fails.
-gpu:  ## on a machine with a GPU: build, run every test there, then the kernel table of benchmarks/results
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "The torch of $(PYTHON) sees no GPU: name another with PYTHON=...")'
-	$(PYTHON) setup.py -q build_native --inplace
+gpu: gpu-built  ## on a machine with a GPU: build, run every test there, then the kernel table of benchmarks/results
 	$(PYTHON) -m pytest -q $(BESIDE) $(ARGS); tests=$$?; PYTHONPATH=. $(PYTHON) benchmarks/kernels/gpu.py && exit $$tests
 # Several tests at a time if pytest-xdist is there: most of them wait for Triton's compiler.
-gpu: BESIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8 --dist loadgroup)
+gpu: BESIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8 --dist loadgroup)
 
-gpu-sanitize:  ## there, too: the ops' samples under compute-sanitizer, for accesses out of bounds and for races
+gpu-sanitize: gpu-built  ## there, too: the ops' samples under compute-sanitizer, for accesses out of bounds and races in shared memory
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	  --target-processes all $(PYTHON) -m pytest -q -k 'native or triton' python_tests/test_ops.py::test_values $(ARGS) || exit 1; done
+
+gpu-built:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "The torch of $(PYTHON) sees no GPU: name another with PYTHON=...")'
+	$(PYTHON) setup.py -q build_native --inplace
 
 install-matrix: $(VENV)/packages  ## install as each kind of machine would: no compiler, compiler, nvcc, no torch
 	.ci/install-matrix $(RUN)

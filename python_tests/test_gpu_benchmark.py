@@ -13,8 +13,9 @@ import torch
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "kernels"))
 
+import compare
 import gpu as program
-from compare import LINE, Contender, Problem
+from compare import Contender, Problem
 from gpu_rows import SECTOR, Row, rows, sector_bytes
 
 ROWS = rows(small=True)
@@ -27,11 +28,12 @@ def row_of(name: str) -> Row:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.case.name)
-def test_floors_are_what_the_problems_count(row: Row, device: torch.device) -> None:
-    """The same bytes, but for what chance adds, and for cache lines larger than the sectors of a GPU."""
+def test_floors_are_what_the_problems_count(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, but for chance: of a few hundred elements a tenth more or less is drawn."""
+    monkeypatch.setattr(compare, "LINE", SECTOR)
     counted = row.case.make().bytes_moved
-    if LINE > SECTOR and "sectors" in row.formula:
-        assert row.bytes < counted < 2 * row.bytes
+    if "sectors" in row.formula:
+        assert counted == pytest.approx(row.bytes, rel=0.3)
     elif row.case.name.startswith("topk"):
         assert row.bytes < counted  # the passes of a radix select
     else:

@@ -190,10 +190,15 @@ def seconds(call: Callable[[], Any], repeat: int = 1) -> float:
     return (time.perf_counter() - start) / repeat
 
 
-def event_seconds(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Times of single calls on a GPU, between events; nothing waits before the last."""
+def event_seconds(call: Callable[[], Any], rounds: int, ahead: float = 0.0) -> list[float]:
+    """Times of single calls on a GPU, between events; nothing waits before the last.
+
+    Before each, the GPU is kept busy for about `ahead` seconds, so that the host is done when the call begins there.
+    """
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for before, after in events:
+        if ahead:
+            torch.cuda._sleep(int(2e9 * ahead))  # cycles
         before.record()
         call()
         after.record()
@@ -231,6 +236,10 @@ def copy_bandwidth() -> float:
     source = torch.rand(2**29 if on_gpu else 2**26, device=DEVICE)
     target = torch.empty_like(source)
     times = []
+    begin = time.perf_counter()
+    while on_gpu and time.perf_counter() - begin < 0.5:  # until its clocks are up
+        target.copy_(source)
+        torch.cuda.synchronize()
     for _ in range(11):
         times += event_seconds(lambda: target.copy_(source), 1) if on_gpu else [seconds(lambda: target.copy_(source))]
     return 2 * source.numel() * source.element_size() / sorted(times)[5]

@@ -3,7 +3,7 @@
 The floor of a row is counted from its sizes alone: the bytes that any implementation reads and writes, over the copy
 bandwidth of the GPU. Memory moves in sectors of 32 bytes, so an element of two bytes costs a whole one unless a
 neighbour is selected, too; the count is the expected one for elements selected at random. A sector of which a part is
-written is read as well.
+written is read as well. A GPU that fetches sectors in pairs moves up to twice as much for scattered elements.
 """
 
 from __future__ import annotations

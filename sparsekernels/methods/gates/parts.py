@@ -12,7 +12,7 @@ from ...gated_linear import Gating
 from ...ops import gate_probabilities
 
 # By kind: the logit of a gate that is open, beyond which none goes; of one that is shut, likewise; learning rate. There
-# a gate rests: noise moves it in less than one draw of 500 (finegates, whose tanh ends at 1: more often).
+# a gate rests: the default noise moves it in less than one draw of 500 (finegates, whose tanh ends at 1: more often).
 OPEN = {"stg": 2.0, "finegates": 1.5, "hard_concrete": 8.0}
 SHUT = {"stg": -2.0, "finegates": -1.5, "hard_concrete": -8.0}
 RATES = {"stg": 0.1, "finegates": 0.08, "hard_concrete": 0.4}
