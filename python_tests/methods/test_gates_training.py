@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels.compact_linear import CompactLinear
+from sparsekernels.methods.gates.attaching import NOISES
+from sparsekernels.methods.gates.parts import OPEN, SHUT
 from sparsekernels.methods.gates.schedule import Importance, Schedule, price
 
 GRANULARITIES = ("row+column", "head", "mlp", "head+mlp")
@@ -365,3 +368,15 @@ def test_elements_are_what_closing_a_gate_alone_removes(kind: str, granularity: 
     for i in range(len(elements)):
         stays = torch.arange(len(elements)) != i
         assert gates._planner.count(*gates._masks(stays)) == elements[i], gates._vectors
+
+
+@pytest.mark.parametrize("kind", ["stg", "hard_concrete"])
+def test_noise_hardly_reaches_a_gate_at_rest(kind: Any) -> None:
+    """A gate that rests at either end is moved in less than one draw of 500, and can still be told to leave."""
+    noise, many = NOISES[kind], 200_000
+    for logit, rest in ((OPEN[kind], 1.0), (SHUT[kind], 0.0)):
+        logits = torch.full((many,), logit)
+        values, _ = sk.ops.gate_values(logits, kind=kind, noise=noise, key=torch.tensor([3]))
+        assert 0 < (values != rest).sum() < many / 500
+        _, slopes = sk.ops.gate_probabilities([logits[:1]], kind=kind, noise=noise)
+        assert slopes.item() > 1e-6  # AdamW divides by its size and 1e-8
