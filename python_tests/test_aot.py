@@ -122,9 +122,9 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
             listed = (*tokens, slots, moments, moments, maximum, scales, 0.9, 0.999, 1e-8, False, rounding)
             yield lambda a=listed: kernel("adamw_rows_")(torch.zeros(64, 2048, dtype=dtype), *a)
         yield lambda p=positions, r=rows, t=tokens: kernel("masked_grad_embedding")(*t, p, r, 0)
-    yield lambda: kernel("masked_grad_linear")(
-        torch.zeros(32, 64, dtype=dtype), torch.zeros(32, 2048, dtype=dtype), elements
-    )
+    for chosen in (elements[:7], torch.arange(64 * 2048, dtype=torch.int32), torch.arange(64 * 2048)):
+        activations = torch.zeros(32, 64, dtype=dtype), torch.zeros(32, 2048, dtype=dtype)
+        yield lambda a=(*activations, chosen): kernel("masked_grad_linear")(*a)
     yield from fisher_calls(dtype)
     for rank in (1, 7, 48):
         wide = torch.promote_types(dtype, torch.float32)

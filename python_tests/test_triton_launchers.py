@@ -9,6 +9,7 @@ import pytest
 import torch
 from samples import Sample, all_samples
 from samples_fisher import BY_NAME, linear
+from samples_masked_grad import linear as masked_linear
 
 from sparsekernels.ops import OPS, backend
 
@@ -212,6 +213,23 @@ def test_fisher_linear_either_way(
     case.call(*case.args, backend="triton")
     for found, expected in zip(case.mutated, case.expected, strict=True):
         torch.testing.assert_close(found.cpu(), expected.to(found.dtype), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1000, 10**9], ids=["row-by-row", "blocks", "one-block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["all", "last", "some", "sparse-int64"])
+def test_masked_grad_linear_either_way(
+    block_bytes: int, dtype: torch.dtype, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dot products, or blocks of the dense product: whichever way is taken, the other one gives the same."""
+    module = importlib.import_module("sparsekernels.ops.masked_grad.triton")
+    case = Sample("masked_grad_linear", layout, masked_linear(BY_NAME[layout], dtype, (29,))).case(device)
+    monkeypatch.setattr(module, "BLOCK_BYTES", block_bytes)
+    for few in (0, 10**9):
+        monkeypatch.setattr(module, "FEW", {})
+        monkeypatch.setattr(module, "FEW_WIDE", few)
+        found = case.call(*case.args, backend="triton")
+        torch.testing.assert_close(found.cpu(), case.expected[0].to(found.dtype), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
