@@ -26,7 +26,8 @@ ARCHITECTURES = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FAMILIES = sorted({op.family for op in OPS})
 SHARED_BYTES = 48 * 1024  # what a kernel gets without asking
-ASKING = {"ks_kernel": 64 * 1024}  # two rows of 4096 keys of 64 bits; Triton asks, and sm_80 and sm_90 have as much
+# Two rows of 4096 keys of 64 bits; two tiles of activations, three or four times. Triton asks, and a GPU has as much.
+ASKING = {"ks_kernel": {80: 64 * 1024, 90: 64 * 1024}, "fisher_linear_kernel": {80: 65 * 1024, 90: 129 * 1024}}
 pytestmark = pytest.mark.xdist_group("aot")  # all of them read what one process compiles
 
 
@@ -68,8 +69,12 @@ def test_no_register_spills(compiled: list[dict[str, Any]]) -> None:
     assert [each for each in compiled if each["local"] or each["stack"]] == []
 
 
+def allowed(each: dict[str, Any]) -> int:
+    return ASKING.get(each["kernel"], {}).get(each["architecture"], SHARED_BYTES)
+
+
 def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
-    assert [each for each in compiled if each["shared"] > ASKING.get(each["kernel"], SHARED_BYTES)] == []
+    assert [each for each in compiled if each["shared"] > allowed(each)] == []
     assert max(each["shared"] for each in compiled) > 0, "topk shares histograms: nothing was read"
 
 
@@ -180,6 +185,11 @@ def fisher_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
             selected = (*sums, positions, by_rows)
             yield lambda a=selected: kernel("fisher_linear_")(grad, input, *a)
             yield lambda a=selected: kernel("fisher_embedding_")(input, ids.long(), *a, 0)
+    if dtype == torch.bfloat16:  # enough of a weight for large tiles
+        tokens = torch.zeros(2, 16, 2048, dtype=dtype), torch.zeros(2, 16, 1024, dtype=dtype)
+        whole = torch.zeros(2048, 1024)
+        for sums in ((whole, norms), (whole, None), (None, norms)):
+            yield lambda a=(*tokens, *sums): kernel("fisher_linear_")(*a, None, False)
     for x, positions in ((None, None), (grad, None), (None, rows), (grad, rows)):
         total = torch.zeros(64 if positions is None else 3, dtype=wide)
         yield lambda a=(x, total, norms, positions): kernel("fisher_vector_")(grad, *a)

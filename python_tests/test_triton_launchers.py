@@ -215,6 +215,23 @@ def test_fisher_linear_either_way(
         torch.testing.assert_close(found.cpu(), expected.to(found.dtype), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fisher_linear_by_large_tiles(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tiles down in groups of two, the last ones cut off; tokens end within a step; a padding token holds NaN."""
+    module = importlib.import_module("sparsekernels.ops.fisher.triton")
+    monkeypatch.setattr(module, "ENOUGH", 0)
+    monkeypatch.setattr(module, "GROUP", 2)
+    grad, x = torch.randn(3, 70, 300).to(dtype), torch.randn(3, 70, 140).to(dtype)
+    grad[1, 40:], x[1, 50] = 0, float("nan")
+    found = torch.zeros(300, 140, device=device), torch.zeros(3, device=device)
+    backend.triton_kernel("fisher_linear_")(grad.to(device), x.to(device), *found, None, False)
+    squares = torch.einsum("bsm,bsn->bmn", grad.double(), x.nan_to_num().double()).square()
+    for each, expected in zip(found, (squares.sum(0), squares.sum((1, 2))), strict=True):
+        torch.testing.assert_close(each.cpu(), expected.float(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("block_bytes", [1, 1000, 10**9], ids=["row-by-row", "blocks", "one-block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["all", "last", "some", "sparse-int64"])

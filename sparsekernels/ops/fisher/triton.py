@@ -23,6 +23,9 @@ FEW = 100  # where less than one element in so many is selected, a dot product f
 # Rows and columns of a weight that a program owns, tokens that it takes at a time, warps, stages: nothing spills.
 TILES = {torch.float32: (64, 32, 16, 4, 1), torch.float64: (32, 32, 1, 4, 3)}
 HALF_TILE = (64, 64, 32, 4, 3)
+LARGE_TILE, LARGE_TILE_OF_HOPPER = (128, 128, 32, 8, 4), (128, 128, 64, 8, 4)
+ENOUGH = 128  # large tiles, for a GPU to be busy with them
+GROUP = 8  # tiles that follow each other downwards
 
 
 @triton.jit
@@ -39,7 +42,7 @@ def fisher_squares_kernel(total, grad, n, BLOCK: tl.constexpr):
 def fisher_linear_kernel(
     grad_output, input, real, slots, total, shares, samples, tokens, m, n,
     SLOTS: tl.constexpr, TOTAL: tl.constexpr, NORMS: tl.constexpr, UPCAST: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_S: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_S: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program owns TILE_M x TILE_N of a weight: total[i, j] += sum over b of g[b, i, j]^2, where
 
@@ -49,38 +52,44 @@ def fisher_linear_kernel(
     negative; that is its place in a compact total.
     """
     program = tl.program_id(0).to(tl.int64)
-    across = tl.cdiv(n, TILE_N)
-    i = program // across * TILE_M + tl.arange(0, TILE_M)
-    j = program % across * TILE_N + tl.arange(0, TILE_N)
+    down, across = tl.cdiv(m, TILE_M), tl.cdiv(n, TILE_N)
+    # Programs that run together own a block of tiles that is as high as wide: they read few activations in all.
+    first = program // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
+    within = program % (GROUP * across)
+    i = (first + within % height) * TILE_M + tl.arange(0, TILE_M)
+    j = within // height * TILE_N + tl.arange(0, TILE_N)
     place = i[:, None] * n + j[None, :]
     chosen = (i < m)[:, None] & (j < n)[None, :]
     if SLOTS:
         place = tl.load(slots + place, mask=chosen, other=-1)
         chosen = place >= 0
     step = tl.arange(0, TILE_S)
-    first = step.to(tl.int64)
     squares = tl.zeros((TILE_M, TILE_N), shares.dtype.element_ty)
-    for _ in range(samples):
-        g = tl.zeros((TILE_M, TILE_N), shares.dtype.element_ty)
-        for start in range(0, tokens, TILE_S):
-            s = first + start
-            live = start + step < tokens
-            dy = tl.load(grad_output + s[None, :] * m + i[:, None], mask=live[None, :] & (i < m)[:, None], other=0)
-            # What the input holds at padding might be NaN, and 0 * NaN is NaN.
-            live = live & (tl.load(real + s, mask=live, other=0) != 0)
-            x = tl.load(input + s[:, None] * n + j[None, :], mask=live[:, None] & (j < n)[None, :], other=0)
-            if TILE_S == 1:  # an outer product: not every Triton has a tl.dot for fp64
-                g += dy * x
-            elif UPCAST:  # the interpreter gets products of bf16 wrong
-                g = tl.dot(dy.to(g.dtype), x.to(g.dtype), g, input_precision="ieee")
-            else:
-                g = tl.dot(dy, x, g, input_precision="ieee")
-        square = tl.where(chosen, g * g, 0.0)
-        squares += square
-        if NORMS:
-            tl.store(shares + program, tl.sum(square))
-            shares += tl.num_programs(0)
-        first += tokens
+    g = tl.zeros((TILE_M, TILE_N), shares.dtype.element_ty)
+    steps = tl.cdiv(tokens, TILE_S)
+    # One loop over the tokens of all samples: loads run ahead into the next sample.
+    for number in range(samples * steps):
+        sample = (number // steps).to(tl.int64)
+        start = number % steps * TILE_S
+        s = sample * tokens + start + step
+        live = start + step < tokens
+        dy = tl.load(grad_output + s[None, :] * m + i[:, None], mask=live[None, :] & (i < m)[:, None], other=0)
+        # What the input holds at padding might be NaN, and 0 * NaN is NaN.
+        live = live & (tl.load(real + s, mask=live, other=0) != 0)
+        x = tl.load(input + s[:, None] * n + j[None, :], mask=live[:, None] & (j < n)[None, :], other=0)
+        if TILE_S == 1:  # an outer product: not every Triton has a tl.dot for fp64
+            g += dy * x
+        elif UPCAST:  # the interpreter gets products of bf16 wrong
+            g = tl.dot(dy.to(g.dtype), x.to(g.dtype), g, input_precision="ieee")
+        else:
+            g = tl.dot(dy, x, g, input_precision="ieee")
+        if start + TILE_S >= tokens:
+            square = tl.where(chosen, g * g, 0.0)
+            squares += square
+            if NORMS:
+                tl.store(shares + sample * tl.num_programs(0) + program, tl.sum(square))
+            g = tl.zeros((TILE_M, TILE_N), shares.dtype.element_ty)
     if TOTAL:
         tl.store(total + place, tl.load(total + place, mask=chosen, other=0) + squares, mask=chosen)
 
@@ -216,7 +225,7 @@ def fisher_linear_(
     if positions is not None:
         slots = positions.new_full((m * n,), -1, dtype=torch.int32)
         scatter_(slots, positions, torch.arange(positions.shape[0], dtype=torch.int32, device=slots.device), False)
-    tile_m, tile_n, tile_s, warps, stages = TILES.get(input.dtype, HALF_TILE)
+    tile_m, tile_n, tile_s, warps, stages = _tile(input, m, n, slots)
     programs = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
     shares = _shares(grad_output, (grad_output.shape[0], programs))
     with device_of(input):
@@ -224,9 +233,21 @@ def fisher_linear_(
             grad_output, input, real, slots, total, shares, *grad_output.shape[:2], m, n,
             SLOTS=slots is not None, TOTAL=total is not None, NORMS=norms is not None,
             UPCAST=_is_interpreted(fisher_linear_kernel), TILE_M=tile_m, TILE_N=tile_n, TILE_S=tile_s,
-            num_warps=warps, num_stages=stages,
+            GROUP=GROUP, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     _add_shares(norms, shares, 1)
+
+
+def _tile(input: Tensor, m: int, n: int, slots: Tensor | None) -> tuple[int, int, int, int, int]:
+    if input.dtype in TILES:
+        return TILES[input.dtype]
+    if slots is not None or triton.cdiv(m, LARGE_TILE[0]) * triton.cdiv(n, LARGE_TILE[1]) < ENOUGH:
+        return HALF_TILE
+    if _is_interpreted(fisher_linear_kernel):
+        return LARGE_TILE
+    with device_of(input):
+        architecture = triton.runtime.driver.active.get_current_target().arch
+    return LARGE_TILE_OF_HOPPER if architecture == 90 else LARGE_TILE
 
 
 def _linear_elements(
