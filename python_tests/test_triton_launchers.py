@@ -232,6 +232,30 @@ def test_fisher_linear_by_large_tiles(
         torch.testing.assert_close(each.cpu(), expected.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_three_bf16_parts_make_fp32() -> None:
+    """Their sum is the number, bit for bit unless the last part is subnormal; infinity and NaN stay what they are."""
+    parts = importlib.import_module("sparsekernels.ops.singular_values.triton").bf16_parts
+    x = torch.randn(10_000) * 10.0 ** torch.randint(-20, 20, (10_000,))
+    assert torch.equal(sum(part.float() for part in parts(x)[::-1]), x)
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, 1e-40])
+    found = sum(part.float() for part in parts(special))
+    torch.testing.assert_close(found, special, rtol=0, atol=1e-40, equal_nan=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 3000], ids=["unit-by-unit", "chunks"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_singular_values_by_chunks(
+    chunk: int, per_sample: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Projections in chunks that end within a sample, if samples are summed, and between them, if not."""
+    monkeypatch.setattr(importlib.import_module("sparsekernels.ops.singular_values.triton"), "CHUNK_BYTES", chunk)
+    dy, x, u, v = torch.randn(5, 31, 20), torch.randn(5, 31, 12), torch.randn(20, 7), torch.randn(12, 7)
+    run = backend.triton_kernel("singular_value_grad_linear")
+    found = run(*(t.to(device) for t in (dy, x, u, v)), per_sample).cpu()
+    expected = ((dy.double() @ u.double()) * (x.double() @ v.double())).sum(1)
+    torch.testing.assert_close(found, (expected if per_sample else expected.sum(0)).float(), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("block_bytes", [1, 1000, 10**9], ids=["row-by-row", "blocks", "one-block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["all", "last", "some", "sparse-int64"])
