@@ -40,10 +40,12 @@ class Batch(Problem):
     index: sk.Index | None
 
 
-def make_linear(size: tuple[int, int], shape: tuple[int, int], select: Any, norms: bool = False) -> Batch:
+def make_linear(
+    size: tuple[int, int], shape: tuple[int, int], select: Any, norms: bool = False, dtype: torch.dtype = torch.float32
+) -> Batch:
     torch.manual_seed(0)
     (b, s), (m, n) = size, shape
-    grad, input = (torch.randn(b, s, width, device=DEVICE) for width in shape)
+    grad, input = (torch.randn(b, s, width, device=DEVICE).to(dtype) for width in shape)
     index = None if select is None else select(shape)
     expected = torch.zeros((b,) if norms else chosen_shape(index, shape), dtype=torch.float64, device=DEVICE)
     for i in range(b):
@@ -52,10 +54,11 @@ def make_linear(size: tuple[int, int], shape: tuple[int, int], select: Any, norm
             expected[i] = square.sum()
         else:
             expected += square if index is None else take(square, index)
-    moved = 4 * b * s * (m + n) + 8 * expected.numel() + (0 if index is None else 4 * len(index))
+    moved = dtype.itemsize * b * s * (m + n) + 8 * expected.numel() + (0 if index is None else 4 * len(index))
     density = 1.0 if index is None else index.numel / (m * n)
     formula = "both activations, positions, and the sums twice"
-    return Batch(f"{b} x {s} tokens, {m} x {n}", density, "float32", moved, formula, [expected], grad, input, index)
+    short = str(dtype).removeprefix("torch.")
+    return Batch(f"{b} x {s} tokens, {m} x {n}", density, short, moved, formula, [expected], grad, input, index)
 
 
 def chosen_shape(index: sk.Index | None, shape: Sequence[int]) -> torch.Size:
@@ -137,7 +140,10 @@ def linear_loop(b: Batch, addcmul: bool = True) -> Contender:
             else:
                 total.add_(g.square_())
 
-    return adding(b, add)
+    contender = adding(b, add)
+    if b.grad.dtype == torch.bfloat16:
+        contender.tolerance = 2**-6  # the product is rounded to bf16, then squared
+    return contender
 
 
 def linear_at_once(b: Batch, einsum: bool = False) -> Contender:

@@ -243,3 +243,19 @@ def copy_bandwidth() -> float:
     for _ in range(11):
         times += event_seconds(lambda: target.copy_(source), 1) if on_gpu else [seconds(lambda: target.copy_(source))]
     return 2 * source.numel() * source.element_size() / sorted(times)[5]
+
+
+@functools.cache
+def matmul_rate(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations per second of torch's matmul of two square matrices, a multiplication and an addition each; once."""
+    size = 8192 if DEVICE.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+
+    def call() -> Tensor:
+        return a @ b
+
+    begin = time.perf_counter()
+    while DEVICE.type == "cuda" and time.perf_counter() - begin < 0.5:  # until its clocks are up, or down
+        synchronized(call)()
+    times = event_seconds(call, 11) if DEVICE.type == "cuda" else [seconds(call) for _ in range(11)]
+    return 2 * size**3 / sorted(times)[5]

@@ -5,13 +5,14 @@
     python benchmarks/kernels/gpu.py --floors          sizes, bytes and floors alone: needs no GPU
     python benchmarks/kernels/gpu.py --small           tiny inputs, on a CPU too: to try the program out
 
-What is measured, and how floors are counted, is said in gpu_rows.py. Inputs are random, and larger than the L2 cache
-but for the 18 rows. Every contender's result is checked, then it is timed between events on the device, call by call,
-and the median counts. The host runs ahead meanwhile, so its time is not in there, except where a call waits for the
-device in its midst: topk, and steps with sparse gradients. The step of 18 rows is captured in a CUDA graph, whose
-replays are timed; the ops by themselves are given steps on the host there, and do not count them up. Each backend that
-serves an op has a line, so that the slower one can go. The copy bandwidth is measured in the same run, by a copy of
-2 GiB.
+What is measured, and how floors are counted, is said in gpu_rows.py and gpu_matmul_rows.py. Inputs are random, and
+larger than the L2 cache but for the 18 rows. Every contender's result is checked, then it is timed between events on
+the device, call by call, and the median counts. The host runs ahead meanwhile, so its time is not in there, except
+where a call waits for the device in its midst: topk, and steps with sparse gradients. The step of 18 rows is captured
+in a CUDA graph, whose replays are timed; the ops by themselves are given steps on the host there, and do not count them
+up. Each backend that serves an op has a line, so that the slower one can go. Memory is what a call allocates at its
+peak, its result included. The copy bandwidth is measured in the same run, by a copy of 2 GiB; the rate of bf16
+products, by one of 8192 x 8192 matrices.
 
 Results: benchmarks/results/<name of the GPU>.json, written as each row is done, and .md. What fails, for want of memory
 or because its result is wrong, is noted there, and makes the exit status 1.
@@ -29,20 +30,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_matmul_rows
+import gpu_rows
 import torch
-from compare import DEVICE, Problem, copy_bandwidth, event_seconds, seconds
-from gpu_rows import Row, rows
+from compare import DEVICE, Problem, copy_bandwidth, event_seconds, matmul_rate, seconds
+from gpu_rows import Row
 from ratios import duration, machine, median, rounded, write
 from tqdm import tqdm
 
 from sparsekernels.ops.backend import why_not
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-H200 = 4.3e12  # bytes a second that a copy moves on one NVIDIA H200: what floors are stated for where no GPU is
+H200 = (4.3e12, 790e12)  # bytes of a copy, operations in bf16, a second: what floors are stated for where no GPU is
 BUDGET = 0.5  # seconds of timed calls for a contender
 IN_GRAPH = 50  # calls in a graph
 BACKENDS = ("native", "triton")
 VERDICTS = {True: "met", False: "missed", None: "not measured"}
+
+
+def rows(small: bool) -> list[Row]:
+    return [*gpu_rows.rows(small), *gpu_matmul_rows.rows(small)]
 
 
 def contenders(row: Row) -> list[str]:
@@ -69,6 +76,18 @@ def timed(call: Callable[[], Any], in_graph: bool) -> list[float]:
     return [time / IN_GRAPH for time in event_seconds(graph.replay, 23)[3:]]
 
 
+def allocated(call: Callable[[], Any]) -> int | None:
+    """Bytes that a call allocates at its peak; None where that cannot be seen."""
+    if DEVICE.type == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def launches(call: Callable[[], Any]) -> int | None:
     """How many kernels a call launches; None where that cannot be seen."""
     if DEVICE.type == "cpu":
@@ -81,7 +100,8 @@ def launches(call: Callable[[], Any]) -> int | None:
 
 def measure(row: Row) -> dict[str, Any]:
     """A record; what cannot run here, or computes something else, is noted in it and does not hide the rest."""
-    record: dict[str, Any] = {**stated(row), "floor_seconds": rounded(row.bytes / copy_bandwidth()), "contenders": []}
+    floor = row.floor(copy_bandwidth(), matmul_rate())
+    record: dict[str, Any] = {**stated(row), "floor_seconds": rounded(floor), "contenders": []}
     found: list[dict[str, Any]] = record["contenders"]
     try:
         problem: Problem = row.case.make()
@@ -92,8 +112,10 @@ def measure(row: Row) -> dict[str, Any]:
     for name in contenders(row):
         try:
             contender, error = row.case.entrant(name, problem)
+            extra = allocated(contender.call)
             times = timed(contender.call, row.graph)
             entry = {"name": name, "median_seconds": rounded(median(times)), "seconds": [rounded(t) for t in times]}
+            entry["extra_bytes"] = extra
             if row.graph:
                 entry["launches"] = launches(contender.call)
             found.append({**entry, "max_error": rounded(error)})
@@ -123,61 +145,76 @@ def judged(row: Row, record: dict[str, Any]) -> dict[str, Any]:
         return record
     record["share_of_floor"] = rounded(record["floor_seconds"] / ours)
     record["times_faster"] = {name: rounded(by_name[name] / ours) for name in row.case.versus if by_name[name]}
-    verdicts = {}
+    verdicts: dict[str, bool | None] = {}
     if row.share is not None:
         verdicts[f"at least {row.share:.0%} of the floor's speed"] = record["share_of_floor"] >= row.share
     if row.most is not None:
         verdicts[f"at most {duration(row.most)}"] = ours <= row.most
+    if row.most_extra is not None:
+        extra = next(each.get("extra_bytes") for each in record["contenders"])
+        verdicts[f"at most {row.most_extra / 1e6:.3g} MB of memory"] = (
+            None if extra is None else extra <= row.most_extra
+        )
     for name, bar in row.case.versus.items():
         if bar is not None:
             theirs = by_name[name]
-            verdicts[f"at least {bar:g}x faster than {name}"] = theirs / ours >= bar if theirs else None
+            verdicts[f"at least {compared(name, bar)}"] = theirs / ours >= bar if theirs else None
     return {**record, "bars": verdicts}
+
+
+def compared(name: str, bar: float) -> str:
+    return f"{bar:g}x faster than {name}" if bar > 1 else f"{bar:.0%} of the speed of {name}"
 
 
 def stated(row: Row) -> dict[str, Any]:
     """What is known of a row without measuring."""
-    return {"case": row.case.name, "bytes": row.bytes, "bytes_formula": row.formula}
+    return {"case": row.case.name, "bytes": row.bytes, "bytes_formula": row.formula, "operations": row.operations}
 
 
 def floors(chosen: list[Row]) -> str:
+    bandwidth, rate = H200
     lines = [
-        f"Floors at {H200 / 1e12:g} TB/s, reads and writes together: the copy bandwidth of an NVIDIA H200.",
+        f"Floors at {bandwidth / 1e12:g} TB/s, reads and writes together, and {rate / 1e12:g} TFLOP/s in bf16: "
+        "those of an NVIDIA H200.",
         "`make gpu` measures these rows; it has not been run on a GPU yet.",
         "",
-        "| kernel | must be moved | | floor | asked |",
-        "|---|---|---|---|---|",
+        "| kernel | must be moved | | operations | floor | asked |",
+        "|---|---|---|---|---|---|",
     ]
     for row in chosen:
         asked = [f"≥ {row.share:.0%} of its speed"] if row.share else []
         asked += [f"≤ {duration(row.most)}"] if row.most else []
-        asked += [f"≥ {bar:g}x faster than {name}" for name, bar in row.case.versus.items() if bar]
-        floor = duration(row.bytes / H200)
-        lines.append(f"| {row.case.name} | {row.bytes / 1e9:.3g} GB | {row.formula} | {floor} | {'; '.join(asked)} |")
+        asked += [f"≥ {compared(name, bar)}" for name, bar in row.case.versus.items() if bar]
+        asked += [f"≤ {row.most_extra / 1e6:.3g} MB of memory"] if row.most_extra else []
+        operations = f"{row.operations / 1e9:.3g} G" if row.operations else ""
+        cells = [f"{row.bytes / 1e9:.3g} GB", row.formula, operations, duration(row.floor(*H200)), "; ".join(asked)]
+        lines.append("| " + " | ".join([row.case.name, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def table(content: dict[str, Any]) -> str:
     bandwidth = content["copy_bytes_per_second"] / 1e12
     lines = [
-        f"{content['device']}, torch {content['torch']}; a copy moves {bandwidth:.3g} TB/s. Medians, on the device.",
+        f"{content['device']}, torch {content['torch']}; a copy moves {bandwidth:.3g} TB/s, a bf16 product runs at "
+        f"{content['matmul_operations_per_second'] / 1e12:.3g} TFLOP/s. Medians, on the device.",
         *([f"Without the native library: {content['without_native']}."] if content["without_native"] else []),
         "",
-        "| kernel | contender | time | floor | of its speed | ours is faster | asked |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | contender | time | floor | of its speed | memory | ours is faster | asked |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for record in content["results"]:
         for number, each in enumerate(record["contenders"]):
             found = each.get("median_seconds")
             if found is None:
-                cells = [each["name"], "failed", "", "", "", each["failed"].splitlines()[0]]
+                cells = [each["name"], "failed", "", "", "", "", each["failed"].splitlines()[0]]
             else:
                 share = f"{record['floor_seconds'] / found:.0%}"
                 times = record.get("times_faster", {}).get(each["name"])
                 bars = record.get("bars", {}) if number == 0 else {}
                 verdicts = "; ".join(f"{bar}: {VERDICTS[met]}" for bar, met in bars.items())
                 took = duration(found) + (f", {each['launches']} launches" if each.get("launches") else "")
-                cells = [each["name"], took, "", share, f"{times:.3g}x" if times else "", verdicts]
+                extra = "" if each["extra_bytes"] is None else f"{each['extra_bytes'] / 1e6:.3g} MB"
+                cells = [each["name"], took, "", share, extra, f"{times:.3g}x" if times else "", verdicts]
                 cells[2] = duration(record["floor_seconds"]) if number == 0 else ""
             lines.append("| " + " | ".join([record["case"] if number == 0 else "", *cells]).replace("\n", " ") + " |")
     return "\n".join(lines) + "\n"
@@ -204,7 +241,13 @@ def main(argv: list[str] | None = None) -> int:
         out = RESULTS / (re.sub(r"\W+", "_", facts["device"].lower()) + ".json")
     command = " ".join(["python", "benchmarks/kernels/gpu.py", *(sys.argv[1:] if argv is None else argv)])
     missing = why_not("gather", "native", DEVICE.type)
-    content: dict[str, Any] = {**facts, "command": command, "without_native": missing, "results": []}
+    content: dict[str, Any] = {
+        **facts,
+        "command": command,
+        "without_native": missing,
+        "matmul_operations_per_second": rounded(matmul_rate()),
+        "results": [],
+    }
     begin = time.perf_counter()
     for row in tqdm(chosen, unit="row", disable=None):
         content["results"].append(measure(row))

@@ -1,9 +1,10 @@
-"""What gpu.py measures: kernels whose cost is memory, at sizes of large models, and the floor of each.
+"""What gpu.py measures, first part: kernels whose cost is memory, at sizes of large models, and the floor of each.
 
 The floor of a row is counted from its sizes alone: the bytes that any implementation reads and writes, over the copy
 bandwidth of the GPU. Memory moves in sectors of 32 bytes, so an element of two bytes costs a whole one unless a
 neighbour is selected, too; the count is the expected one for elements selected at random. A sector of which a part is
-written is read as well. A GPU that fetches sectors in pairs moves up to twice as much for scattered elements.
+written is read as well. A GPU that fetches sectors in pairs moves up to twice as much for scattered elements. The rows
+of gpu_matmul_rows.py have a floor of operations, too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Row:
 
     Attributes:
         bytes, formula: what must be moved, in numbers and in words.
-        share: of the floor's speed that is asked for. most: seconds that are allowed. None: nothing is asked.
+        operations: multiplications and additions of matrix products, in bf16; 0: the rest is no matter beside memory.
+        share: of the floor's speed that is asked for. most: seconds that are allowed. most_extra: bytes that a call may
+            allocate, its result included. None: nothing is asked.
         graph: whether it is timed as replays of a CUDA graph.
     """
 
@@ -46,6 +49,12 @@ class Row:
     share: float | None = None
     most: float | None = None
     graph: bool = False
+    operations: float = 0.0
+    most_extra: float | None = None
+
+    def floor(self, bandwidth: float, rate: float) -> float:
+        """Seconds that it takes at least, at so many bytes and so many operations a second."""
+        return max(self.bytes / bandwidth, self.operations / rate)
 
 
 def sector_bytes(numel: int, density: float, itemsize: int) -> float:
