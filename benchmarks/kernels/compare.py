@@ -14,7 +14,9 @@ Times are taken in two states:
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from sparsekernels.ops.backend import why_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STATES = ("warm", "cold")
+VERDICTS = {True: "met", False: "missed", None: "not measured"}  # of a bar
 LINE = 32 if DEVICE.type == "cuda" else 64  # bytes that memory moves at least: a sector, a cache line
 
 
@@ -204,6 +207,24 @@ def event_seconds(call: Callable[[], Any], rounds: int, ahead: float = 0.0) -> l
         after.record()
     torch.cuda.synchronize()
     return [before.elapsed_time(after) / 1e3 for before, after in events]
+
+
+def duration(seconds: float) -> str:
+    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def failed(name: str, error: Exception) -> dict[str, Any]:
+    """What stands in a record in the place of a contender's numbers."""
+    return {"name": name, "failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+def free() -> None:
+    """Give back what nobody holds any more."""
+    with contextlib.suppress(RuntimeError):  # after an illegal access all that follows fails, and says so itself
+        gc.collect()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def cache_bytes() -> int:

@@ -21,8 +21,6 @@ or because its result is wrong, is noted there, and makes the exit status 1.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import re
 import sys
 import time
@@ -33,9 +31,20 @@ from typing import Any
 import gpu_matmul_rows
 import gpu_rows
 import torch
-from compare import DEVICE, Problem, copy_bandwidth, event_seconds, matmul_rate, seconds
+from compare import (
+    DEVICE,
+    VERDICTS,
+    Problem,
+    copy_bandwidth,
+    duration,
+    event_seconds,
+    failed,
+    free,
+    matmul_rate,
+    seconds,
+)
 from gpu_rows import Row
-from ratios import duration, machine, median, rounded, write
+from ratios import machine, median, rounded, write
 from tqdm import tqdm
 
 from sparsekernels.ops.backend import why_not
@@ -45,7 +54,6 @@ H200 = (4.3e12, 790e12)  # bytes of a copy, operations in bf16, a second: what f
 BUDGET = 0.5  # seconds of timed calls for a contender
 IN_GRAPH = 50  # calls in a graph
 BACKENDS = ("native", "triton")
-VERDICTS = {True: "met", False: "missed", None: "not measured"}
 
 
 def rows(small: bool) -> list[Row]:
@@ -124,17 +132,6 @@ def measure(row: Row) -> dict[str, Any]:
         contender = None
         free()
     return judged(row, record)
-
-
-def failed(name: str, error: Exception) -> dict[str, Any]:
-    return {"name": name, "failed": f"{type(error).__name__}: {error}"[:500]}
-
-
-def free() -> None:
-    with contextlib.suppress(RuntimeError):  # after an illegal access all that follows fails, and says so itself
-        gc.collect()
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def judged(row: Row, record: dict[str, Any]) -> dict[str, Any]:

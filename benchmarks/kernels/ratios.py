@@ -34,7 +34,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import DEVICE, Case, Contender, Problem, cache_bytes, copy_bandwidth, evict, seconds, synchronized
+from compare import (
+    DEVICE,
+    Case,
+    Contender,
+    Problem,
+    cache_bytes,
+    copy_bandwidth,
+    duration,
+    evict,
+    seconds,
+    synchronized,
+)
 from tqdm import tqdm
 
 import sparsekernels as sk
@@ -195,11 +206,6 @@ def table(records: list[dict[str, Any]], with_bar: bool) -> str:
             cells.append(f"≥ {theirs['bar']:g}: " + ", ".join(verdicts))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    unit, factor = ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-    return f"{seconds * factor:.3g} {unit}"
 
 
 def main() -> None:
