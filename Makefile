@@ -4,7 +4,7 @@
 #   PIP_FLAGS=...            more flags for pip. torch from PyPI comes with 3 GB of CUDA libraries; without a GPU, use
 #                            PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   SPARSEKERNELS_BUILD=...  what to build: see setup.py
-#   ARGS=...                 more arguments for the program run by `demo`, `ks-lottery`, `test` or `bench`, and for the tests of `gpu`
+#   ARGS=...                 more arguments for the program run by `demo`, `ks-lottery`, `test`, `bench` or `gpu-train`, and for the tests of `gpu`
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ks-lottery test lint format bench cuda-check resources gpu gpu-sanitize gpu-built install-matrix clean
+.PHONY: help demo ks-lottery test lint format bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -58,6 +58,9 @@ gpu: BESIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numproce
 gpu-sanitize: gpu-built  ## there, too: the ops' samples under compute-sanitizer, for accesses out of bounds and races in shared memory
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	  --target-processes all $(PYTHON) -m pytest -q -k 'native or triton' python_tests/test_ops.py::test_values $(ARGS) || exit 1; done
+
+gpu-train: gpu-built  ## there, too: whole training steps of Llama shapes beside dense AdamW and LoRA, into benchmarks/results
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_train.py $(ARGS)
 
 gpu-built:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "The torch of $(PYTHON) sees no GPU: name another with PYTHON=...")'
