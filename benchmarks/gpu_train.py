@@ -44,28 +44,31 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 BUDGET = 4.0  # seconds of timed calls for a contender
 ROUNDS = 20  # at most
-LEFT = 2**28  # bytes that cuBLAS may hold between contenders
+LEFT = 2**28  # bytes that cuBLAS may keep between contenders
 
 
-def measure(row: Row) -> dict[str, Any]:
-    """A record; what cannot run here, or computes something else, is noted in it and does not hide the rest."""
+def measure(row: Row, held: int) -> dict[str, Any]:
+    """A record; what cannot run here, or computes something else, is noted in it and does not hide the rest.
+
+    `held` are bytes on the device that were there before the first row.
+    """
     found = []
     for contender in row.contenders:
         if contender.needs and importlib.util.find_spec(contender.needs) is None:
             continue
         try:
-            found.append(measured(contender))
+            found.append(measured(contender, held))
         except Exception as failure:  # above all, memory
             found.append(failed(contender.name, failure))
         free()
     return judged(row, found)
 
 
-def measured(contender: Contender) -> dict[str, Any]:
+def measured(contender: Contender, held: int) -> dict[str, Any]:
     """What a contender takes; all that it made is gone on return."""
-    held = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
-    if held > LEFT:
-        raise RuntimeError(f"{held} bytes are still held by who ran before: its peak would count them")
+    left = allocated() - held
+    if left > LEFT:
+        raise RuntimeError(f"who ran before has left {left} bytes behind, which this peak would count")
     run = contender.start()
     results: list[Any] = []
 
@@ -84,6 +87,10 @@ def measured(contender: Contender) -> dict[str, Any]:
         "peak_bytes": peak,
         "before": run.before,
     }
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
 
 
 def timed(call: Callable[[], Any]) -> list[float]:
@@ -185,9 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         out = RESULTS / (re.sub(r"\W+", "_", facts["gpu"].lower()) + "_train.json")
     command = " ".join(["python", "benchmarks/gpu_train.py", *(sys.argv[1:] if argv is None else argv)])
     content: dict[str, Any] = {**facts, "command": command, "results": []}
-    begin = time.perf_counter()
+    begin, held = time.perf_counter(), allocated()
     for row in tqdm(chosen, unit="row", disable=None):
-        content["results"].append(measure(row))
+        content["results"].append(measure(row, held))
         content["seconds"] = time.perf_counter() - begin
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)

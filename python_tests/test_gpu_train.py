@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_train as program  # noqa: E402
-from gpu_training import llama, steps  # noqa: E402
+from gpu_training import llama, scoring, steps  # noqa: E402
 from gpu_training.llama import LLAMA_1B, LLAMA_7B, SMALL, Shape  # noqa: E402
 from gpu_training.rows import BACKWARD, DENSE, Row, rows  # noqa: E402
 from gpu_training.steps import Run, Task  # noqa: E402
@@ -150,6 +151,36 @@ def test_what_fails_is_noted_and_does_not_hide_the_rest(
     }
     assert [bar["met"] for bar in record["bars"]] == [None]
     assert "| wrong | failed |  |  |  | WrongResult: a loss is not finite |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_contender_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    models: list[weakref.ref[nn.Module]] = []
+
+    def make_model(*args: Any) -> nn.Module:
+        assert [each() for each in models] == [None] * len(models)
+        model = llama.make_model(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    def check(_: object) -> None:
+        raise WrongResult
+
+    for module in (steps, scoring):
+        monkeypatch.setattr(module, "make_model", make_model)
+        if fails:
+            monkeypatch.setattr(module, "finite", check)
+    chosen = [row_of("Step"), row_of("FISH"), row_of("LASER")]
+    found = [each for row in chosen for each in program.measure(row, held=0)["contenders"]]
+    assert len(models) == len(found) >= 10
+    assert any("failed" in each for each in found) == fails
+
+
+def test_memory_that_is_left_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "allocated", lambda: 10**9)
+    row = row_of("LASER")
+    with pytest.raises(RuntimeError, match="has left 900000000 bytes behind"):
+        program.measured(row.contenders[1], held=10**8)
 
 
 @pytest.mark.parametrize(("seconds", "peak", "met"), [(0.07, 4.4e9, [True, True]), (0.08, 4.6e9, [False, False])])
