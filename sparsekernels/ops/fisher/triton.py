@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..gather_scatter.triton import TILE, compact_tile, device_of, scatter_, tile_grid
 from ..masked_grad.reference import accumulation_dtype
-from ..masked_grad.triton import ALIGNMENT, BLOCK_P, BLOCK_T, ELEMENTS_TILE
+from ..masked_grad.triton import BLOCK_P, BLOCK_T, ELEMENTS_TILE, by_column
 
 BLOCK = 1024  # elements of a tensor that a program owns
 BLOCK_M, BLOCK_S = 64, 32  # columns of a vector that a program owns, tokens that it takes at a time
@@ -219,7 +219,7 @@ def fisher_linear_(
         grad_output, positions = grad_output.index_select(2, positions), None
     m, n = grad_output.shape[2], input.shape[2]
     if positions is not None and positions.shape[0] * FEW < m * n:
-        _linear_elements(_by_column(grad_output), _by_column(input, real), total, norms, positions, m, n)
+        _linear_elements(by_column(grad_output), by_column(input, real), total, norms, positions, m, n)
         return
     slots = None
     if positions is not None:
@@ -328,17 +328,6 @@ def _add_shares(norms: Tensor | None, shares: Tensor, dim: int) -> None:
     """What the programs left for each sample, added up in fp64."""
     if norms is not None:
         norms += shares.sum(dim, dtype=torch.float64)
-
-
-def _by_column(x: Tensor, real: Tensor | None = None) -> Tensor:
-    """A copy as [B, width, tokens], zero where a token is not real, and where it is filled up to whole vectors."""
-    samples, tokens, width = x.shape
-    out = x.new_empty((samples, width, triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT))
-    out[:, :, :tokens] = x.transpose(1, 2)
-    out[:, :, tokens:] = 0
-    if real is not None:
-        out[:, :, :tokens].masked_fill_(~real[:, None, :], 0)
-    return out
 
 
 def _is_interpreted(kernel: Any) -> bool:

@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import TILE, compact_tile, device_of, tile_grid
+from ..gather_scatter.triton import TILE, as_integers, compact_tile, device_of, tile_grid
 from .reference import accumulation_dtype
 
 BLOCK_P, BLOCK_T = 32, 64  # positions that a program owns, tokens that it takes at a time
 ELEMENTS_TILE = (
     256  # single elements read one column of a row each: more programs, and fewer registers, serve them better
 )
+TURNED = tl.constexpr(64)  # rows and columns that a program transposes
 ALIGNMENT = 16  # Triton loads whole vectors where a stride is a multiple of this
 # Past one element in so many, the dense product is cheaper than a dot product for each: that reads 2 * T elements from
 # the L2 cache, at about 6 TB/s, where tensor cores have 790 TFLOP/s for halves. Counted, not measured yet.
@@ -44,6 +45,21 @@ def masked_grad_linear_kernel(
         x = tl.load(input_rows + token, mask=mask, other=0).to(total.dtype)
         total += g * x
     tl.store(out + slots, tl.sum(total, 1), mask=inside)
+
+
+@triton.jit
+def transpose_kernel(x, real, out, tokens, width, padded, TILE: tl.constexpr):
+    """One program owns TILE x TILE: out[b, j, s] = x[b, s, j]; 0 where there is no token, or none that is real."""
+    program = tl.program_id(0).to(tl.int64)
+    across, down = tl.cdiv(width, TILE), tl.cdiv(padded, TILE)
+    b = program // (across * down)
+    s = program // across % down * TILE + tl.arange(0, TILE)
+    j = program % across * TILE + tl.arange(0, TILE)
+    live = s < tokens
+    if real is not None:
+        live = live & (tl.load(real + b * tokens + s, mask=live, other=0) != 0)
+    tile = tl.load(x + (b * tokens + s)[:, None] * width + j[None, :], mask=live[:, None] & (j < width), other=0)
+    tl.store(out + (b * width + j)[:, None] * padded + s[None, :], tile.T, mask=(j < width)[:, None] & (s < padded))
 
 
 @triton.jit
@@ -91,7 +107,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) ->
     if count * FEW.get(input.dtype, FEW_WIDE) > m * n:
         _take_from_blocks(grad_output, input, positions, out)
         return out
-    grad_output, input = _by_column(grad_output), _by_column(input)
+    grad_output, input = by_column(grad_output[None])[0], by_column(input[None])[0]
     with device_of(out):
         masked_grad_linear_kernel[(triton.cdiv(count, BLOCK_P),)](
             grad_output, input, positions, out, count, input.shape[1], n, BLOCK_P=BLOCK_P, BLOCK_T=BLOCK_T
@@ -144,10 +160,13 @@ def _product(grad_output: Tensor, input: Tensor, dtype: torch.dtype) -> Tensor:
     return grad_output.to(dtype).T @ input.to(dtype)
 
 
-def _by_column(x: Tensor) -> Tensor:
-    """A transposed copy, its rows filled up with zeros to a whole number of vectors."""
-    tokens, columns = x.shape
-    out = x.new_empty((columns, triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT))
-    out[:, :tokens] = x.t()
-    out[:, tokens:] = 0
+def by_column(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """A copy of x [B, S, W] as [B, W, S], filled up with zeros to whole vectors, and zero where a token is not real."""
+    samples, tokens, width = x.shape
+    out = x.new_empty((samples, width, triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT))
+    tiles = triton.cdiv(width, TURNED.value) * triton.cdiv(out.shape[2], TURNED.value)
+    with device_of(x):
+        transpose_kernel[(samples * tiles,)](
+            as_integers(x), real, as_integers(out), tokens, width, out.shape[2], TILE=TURNED
+        )
     return out
