@@ -25,6 +25,11 @@ class Part:
     module: str
     rows: slice | Tensor | None = None
 
+    @property
+    def places(self) -> slice | Tensor:
+        """What picks them out of all rows."""
+        return slice(None) if self.rows is None else self.rows
+
 
 @dataclass(frozen=True, eq=False)
 class Attention:

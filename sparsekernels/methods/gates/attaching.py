@@ -14,8 +14,9 @@ from ...gated_linear import Gating, LayerGates, gate
 from ...names import default_head, default_targets, matching
 from ...ops.gates.checks import Kind
 from ...pairs import kind_of
-from ...structures import Part, structures, weight_size
+from ...structures import structures, weight_size
 from .parts import OPEN, Found, Vector
+from .rounding import Dimensions
 from .saving import COMPRESSED
 from .schedule import Schedule
 from .training import Gates
@@ -78,7 +79,8 @@ def attach(
 
     Source: FineGates (Svirsky et al., arXiv 2412.12951), its code for which parameters train; STG (Yamada et al., arXiv
     1810.04247); hard concrete (Louizos et al., arXiv 1712.01312). Ours: one noise for sampling and P(open), gates that
-    rest where noise hardly reaches them, norms that train, and what closes when (see `Gates.penalty`).
+    rest where noise hardly reaches them, norms that train, what closes when (see `Gates.penalty`), and sizes that are
+    multiples of 8 in the end (see `Gates.settle`).
     """
     if not 0 < target < 1:
         raise ValueError(f"target must lie in (0, 1), the share to remove, got {target}")
@@ -103,6 +105,7 @@ def attach(
     places = _Places(model, names)
     vectors = places.vectors(granularity)
     elements = places.elements(vectors)
+    dimensions = Dimensions(vectors, places.attentions, places.mlps)
     parameters = dict(model.named_parameters())
     dense = set(matching(parameters, head, "head") if head is not None else default_head(model))
     gating = Gating(kind, noise, probing=True)
@@ -134,7 +137,7 @@ def attach(
             module = model.get_submodule(name)
             gate(module, gating, **sides, lora_rank=lora_rank, lora_scale=lora_scale)
             layers[name] = module.gates
-    return Gates(model, layers, vectors, planner, elements, gating, Schedule(steps, target), found, dense)  # type: ignore[arg-type]
+    return Gates(model, layers, vectors, planner, dimensions, elements, gating, Schedule(steps, target), found, dense)  # type: ignore[arg-type]
 
 
 def _layers(model: nn.Module, targets: Iterable[str] | None) -> list[str]:
@@ -200,27 +203,23 @@ class _Places:
         found = {"rows": {k: x.clone() for k, x in rows.items()}, "columns": {k: x.clone() for k, x in columns.items()}}
         heads = {}
         for a in self.attentions:
-            q, k, v = (rows[p.module][_places(p)].view(a.groups, -1) for p in (a.query, a.key, a.value))
+            q, k, v = (rows[p.module][p.places].view(a.groups, -1) for p in (a.query, a.key, a.value))
             out = columns[a.output].view(a.groups, -1, a.kv_rows)
             heads[a.output] = torch.stack([x.flatten(1).sum(1) for x in (q, k, v, out)]).sum(0)
-            found["rows"][a.value.module][_places(a.value)] = (v + out.sum(1)).flatten()
+            found["rows"][a.value.module][a.value.places] = (v + out.sum(1)).flatten()
             if out.shape[1] == 1:  # else a dimension of the value has other readers
                 found["columns"][a.output] = (v + out[:, 0]).flatten()
                 if not a.rotary:
                     for part in (a.query, a.key):
-                        found["rows"][part.module][_places(part)] = (q + k).flatten()
+                        found["rows"][part.module][part.places] = (q + k).flatten()
         for mlp in self.mlps:
-            whole = columns[mlp.output] + sum(rows[part.module][_places(part)] for part in mlp.inputs)
+            whole = columns[mlp.output] + sum(rows[part.module][part.places] for part in mlp.inputs)
             found["columns"][mlp.output] = whole
             for part in mlp.inputs:
-                found["rows"][part.module][_places(part)] = whole
+                found["rows"][part.module][part.places] = whole
         return torch.cat(
             [heads[v.layer] if v.layer in heads and v.group > 1 else found[v.side][v.layer] for v in vectors]
         )
-
-
-def _places(part: Part) -> Any:
-    return slice(None) if part.rows is None else part.rows
 
 
 def _check_reach(planner: Planner, vectors: list[Vector], target: float) -> None:

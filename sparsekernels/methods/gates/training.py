@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from ...cutting import Cuts, Planner, cut
 from ...gated_linear import Gating, LayerGates, put_back, ungate
 from ...ops import gate_values
 from .parts import OPEN, RATES, SHUT, Found, Vector, Wrong
+from .rounding import Dimensions
 from .saving import COMPRESSED, save_pretrained
 from .schedule import Importance, Schedule, price
 
@@ -65,6 +67,7 @@ class Gates:
         layers: Mapping[str, LayerGates],
         vectors: list[Vector],
         planner: Planner,
+        dimensions: Dimensions,
         elements: Tensor,
         gating: Gating,
         schedule: Schedule,
@@ -74,7 +77,8 @@ class Gates:
         self.model, self.schedule = model, schedule
         self.steps, self.price, self.settled = 0, 0.0, False
         self._layers, self._head = dict(layers), head
-        self._vectors, self._planner, self._gating, self._found = vectors, planner, gating, found
+        self._vectors, self._planner, self._dimensions = vectors, planner, dimensions
+        self._gating, self._found = gating, found
         self._importance = Importance(elements)
         self._weights = torch.zeros_like(elements)
         self._fixed: list[Tensor] = []
@@ -158,8 +162,9 @@ class Gates:
             wanted = self.schedule.wanted(self.steps)
             if wanted > 0:
                 scores = self._importance.values()
-                self.price, stays = price(scores, self._removed, wanted)
+                self.price, stays = price(scores, partial(self._rounded_share, scores), wanted)
                 share = (self.price - scores) / (self.price + scores).clamp_min(1e-38)
+                share = torch.where(self._dimensions.rounded(stays, scores), -share.abs(), share)
                 self._weights = share if stays.any() else torch.ones_like(scores)  # the price is infinite
 
     @torch.no_grad()
@@ -167,7 +172,7 @@ class Gates:
         """Fix the gates: as many as remove the share that was asked are shut, all others stay as open as they are.
 
         Those that are shut already come first, then those of least importance; what is shut beyond that share opens
-        again. Noise ends, and gates train no more.
+        again, and so does what makes the sizes that are left multiples of 8. Noise ends, and gates train no more.
         `step` does it in time; what else trains goes on adapting to it.
         """
         self._check_in_use()
@@ -176,7 +181,8 @@ class Gates:
         first = first[(~closed[first]).to(torch.uint8).argsort(stable=True)]
         place = torch.empty(len(first))
         place[first] = torch.arange(len(first), dtype=place.dtype)
-        _, stays = price(place, self._removed, self.schedule.target)
+        _, stays = price(place, partial(self._rounded_share, place), self.schedule.target)
+        stays = self._dimensions.rounded(stays, place)
         kind = self._gating.kind
         for vector, logits in zip(self._vectors, self._logits(), strict=True):
             part = slice(vector.start, vector.start + vector.count)
@@ -312,6 +318,10 @@ class Gates:
 
     def _removed(self, is_open: Tensor) -> float:
         return self._planner.count(*self._masks(is_open)) / self._planner.total
+
+    def _rounded_share(self, order: Tensor, is_open: Tensor) -> float:
+        """The share that goes if all but these gates are shut, and sizes are then made good ones."""
+        return self._removed(self._dimensions.rounded(is_open, order))
 
     def _take_gradients(self) -> Tensor:
         """[gates], on the CPU: gradients by the values of gates since the last call, averaged over processes."""

@@ -1,0 +1,116 @@
+"""What gates leave has good sizes: multiples of 8, in every dimension of a layer, at the share that was asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import sparsekernels as sk
+from sparsekernels.compact_linear import CompactLinear
+from sparsekernels.methods.gates.parts import Vector
+from sparsekernels.methods.gates.rounding import Dimensions, _multiple
+from sparsekernels.structures import Mlp, Part
+
+SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 50}
+
+
+def make(kind: str) -> nn.Module:
+    torch.manual_seed(2)
+    if kind == "bert":
+        return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, num_attention_heads=4))
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=32, vocab_size=50)
+        return transformers.GPT2LMHeadModel(config)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if kind == "llama" else 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **heads))
+
+
+def trained(model: nn.Module, target: float, granularity: str) -> sk.methods.gates.Gates:
+    gates = sk.methods.gates.attach(model.train(), target, 20, granularity=granularity)
+    optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
+    for i in range(20):
+        tokens = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(i % 4))
+        (model(input_ids=tokens, labels=tokens).loss + gates.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gates.step()
+    return gates
+
+
+def sizes(model: nn.Module) -> list[int]:
+    """Rows and columns of all weights in blocks that are stored."""
+    found: list[int] = []
+    for name, module in model.named_modules():
+        if any(part.isdigit() for part in name.split(".")) and isinstance(
+            getattr(module, "weight", None), nn.Parameter
+        ):
+            weight: Any = module.weight
+            found += list(weight.shape) if weight.dim() == 2 else []
+    return found
+
+
+@pytest.mark.parametrize(("kind", "granularity"), [
+    ("bert", "row+column"), ("gpt2", "row+column"), ("llama", "row+column"),
+    ("bert", "head+mlp"), ("grouped", "head+mlp"), ("gpt2", "mlp"),
+])  # fmt: skip
+def test_sizes_are_multiples(kind: str, granularity: str) -> None:
+    model = make(kind)
+    target = {"mlp": 0.3}.get(granularity, 0.4)
+    gates = trained(model, target, granularity)
+    compressed = gates.compress()
+    found = sizes(model)
+    assert any(size not in (128, 256, 384, 512, 64) for size in found)
+    assert [size for size in found if size % 8] == []
+    assert target <= compressed.removed < target + 0.03  # eight neurons or a head of so small a model are 1 to 2 %
+    assert granularity != "row+column" or any(isinstance(module, CompactLinear) for module in model.modules())
+
+
+def test_as_many_open_as_are_missing() -> None:
+    """Of neurons with a gate on either side; those last in order, by the gate that comes first."""
+    vectors = [
+        Vector("up", "rows", 0, 128, 1),
+        Vector("down", "columns", 128, 128, 1),
+        Vector("down", "rows", 256, 50, 1),
+    ]
+    dimensions = Dimensions(vectors, [], [Mlp("mlp", (Part("up"),), "down", 128)])
+    is_open = torch.ones(306, dtype=torch.bool)
+    is_open[:3] = False  # three neurons lack a row, three a column, and one of them both
+    is_open[128 + 2 : 128 + 5] = False
+    is_open[256:261] = False  # 45 of 50 rows are left, 46 is even
+    order = torch.arange(306.0).flip(0)
+    order[[0, 128]] = torch.tensor([1000.0, 0.0])  # the dearest row and the cheapest column, of one neuron
+    stays = dimensions.rounded(is_open, order)
+    assert (stays | is_open).equal(stays)
+    neurons = stays[:128] & stays[128:256]
+    assert int(neurons.sum()) == 128  # 123 are left: the next multiple of 8 is all
+    assert int(stays[256:].sum()) == 46
+    assert bool(stays[256])  # the dearest of the five
+    is_open[8:14] = False  # 117: three of eleven open again
+    neurons = (stays := dimensions.rounded(is_open, order))[:128] & stays[128:256]
+    assert int(neurons.sum()) == 120
+    assert neurons[:14].nonzero().flatten().tolist() == [1, 2, 3, 5, 6, 7]
+
+
+def test_nothing_opens_where_sizes_are_good() -> None:
+    dimensions = Dimensions([Vector("a", "rows", 0, 160, 1), Vector("b", "columns", 160, 12, 2)], [], [])
+    is_open = torch.ones(172, dtype=torch.bool)
+    is_open[[1, 5, 9, 13, 17, 21, 25, 29, 170]] = False  # the last of 12 heads
+    assert dimensions.rounded(is_open, torch.arange(172.0)).equal(is_open)
+    assert not dimensions.rounded(torch.zeros_like(is_open), torch.arange(172.0)).any()
+
+
+def test_parts_of_a_fused_layer_are_told_apart() -> None:
+    """Rows 0 to 99 are a neuron's, the others stand by themselves."""
+    mlp = Mlp("mlp", (Part("fused", slice(0, 100)),), "down", 100)
+    dimensions = Dimensions([Vector("fused", "rows", 0, 160, 1)], [], [mlp])
+    assert [gates.shape for gates in dimensions.units] == [(1, 100), (1, 60)]
+    assert torch.cat([gates.flatten() for gates in dimensions.units]).tolist() == list(range(160))
+
+
+@pytest.mark.parametrize(("width", "multiple"), [(7, 1), (16, 1), (32, 2), (100, 4), (128, 8), (11008, 8)])
+def test_multiple_is_a_sixteenth_at_most(width: int, multiple: int) -> None:
+    assert _multiple(width) == multiple
