@@ -49,9 +49,9 @@ cuda-check: $(VENV)/packages  ## compile every CUDA kernel, and run the elementw
 resources: cuda-check  ## registers, shared memory and spills of every CUDA and Triton kernel; fail on spills
 	$(RUN) .ci/resources.py
 
-# With the torch, the nvcc and the packages that PYTHON has: nothing is fetched. The table is made even if a test fails.
-gpu: gpu-built  ## on a machine with a GPU: build, run every test there, then the kernel table of benchmarks/results
-	$(PYTHON) -m pytest -q $(BESIDE) $(ARGS); tests=$$?; PYTHONPATH=. $(PYTHON) benchmarks/kernels/gpu.py && exit $$tests
+# With the torch, the nvcc and the packages that PYTHON has: nothing is fetched. Tests run even if a row of the table fails.
+gpu: gpu-built  ## on a machine with a GPU: build, make the kernel table of benchmarks/results, then run every test there
+	PYTHONPATH=. $(PYTHON) benchmarks/kernels/gpu.py; table=$$?; $(PYTHON) -m pytest -q $(BESIDE) $(ARGS) && exit $$table
 # Several tests at a time if pytest-xdist is there: most of them wait for Triton's compiler.
 gpu: BESIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8 --dist loadgroup)
 

@@ -151,14 +151,11 @@ class Search:
                 before = kept[name][0] if name in kept else among[name]
                 shape = self.model.get_parameter(name).shape
                 positions = chosen if before is None else before.positions[chosen]
-                kept[name] = Index.trusted(positions, shape, rows=False), score.reshape(-1)[chosen]
+                kept[name] = Index(positions, shape), score.reshape(-1)[chosen]
         carried = sum(float(score.sum(dtype=torch.float64)) for _, score in kept.values())
         return {name: index for name, (index, _) in kept.items() if len(index)}, carried / whole if whole else 0.0
 
     def selection(self, chosen: Mapping[str, Index]) -> Selection:
         """The chosen entries, and the head."""
         shapes = {name: self.model.get_parameter(name).shape for name in self.head}
-        return Selection(
-            {name: Index(i.positions, i.shape) for name, i in chosen.items()}
-            | {name: Index.full(shape) for name, shape in shapes.items()}
-        )
+        return Selection({**chosen, **{name: Index.full(shape) for name, shape in shapes.items()}})
