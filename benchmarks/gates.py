@@ -10,6 +10,7 @@ autocast. Contenders, all for the same steps:
   gates on rows and columns   gates, biases and norms train; 10, 20, 30, 40 % of the encoder's projections are removed
   ... + low-rank              with low-rank factors within the gates
   gates on heads and neurons + low-rank
+  ... + rows                  with the rows of the embedding that a batch looks up, by sparse gradients and SparseAdamW
 
 Reported are accuracy on the test split, trained parameters, what is left of the model, how far outputs before and after
 compress() are apart, the forward time of the original and of each compressed model on 32 x 64 tokens in fp32, and the
@@ -68,11 +69,16 @@ def entries(shares: tuple[float, ...], kind: str) -> list[Contender]:
         for share in reversed(shares)
         for granularity in ("row+column", "head+mlp")
     ]
+    contenders += [Contender("gates", share, "head+mlp", RANK, kind, embedding=True) for share in reversed(shares)]
     return contenders + [Contender("gates", share, kind=kind) for share in reversed(shares)]
 
 
 def folder_of(work: Path, contender: Contender, seed: int) -> Path:
-    what = contender.granularity.replace("+", "-") + ("-low-rank" if contender.rank else "")
+    what = (
+        contender.granularity.replace("+", "-")
+        + ("-low-rank" if contender.rank else "")
+        + ("-rows" if contender.embedding else "")
+    )
     return work / f"{contender.kind}-{what}-{round(100 * contender.removed)}-seed{seed}"
 
 

@@ -19,7 +19,7 @@ from test_finetune import save_model, write_rows
 
 NAMES = (
     *("dense", "LoRA (PEFT)", "gates on rows and columns", "gates on rows and columns + low-rank"),
-    "gates on heads and neurons + low-rank",
+    *("gates on heads and neurons + low-rank", "gates on heads and neurons + low-rank + rows"),
 )
 
 
@@ -41,7 +41,7 @@ def test_from_end_to_end(here: None, tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     assert program.main([*argv, "--seed", "0"]) == 0
     content = json.loads(out.read_text())
-    assert len(content["runs"]) == 2 + 3 * 2
+    assert len(content["runs"]) == 2 + 4 * 2
     for run in content["runs"]:
         gated = run["name"].startswith("gates")
         assert run["steps"] == 12
@@ -49,8 +49,10 @@ def test_from_end_to_end(here: None, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert not gated or run["gap"] < 1e-4
     weights = {(run["name"], run["asked"]): run["weights"] for run in content["runs"]}
     assert all(weights[name, 0.4] < weights[name, 0.2] < weights["dense", 0] for name in NAMES[2:])
+    trained = {run["name"]: run["trained_weights"] for run in content["runs"]}
+    assert trained[NAMES[5]] - trained[NAMES[4]] == 42 * 16  # words by width
     assert set(content["step_times"]) == set(NAMES)
-    assert len(content["latency"]) == 1 + 3 * 2
+    assert len(content["latency"]) == 1 + 4 * 2
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in NAMES)
     assert out.with_suffix(".md").read_text() in printed

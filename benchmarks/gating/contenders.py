@@ -33,6 +33,7 @@ class Contender:
     granularity: str = "row+column"
     rank: int = 0
     kind: str = "stg"
+    embedding: bool = False  # whether rows of the embedding train beside the gates, by sparse gradients
 
     @property
     def name(self) -> str:
@@ -40,7 +41,7 @@ class Contender:
         if self.way != "gates":
             return {"dense": "dense", "lora": "LoRA (PEFT)"}[self.way]
         what = {"row+column": "rows and columns", "head+mlp": "heads and neurons"}[self.granularity]
-        return f"gates on {what}" + (" + low-rank" if self.rank else "")
+        return f"gates on {what}" + (" + low-rank" if self.rank else "") + (" + rows" if self.embedding else "")
 
     @property
     def lr(self) -> float:
@@ -71,7 +72,14 @@ def prepare(contender: Contender, model: nn.Module, steps: int, config: Config) 
         lora_rank=contender.rank,
     )  # type: ignore[arg-type]
     found = gates.param_groups(config.lr, head_lr=config.head_lr, weight_decay=config.weight_decay)
-    return Made(dict(gates.named_parameters()), torch.optim.AdamW(found, fused=True), head, gates=gates)
+    parameters = dict(gates.named_parameters())
+    if not contender.embedding:
+        return Made(parameters, torch.optim.AdamW(found, fused=True), head, gates=gates)
+    table = next(m for m in model.modules() if hasattr(m, "get_input_embeddings")).get_input_embeddings()
+    table.sparse = True
+    parameters["embedding"] = table.weight.requires_grad_(True)
+    found.append({"params": [table.weight], "lr": config.lr, "weight_decay": 0.0})
+    return Made(parameters, sk.SparseAdamW(found), head, gates=gates)
 
 
 def lora(model: nn.Module, head: set[str], config: Config) -> Made:
@@ -105,7 +113,7 @@ def step(model: nn.Module, made: Made, batch: Batch, config: Config) -> Tensor:
         loss: Tensor = model(**batch).loss
     (loss if made.gates is None else loss + made.gates.penalty()).backward()
     ungated = [p for name, p in made.parameters.items() if ".gates." not in name or "lora" in name]
-    nn.utils.clip_grad_norm_(ungated, 1.0)
+    sk.clip_grad_norm_(ungated, 1.0)
     made.optimizer.step()
     made.optimizer.zero_grad()
     if made.gates is not None:

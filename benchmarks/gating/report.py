@@ -117,7 +117,7 @@ def draw_accuracy(content: Content, path: Path) -> Path:
 
 def draw_open(content: Content, path: Path) -> Path:
     """At the largest share, the open gates of every layer and side, by kind of projection."""
-    gated = [run for run in content["runs"] if "open" in run and "low-rank" in run["name"]]
+    gated = [run for run in content["runs"] if "open" in run and run["name"].endswith("low-rank")]
     share = max(run["asked"] for run in gated)
     chosen = {run["name"]: run for run in reversed(gated) if run["asked"] == share}
     figure, grid = pyplot().subplots(1, len(chosen), figsize=(5.8 * len(chosen), 4.4), squeeze=False)
