@@ -138,6 +138,9 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         tokens = torch.zeros(2, 16, 32, dtype=dtype), torch.zeros(2, 16, 2048, dtype=dtype)
         for per_sample in (False, True):
             yield lambda u=u[0], v=v[0], p=per_sample, t=tokens: kernel("singular_value_grad_linear")(*t, u, v, p)
+    if dtype == torch.float32:
+        parts = importlib.import_module("sparsekernels.ops.singular_values.triton").bf16_parts
+        yield lambda: parts(dense)
     for alternative in (-1, 0, 1):
         for n in (8, 4096):  # the smallest block and the largest
             yield lambda a=alternative, n=n: kernel("ks_2samp")(dense.view(-1, n), dense.view(-1, n), a)

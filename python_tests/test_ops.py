@@ -137,6 +137,19 @@ def test_same_bits_every_time(sample: Sample, name: str, device: torch.device) -
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=9))
+def test_autocast_changes_nothing(sample: Sample, name: str, device: torch.device) -> None:
+    """A backward may run within it."""
+    skip_unless_present(sample, name, device)
+    outside = run(sample.case(device), name)
+    with torch.autocast(device.type, torch.bfloat16):
+        within = run(sample.case(device), name)
+    for a, b in zip(outside, within, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("sample", parameters(op.name for op in OPS))
 def test_schema_and_fake(sample: Sample, device: torch.device) -> None:
     """The schema tells the truth about mutation and aliasing, the fake about shapes and dtypes."""

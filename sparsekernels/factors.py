@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops.backend import in_full_precision
+
 OVERSAMPLING, ITERATIONS = 10, 4  # of the randomised method: directions beyond those asked for, power iterations
 # Measured on two cores of Zen 4, 1024 to 4096 rows and columns: below this share of all triplets the randomised method
 # is faster than the whole decomposition.
@@ -110,11 +112,6 @@ def _triplets(stack: Tensor, rank: int | None, seed: int) -> tuple[Tensor, Tenso
         basis = torch.linalg.qr(stack @ torch.linalg.qr(stack.mT @ basis).Q).Q
     small, s, vh = torch.linalg.svd(basis.mT @ stack, full_matrices=False)
     return basis @ small[:, :, :rank], s[:, :rank], vh[:, :rank].mT.contiguous()
-
-
-def in_full_precision(x: Tensor) -> torch.autocast:
-    """Within, matmuls of tensors like this one keep their dtype, whatever autocast is around."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def split_rows(rows: int, blocks: int) -> list[Tensor]:

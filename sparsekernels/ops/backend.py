@@ -11,11 +11,12 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .table import Op
@@ -69,13 +70,38 @@ def _say_once(device: str, rung: str) -> None:
         )
 
 
+def in_full_precision(x: Tensor) -> torch.autocast:
+    """Within, matmuls of tensors like this one keep their dtype, whatever autocast is around."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _unaware_of_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Of an implementation in Python: what it calls of torch keeps the dtypes that the op promises."""
+
+    @functools.wraps(run)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = _tensors(args)
+        if not tensors or not torch.is_autocast_enabled(tensors[0].device.type):
+            return run(*args, **kwargs)
+        with in_full_precision(tensors[0]):
+            return run(*args, **kwargs)
+
+    return call
+
+
+def _tensors(args: tuple[Any, ...]) -> Sequence[Tensor]:
+    return args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+
+
 def _fallback(op: Op) -> Callable[..., Any]:
+    run = _unaware_of_autocast(op.reference)
+
     @functools.wraps(op.reference)
     def reference(*args: Any, **kwargs: Any) -> Any:
-        tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+        tensors = _tensors(args)
         if tensors:
             _say_once(tensors[0].device.type, "the slower PyTorch reference")
-        return op.reference(*args, **kwargs)
+        return run(*args, **kwargs)
 
     return reference
 
@@ -99,7 +125,7 @@ def triton_kernel(name: str) -> Callable[..., Any]:
 def _triton_dispatch(op: Op) -> Callable[..., Any]:
     def launch(*args: Any, **kwargs: Any) -> Any:
         _say_once("cuda", "Triton")
-        return triton_kernel(op.name)(*args, **kwargs)
+        return _unaware_of_autocast(triton_kernel(op.name))(*args, **kwargs)
 
     return launch
 
@@ -150,6 +176,6 @@ def select(name: str, device: str, backend: Backend | None) -> Callable[..., Any
     reason = why_not(name, backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot serve {name} on {device}: {reason}")
-    if backend == "reference":
-        return ROWS[name].reference
-    return triton_kernel(name) if backend == "triton" else _dispatched[name]
+    if backend == "native":
+        return _dispatched[name]
+    return _unaware_of_autocast(ROWS[name].reference if backend == "reference" else triton_kernel(name))

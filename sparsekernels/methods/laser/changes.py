@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...factors import in_full_precision
 from ...low_rank import Block, LowRankLinear
 from ...matrices import Matrix
+from ...ops.backend import in_full_precision
 from ...pairs import kind_of
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...selection import Index
-from ..backend import Backend, select
+from ..backend import Backend, in_full_precision, select
 from .reference import accumulation_dtype
 
 # Past this share of elements a dense product, a block of rows at a time, is faster than one dot product for each
@@ -28,11 +28,12 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     Returns:
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
-    Numerics: products accumulate in the dtype returned (rows: in the matmul's own). Elements are deterministic.
+    Numerics: products accumulate in the dtype returned (rows: in the matmul's own), and where a GPU takes the dense
+    product as torch's matmul does, TF32 if that is allowed. Elements are deterministic.
     Cost: elements: 2*T*K operations and a transposed copy of both inputs (on the CPU a block of tokens at a time).
     Where many are selected, the dense product, a block of rows at a time, is cheaper: on the CPU past a quarter of all
-    elements, unless a backend is named; on a GPU past 1 of 256 (bf16, fp16) or of 32. Rows: a matmul with the selected
-    columns of grad_output, 2*T*R*N operations, on every backend.
+    elements, unless a backend is named; on a GPU past 1 of 256 (bf16, fp16) or of 32, or more if tokens are few. Rows:
+    a matmul with the selected columns of grad_output, 2*T*R*N operations, on every backend.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
@@ -49,7 +50,8 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     _check_device(grad_output, index)
     if index.rows:
         selected = grad_output if len(index) == index.shape[0] else grad_output.index_select(1, index.positions)
-        return (selected.T @ input).to(accumulation_dtype(input.dtype))
+        with in_full_precision(input):
+            return (selected.T @ input).to(accumulation_dtype(input.dtype))
     if backend is None and input.device.type == "cpu" and len(index) > DENSE_ABOVE * index.shape.numel():
         backend = "reference"
     run = select("masked_grad_linear", input.device.type, backend)

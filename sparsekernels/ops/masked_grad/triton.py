@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gather_scatter.triton import TILE, as_integers, compact_tile, device_of, tile_grid
+from ..products import product
 from .reference import accumulation_dtype
 
 BLOCK_P, BLOCK_T = 32, 64  # positions that a program owns, tokens that it takes at a time
@@ -17,9 +18,10 @@ ELEMENTS_TILE = (
 TURNED = tl.constexpr(64)  # rows and columns that a program transposes
 ALIGNMENT = 16  # Triton loads whole vectors where a stride is a multiple of this
 # Past one element in so many, the dense product is cheaper than a dot product for each: that reads 2 * T elements from
-# the L2 cache, at about 6 TB/s, where tensor cores have 790 TFLOP/s for halves. Counted, not measured yet.
-FEW = {torch.bfloat16: 256, torch.float16: 256}
-FEW_WIDE = 32
+# the L2 cache, at about 6 TB/s, where tensor cores have 790 TFLOP/s for halves, and 50 are left for fp32. To write a
+# block and to read it again takes as long as so many tokens. Counted, not measured yet.
+FEW = {torch.bfloat16: (256, 700), torch.float16: (256, 700)}
+FEW_WIDE = (32, 50)
 BLOCK_BYTES = 2**27  # of the dense product that exist at a time: enough rows for all multiprocessors
 GATHERED = 1024  # positions of a program that takes them from such a block
 
@@ -66,8 +68,9 @@ def transpose_kernel(x, real, out, tokens, width, padded, TILE: tl.constexpr):
 def take_from_block_kernel(block, positions, out, count, first, size, BLOCK: tl.constexpr):
     """One program owns BLOCK positions: out[p] = block[position - first], where that lies in the block."""
     slots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(positions + slots, mask=slots < count, other=-1).to(tl.int64) - first
-    there = (slots < count) & (place >= 0) & (place < size)
+    inside = slots < count
+    place = tl.load(positions + slots, mask=inside, other=0).to(tl.int64) - first
+    there = inside & (place >= 0) & (place < size)
     tl.store(out + slots, tl.load(block + place, mask=there), mask=there)
 
 
@@ -104,7 +107,8 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) ->
     if input.shape[0] == 0:
         return out.zero_()
     m, n = grad_output.shape[1], input.shape[1]
-    if count * FEW.get(input.dtype, FEW_WIDE) > m * n:
+    few, writing = FEW.get(input.dtype, FEW_WIDE)
+    if count * few * input.shape[0] > m * n * (input.shape[0] + writing):
         _take_from_blocks(grad_output, input, positions, out)
         return out
     grad_output, input = by_column(grad_output[None])[0], by_column(input[None])[0]
@@ -146,18 +150,12 @@ def _take_from_blocks(grad_output: Tensor, input: Tensor, positions: Tensor, out
     m, n = grad_output.shape[1], input.shape[1]
     height = max(1, BLOCK_BYTES // (out.itemsize * n))
     for first in range(0, m, height):
-        block = _product(grad_output[:, first : first + height], input, out.dtype)
+        block = product(grad_output[:, first : first + height].T, input, out.dtype)
         with device_of(out):
             take_from_block_kernel[(triton.cdiv(positions.shape[0], GATHERED),)](
                 block, positions, out, positions.shape[0], first * n, block.numel(), BLOCK=GATHERED
             )
-
-
-def _product(grad_output: Tensor, input: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_output.T @ input, added up and returned in dtype."""
-    if input.is_cuda and input.dtype != dtype:
-        return torch.mm(grad_output.T, input, out_dtype=dtype)
-    return grad_output.to(dtype).T @ input.to(dtype)
+        del block  # before the next one is made
 
 
 def by_column(x: Tensor, real: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend 
     Numerics: products in the dtype of u, each summed over N, on a GPU by torch's matmul; sums over M in fp64, but for
     runs of eight on the CPU and of a block on a GPU. Deterministic.
     Cost: 2*L*M*N*R operations, one read of grad. Copies on the CPU: of v, packed, one matrix at a time or as many as
-    fit 16 MiB; on a GPU: `grad @ v`, one matrix at a time.
+    fit 16 MiB; on a GPU, one matrix at a time: `grad @ v`, and of grad in fp32, if it is in halves.
     Source: Sreeram et al., Compress to Impress, arXiv 2510.20800.
 
     Raises:
@@ -73,13 +73,14 @@ def singular_value_grad_linear(
         ([R], or [B, R] with per_sample; dtype of u).
 
     Numerics: products in the dtype of u, each summed over M or N, on a GPU by torch's matmul (bf16 activations there:
-    exact products with the three bf16 parts of fp32 vectors, added up in fp32); sums over tokens in fp64, but for runs
-    of eight on the CPU and of a block on a GPU. Deterministic.
+    exact products with the three bf16 parts of fp32 vectors, added up as tensor cores add in fp32; a token that holds
+    infinity gives NaN); sums over tokens in fp64, but for runs of eight on the CPU and of a block on a GPU.
+    Deterministic.
     Cost: 2*T*R*(M + N) operations for T = B*S tokens; on a GPU for bf16 three times as many, in bf16. On the CPU,
     unless per sample, 2*M*N*(T + R) where that is less: then a few rows of the weight's gradient exist at a time.
     Copies on the CPU, packed: of u and v; or of one of them and of the narrower activation, 16384 tokens at a time. On
     a GPU: projections, 128 MiB of either activation at a time; for bf16 u and v in half as much again, and three copies
-    of the activation that is projected.
+    of the activation that is projected, 128 MiB at a time.
     Source: Sreeram et al., Compress to Impress, arXiv 2510.20800; without the gradient of the weight: ours.
 
     Raises:

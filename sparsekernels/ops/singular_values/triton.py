@@ -11,10 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gather_scatter.triton import device_of
+from ..products import product
 
 ROWS, BLOCK_R = tl.constexpr(128), 64  # rows and pairs of vectors of a program
 STEP = tl.constexpr(16)  # rows that it takes at a time
-CHUNK_BYTES = 2**27  # of the projections of one side that exist at a time
+BLOCK = 1024  # numbers of a program that splits them
+CHUNK_BYTES = 2**27  # of the projections of one side, or of copies of its activation, that exist at a time
 
 
 @triton.jit
@@ -35,30 +37,54 @@ def dot_columns_kernel(a, b, shares, rows, rank, ROWS: tl.constexpr, STEP: tl.co
     tl.store(shares + block * rank + column, tl.sum(total, 0), mask=column < rank)
 
 
+@triton.jit
+def split_kernel(x, parts, count, BLOCK: tl.constexpr):
+    """One program owns BLOCK numbers in fp32: the sum of parts[:, i], three in bf16, is x[i]; the smallest is first."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    rest = tl.load(x + i, mask=inside, other=0)
+    place = parts + i + 2 * tl.cast(count, tl.int64)
+    for _ in tl.static_range(3):
+        part = rest.to(tl.bfloat16)
+        tl.store(place, part, mask=inside)
+        place -= count
+        wide = part.to(tl.float32)
+        rest = tl.where(wide - wide == 0.0, rest - wide, 0.0)  # what is not finite lies in the first
+
+
 class Projection:
     """x -> x @ vectors, in the dtype of the vectors; vectors are [N, R] and x is [T, N] in its own dtype.
 
-    On a GPU bf16 is multiplied as such: fp32 vectors are the sum of three bf16 matrices, which go below each other, x
-    three times beside itself, and all products are exact and added up in fp32. Three passes of tensor cores are faster
-    than one of fp32.
+    By parts, bf16 is multiplied as such: fp32 vectors are the sum of three bf16 matrices, which go below each other, x
+    three times beside itself. All products are exact, and added up in fp32 the smallest first, for tensor cores cut off
+    what they add. Three passes of these are faster than one of fp32.
     """
 
     def __init__(self, vectors: Tensor, dtype: torch.dtype) -> None:
-        self.by_parts = vectors.is_cuda and dtype == torch.bfloat16
-        self.vectors = torch.cat(bf16_parts(vectors)) if self.by_parts else vectors
+        self.by_parts = vectors.dtype == torch.float32 and dtype == torch.bfloat16 and has_tensor_cores(vectors)
+        self.dtype = vectors.dtype
+        self.vectors = bf16_parts(vectors).flatten(0, 1) if self.by_parts else vectors
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.by_parts:
-            return torch.mm(x.repeat(1, 3), self.vectors, out_dtype=torch.float32)
-        return x.to(self.vectors.dtype) @ self.vectors
+        return product(x.repeat(1, 3) if self.by_parts else x.to(self.dtype), self.vectors, self.dtype)
+
+    def bytes(self) -> int:
+        """Of what a token needs meanwhile."""
+        width, rank = self.vectors.shape
+        return max(self.dtype.itemsize * rank, self.vectors.itemsize * width)
 
 
-def bf16_parts(x: Tensor) -> list[Tensor]:
-    """Three bf16 tensors whose sum is x, in fp32; what is not finite lies in the first."""
-    parts = []
-    for _ in range(3):
-        parts.append(x.bfloat16())
-        x = (x - parts[-1].float()).nan_to_num(0.0, 0.0, 0.0)
+def has_tensor_cores(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def bf16_parts(x: Tensor) -> Tensor:
+    """[3, *x.shape], bf16: x in fp32 is their sum, added from the first one, if it is no larger than bf16's largest."""
+    x = x.contiguous()
+    parts = x.new_empty((3, *x.shape), dtype=torch.bfloat16)
+    if x.numel():
+        with device_of(x):
+            split_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, parts, x.numel(), BLOCK=BLOCK)
     return parts
 
 
@@ -66,7 +92,8 @@ def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor) -> Tensor:
     count, m, _ = grad.shape
     if grad.numel() == 0 or u.shape[2] == 0:
         return u.new_zeros((count, u.shape[2]))
-    return torch.stack([_dot_columns(u[i], grad[i].to(u.dtype) @ v[i], m)[0] for i in range(count)]).to(u.dtype)
+    found = [_dot_columns(u[i], product(grad[i].to(u.dtype), v[i], u.dtype), m)[0] for i in range(count)]
+    return torch.stack(found).to(u.dtype)
 
 
 def singular_value_grad_linear(grad_output: Tensor, input: Tensor, u: Tensor, v: Tensor, per_sample: bool) -> Tensor:
@@ -76,7 +103,7 @@ def singular_value_grad_linear(grad_output: Tensor, input: Tensor, u: Tensor, v:
         return u.new_zeros((samples, rank) if per_sample else (rank,))
     left, right = Projection(u, input.dtype), Projection(v, input.dtype)
     group = tokens if per_sample else 1
-    height = max(1, CHUNK_BYTES // (u.itemsize * rank * group)) * group
+    height = max(1, CHUNK_BYTES // (max(left.bytes(), right.bytes()) * group)) * group
     chunks = zip(grad_output.flatten(0, 1).split(height), input.flatten(0, 1).split(height), strict=True)
     sums = [_dot_columns(left(dy), right(x), tokens if per_sample else len(x)) for dy, x in chunks]
     return torch.cat(sums).to(u.dtype) if per_sample else torch.cat(sums).sum(0).to(u.dtype)
