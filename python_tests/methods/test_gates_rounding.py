@@ -69,6 +69,43 @@ def test_sizes_are_multiples(kind: str, granularity: str) -> None:
     assert granularity != "row+column" or any(isinstance(module, CompactLinear) for module in model.modules())
 
 
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.6])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "grouped"])
+def test_what_the_planner_leaves_of_any_mask(kind: str, share: float) -> None:
+    """A head is dead as a whole, and one but for a few dimensions; the dead one does not come back."""
+    gates = sk.methods.gates.attach(make(kind), 0.2, 20)
+    rounded, planner = gates._dimensions.rounded, gates._planner
+    generator = torch.Generator().manual_seed(3)
+    is_open = torch.rand(len(gates._importance.elements), generator=generator) >= share
+    ways = {(v.layer, v.side): slice(v.start, v.start + v.count) for v in gates._vectors}
+    output = next(layer for layer, side in ways if layer.endswith(("attention.output.dense", "attn.c_proj", "o_proj")))
+    columns = is_open[ways[output, "columns"]]
+    columns[:64], columns[64:67] = False, False  # two heads, or the two of queries in a group
+    order = torch.rand(len(is_open), generator=generator)
+    stays = rounded(is_open, order)
+    assert (stays | is_open).equal(stays)
+    cuts = planner.plan(*gates._masks(stays)).modules
+    before = planner.plan(*gates._masks(is_open)).modules
+    assert any(len(left) % 8 for each in before.values() for left in (each.rows, each.columns) if left is not None)
+    for name, cut in cuts.items():
+        for left, used, size in ((cut.outputs, cut.rows, cut.shape[0]), (cut.inputs, cut.columns, cut.shape[1])):
+            count = len(used) if used is not None else len(left) if left is not None else size
+            assert count % _multiple(size) == 0, (name, count)
+    assert cuts[output].inputs is not None
+    assert cuts[output].inputs[0] >= 64
+    assert rounded(stays, order).equal(stays)
+
+
+def test_heads_and_single_gates_are_told_apart() -> None:
+    """Of 48 heads 44 are left, which is no multiple of what 48 rows would have to be."""
+    dimensions = Dimensions([Vector("o", "columns", 0, 48, 32), Vector("a", "rows", 48, 64, 1)], [], [])
+    is_open = torch.ones(112, dtype=torch.bool)
+    is_open[[0, 1, 2, 50]] = False
+    stays = dimensions.rounded(is_open, torch.arange(112.0))
+    assert stays[:48].equal(is_open[:48])
+    assert bool(stays[48:].all())
+
+
 def test_as_many_open_as_are_missing() -> None:
     """Of neurons with a gate on either side; those last in order, by the gate that comes first."""
     vectors = [
@@ -96,19 +133,40 @@ def test_as_many_open_as_are_missing() -> None:
 
 
 def test_nothing_opens_where_sizes_are_good() -> None:
-    dimensions = Dimensions([Vector("a", "rows", 0, 160, 1), Vector("b", "columns", 160, 12, 2)], [], [])
-    is_open = torch.ones(172, dtype=torch.bool)
-    is_open[[1, 5, 9, 13, 17, 21, 25, 29, 170]] = False  # the last of 12 heads
-    assert dimensions.rounded(is_open, torch.arange(172.0)).equal(is_open)
-    assert not dimensions.rounded(torch.zeros_like(is_open), torch.arange(172.0)).any()
+    dimensions = Dimensions([Vector("a", "rows", 0, 160, 1)], [], [])
+    is_open = torch.ones(160, dtype=torch.bool)
+    is_open[[1, 5, 9, 13, 17, 21, 25, 29]] = False
+    assert dimensions.rounded(is_open, torch.arange(160.0)).equal(is_open)
+    assert not dimensions.rounded(torch.zeros_like(is_open), torch.arange(160.0)).any()
+
+
+def test_training_keeps_open_what_rounding_would_open_again() -> None:
+    """Gates below the price that will stay are not closed, and the price is that of the rounded share."""
+    model = make("bert")
+    gates = sk.methods.gates.attach(model, 0.3, 20)
+    optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
+    for i in range(15):
+        tokens = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(i % 4))
+        (model(input_ids=tokens, labels=tokens).loss + gates.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gates.step()
+    assert not gates.settled
+    closing = gates._weights > 0
+    scores = gates._importance.values()
+    stays = gates._dimensions.rounded(~closing, scores)
+    assert stays.equal(~closing)
+    assert bool((scores[~closing] < gates.price).any())
+    wanted = gates.schedule.wanted(14)
+    assert wanted <= gates._removed(stays) < wanted + 0.02
 
 
 def test_parts_of_a_fused_layer_are_told_apart() -> None:
     """Rows 0 to 99 are a neuron's, the others stand by themselves."""
     mlp = Mlp("mlp", (Part("fused", slice(0, 100)),), "down", 100)
     dimensions = Dimensions([Vector("fused", "rows", 0, 160, 1)], [], [mlp])
-    assert [gates.shape for gates in dimensions.units] == [(1, 100), (1, 60)]
-    assert torch.cat([gates.flatten() for gates in dimensions.units]).tolist() == list(range(160))
+    assert [each.gates.shape for each in dimensions.all] == [(1, 100), (1, 60)]
+    assert torch.cat([each.gates.flatten() for each in dimensions.all]).tolist() == list(range(160))
 
 
 @pytest.mark.parametrize(("width", "multiple"), [(7, 1), (16, 1), (32, 2), (100, 4), (128, 8), (11008, 8)])

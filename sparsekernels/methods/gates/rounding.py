@@ -3,64 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...structures import Attention, Mlp, Part
+from ...structures import Attention, Mlp
 from .parts import Vector
 
-MULTIPLE = 8  # 16 bytes of bf16, a line of vectors of fp32: a product of odd sizes takes up to a third longer
+MULTIPLE = 8  # 16 bytes of bf16, which GPUs want rows to be aligned to; products on CPUs like it, too
+
+
+@dataclass(frozen=True, eq=False)
+class Dimension:
+    """Rows or columns of layers that stand or fall together, or alone: units, of which a number is left.
+
+    Attributes:
+        gates ([gates of a unit, units]): a unit is there if all of its gates are open.
+        spread: or if the first is, and any of the others.
+        heads ([units]): which head a unit is of, where heads without units go as a whole.
+        within: (another dimension, groups of its units, groups of these): a unit is there only if the other one has any
+            of its group.
+    """
+
+    gates: Tensor
+    spread: bool = False
+    heads: Tensor | None = None
+    within: tuple[Dimension, Tensor, Tensor] | None = None
+
+    def alive(self, is_open: Tensor) -> Tensor:
+        """[units], of a mask [gates] of those that are open."""
+        found = is_open[self.gates]
+        alive = found[0] & found[1:].any(0) if self.spread else found.all(0)
+        return alive & self._possible(is_open)
+
+    def _possible(self, is_open: Tensor) -> Tensor:
+        if self.within is None:
+            return is_open.new_ones(self.gates.shape[1])
+        other, theirs, own = self.within
+        return _met(theirs[other.alive(is_open)], own)
+
+    def round(self, is_open: Tensor, order: Tensor) -> None:
+        """Open gates, in place, until a multiple of units, or all, are there; the last in order first."""
+        alive = self.alive(is_open)
+        missing = -int(alive.sum()) % _multiple(len(alive))
+        if missing == 0:
+            return
+        # Of a unit the gate counts that comes first in order.
+        rank = order[self.gates].amin(0).argsort().argsort().double()
+        if self.heads is not None:  # a head that is gone stays so as long as others lack something
+            rank += len(rank) * _met(self.heads[alive], self.heads)
+        rank[alive | ~self._possible(is_open)] = -1
+        chosen = rank.topk(min(missing, len(rank))).indices
+        is_open[self.gates[:, chosen[rank[chosen] >= 0]]] = True
 
 
 class Dimensions:
-    """Which gates stand for the same row or column of what will be left, and how many of these there will be.
-
-    A unit is a neuron, a dimension of a value, or a row or column by itself; it stays if all of its gates are open. Of
-    heads, which are of a good size, there is no dimension; where several heads of queries share one of keys and values,
-    rows and columns count as if each were by itself.
-
-    Attributes:
-        units: for each dimension [gates of a unit, units], which gates.
-    """
+    """All dimensions of the layers that have gates on single rows or columns; whole heads are of good sizes."""
 
     def __init__(self, vectors: Iterable[Vector], attentions: Iterable[Attention], mlps: Iterable[Mlp]) -> None:
-        self.units: list[Tensor] = []
+        self.all: list[Dimension] = []
         of = {(v.layer, v.side): torch.arange(v.start, v.start + v.count) for v in vectors if v.group == 1}
         single = {key: torch.ones(len(gates), dtype=torch.bool) for key, gates in of.items()}
 
-        def pair(*parts: Part, columns: str | None = None) -> None:
-            keys = [(part.module, "rows", part.places) for part in parts]
-            keys += [] if columns is None else [(columns, "columns", slice(None))]
-            found = [(layer, side, places) for layer, side, places in keys if (layer, side) in of]
-            if found:
-                self.units.append(torch.stack([of[layer, side][places] for layer, side, places in found]))
-            for layer, side, places in found:
-                single[layer, side][places] = False
+        def take(layer: str, side: str, places: slice | Tensor = slice(None)) -> Tensor:
+            single[layer, side][places] = False
+            return of[layer, side][places]
 
         for mlp in mlps:
-            pair(*mlp.inputs, columns=mlp.output)
+            rows = [take(part.module, "rows", part.places) for part in mlp.inputs if (part.module, "rows") in of]
+            columns = [take(mlp.output, "columns")] if (mlp.output, "columns") in of else []
+            if rows or columns:
+                self.all.append(Dimension(torch.stack(rows + columns)))
         for a in attentions:
-            if a.query_rows == a.kv_rows:
-                pair(a.value, columns=a.output)
-                if not a.rotary:
-                    pair(a.query, a.key)
-        self.units += [gates[single[key]][None] for key, gates in of.items() if single[key].any()]
+            if (a.value.module, "rows") in of:
+                query, key, value = (take(part.module, "rows", part.places) for part in (a.query, a.key, a.value))
+                self._attention(a, query, key, value, take(a.output, "columns"))
+        self.all += [Dimension(gates[single[key]][None]) for key, gates in of.items() if single[key].any()]
+
+    def _attention(self, a: Attention, query: Tensor, key: Tensor, value: Tensor, columns: Tensor) -> None:
+        head = torch.arange(a.groups).repeat_interleave(a.kv_rows)
+        by_query = columns.view(a.groups, -1, a.kv_rows)
+        values = Dimension(torch.stack([value, *by_query.transpose(0, 1).flatten(1)]), spread=True, heads=head)
+        self.all.append(values)
+        if by_query.shape[1] > 1:
+            row = torch.arange(len(value)).view(a.groups, 1, -1).expand_as(by_query).flatten()
+            pairs = torch.stack([columns, value[row]])
+            self.all.append(Dimension(pairs, within=(values, torch.arange(len(value)), row)))
+        elif not a.rotary:
+            self.all.append(Dimension(torch.stack([query, key]), within=(values, head, head)))
+            return
+        of_queries = torch.arange(a.groups).repeat_interleave(a.query_rows)
+        self.all.append(Dimension(query[None], within=(values, head, of_queries)))
+        self.all.append(Dimension(key[None], within=(values, head, head)))
 
     def rounded(self, is_open: Tensor, order: Tensor) -> Tensor:
-        """The mask [gates] with so many more open that each dimension has a multiple, or all, of its units.
-
-        Of those that are closed the last in `order` [gates] open; of a unit the gate counts that comes first.
-        """
+        """The mask [gates] with so many more open that each dimension has a multiple, or all, of its units."""
         stays = is_open.clone()
-        for gates in self.units:
-            alive = stays[gates].all(0)
-            count = int(alive.sum())
-            missing = min(-count % _multiple(len(alive)), len(alive) - count)
-            if missing:
-                rank = order[gates].amin(0).double().masked_fill(alive, -torch.inf)
-                stays[gates[:, rank.topk(missing).indices]] = True
+        for dimension in self.all:
+            dimension.round(stays, order)
         return stays
+
+
+def _met(groups: Tensor, own: Tensor) -> Tensor:
+    """Which of `own` are among the groups; numbers of a few."""
+    found = torch.zeros(int(own.max()) + 1, dtype=torch.bool)
+    found[groups] = True
+    return found[own]
 
 
 def _multiple(width: int) -> int:
