@@ -114,6 +114,7 @@ def test_bars_can_be_missed(seconds: float, met: bool) -> None:
         ],
     }
     found = program.judged(row, record)
+    assert found["times_faster"] == {fused: pytest.approx(150e-6 / seconds, rel=1e-3)}
     assert found["bars"]["at most 8 µs"] is met
     assert found["bars"]["at least 60% of the floor's speed"] is met
     assert found["bars"][f"at least 20x faster than {fused}"] is met
@@ -133,6 +134,15 @@ def test_memory_is_judged(extra: int | None, met: bool | None) -> None:
     bars = program.judged(row, {"floor_seconds": 0.5, "contenders": [ours, dense]})["bars"]
     assert bars["at most 0.0001 MB of memory"] is met
     assert bars["at least 100% of the speed of dense gradient + index_select"] is False
+
+
+def test_bars_are_met_at_their_edge_and_unknown_without_a_rival() -> None:
+    row = dataclasses.replace(row_of("gather, 1 %"), share=0.5, most=2.0)
+    row = dataclasses.replace(row, case=dataclasses.replace(row.case, versus={"t[idx]": 3, "other": 2}))
+    ours = {"name": row.case.ours, "median_seconds": 2.0}
+    others = [{"name": "t[idx]", "median_seconds": 6.0}, {"name": "other", "failed": "RuntimeError"}]
+    bars = program.judged(row, {"floor_seconds": 1.0, "contenders": [ours, *others]})["bars"]
+    assert list(bars.values()) == [True, True, True, None]
 
 
 @pytest.mark.parametrize("row", gpu_matmul_rows.rows(small=True), ids=lambda row: row.case.name)

@@ -148,7 +148,7 @@ def judged(row: Row, record: dict[str, Any]) -> dict[str, Any]:
     if row.most is not None:
         verdicts[f"at most {duration(row.most)}"] = ours <= row.most
     if row.most_extra is not None:
-        extra = next(each.get("extra_bytes") for each in record["contenders"])
+        extra = next(each.get("extra_bytes") for each in record["contenders"] if each["name"] == row.case.ours)
         verdicts[f"at most {row.most_extra / 1e6:.3g} MB of memory"] = (
             None if extra is None else extra <= row.most_extra
         )

@@ -127,10 +127,11 @@ class Gates:
     def penalty(self) -> Tensor:
         """What to add to the loss of each batch: 0 before the first gate is to close, and after they have settled.
 
-        A gate with importance s is to close if s is below the price, and to stay open if it is above. The penalty is
-        the sum of |(price - s) / (price + s)| times the probability of the opposite, over all gates: nearly 0 once
-        gates are where they should be. Ours; papers have the sum of P(open) times a constant. The price stands for
-        their lambda: `step` raises it until what is below it is the share that is wanted by then.
+        A gate with importance s is to close if s is below the price, unless it makes a size a multiple of 8, and to
+        stay open if it is above. The penalty is the sum of |(price - s) / (price + s)| times the probability of the
+        opposite, over all gates: nearly 0 once gates are where they should be. Ours; papers have the sum of P(open)
+        times a constant. The price stands for their lambda: `step` raises it until what is below it is the share that
+        is wanted by then.
         """
         self._check_in_use()
         logits = self._logits()
