@@ -140,6 +140,14 @@ def test_launches_keep_to_their_memory(sample: Sample, watched: None) -> None:
     case.call(*case.args, **case.kwargs, backend="triton")
 
 
+@interpreted_only
+def test_blocks_of_a_product_keep_to_their_memory(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("sparsekernels.ops.masked_grad.triton"), "BLOCK_BYTES", 4 * 11 * 5)
+    grad, x = torch.randn(29, 17), torch.randn(29, 11)
+    found = backend.triton_kernel("masked_grad_linear")(grad, x, torch.arange(17 * 11))
+    torch.testing.assert_close(found.view(17, 11), grad.T @ x, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("programs", [1, 2, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_topk_by_programs(
