@@ -189,10 +189,11 @@ def fisher_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
             yield lambda a=selected: kernel("fisher_linear_")(grad, input, *a)
             yield lambda a=selected: kernel("fisher_embedding_")(input, ids.long(), *a, 0)
     if dtype == torch.bfloat16:  # enough of a weight for large tiles
-        tokens = torch.zeros(2, 16, 2048, dtype=dtype), torch.zeros(2, 16, 1024, dtype=dtype)
         whole = torch.zeros(2048, 1024)
-        for sums in ((whole, norms), (whole, None), (None, norms)):
-            yield lambda a=(*tokens, *sums): kernel("fisher_linear_")(*a, None, False)
+        for count in (16, 64):
+            tokens = torch.zeros(2, count, 2048, dtype=dtype), torch.zeros(2, count, 1024, dtype=dtype)
+            for sums in ((whole, norms), (whole, None), (None, norms)):
+                yield lambda a=(*tokens, *sums): kernel("fisher_linear_")(*a, None, False)
     for x, positions in ((None, None), (grad, None), (None, rows), (grad, rows)):
         total = torch.zeros(64 if positions is None else 3, dtype=wide)
         yield lambda a=(x, total, norms, positions): kernel("fisher_vector_")(grad, *a)

@@ -243,8 +243,8 @@ def _tile(input: Tensor, m: int, n: int, slots: Tensor | None) -> tuple[int, int
         return TILES[input.dtype]
     if slots is not None or triton.cdiv(m, LARGE_TILE[0]) * triton.cdiv(n, LARGE_TILE[1]) < ENOUGH:
         return HALF_TILE
-    if _is_interpreted(fisher_linear_kernel):
-        return LARGE_TILE
+    if _is_interpreted(fisher_linear_kernel) or -input.shape[1] % LARGE_TILE_OF_HOPPER[2] >= LARGE_TILE[2]:
+        return LARGE_TILE  # fewer tokens that are none
     with device_of(input):
         architecture = triton.runtime.driver.active.get_current_target().arch
     return LARGE_TILE_OF_HOPPER if architecture == 90 else LARGE_TILE
