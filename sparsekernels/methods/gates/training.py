@@ -173,8 +173,8 @@ class Gates:
         """Fix the gates: as many as remove the share that was asked are shut, all others stay as open as they are.
 
         Those that are shut already come first, then those of least importance; what is shut beyond that share opens
-        again, and so does what makes the sizes that are left multiples of 8. Noise ends, and gates train no more.
-        `step` does it in time; what else trains goes on adapting to it.
+        again, and so does what makes the sizes that are left multiples of 8, or of less where there were fewer than
+        128. Noise ends, and gates train no more. `step` does it in time; what else trains goes on adapting to it.
         """
         self._check_in_use()
         closed = torch.cat([gate_values(x, kind=self._gating.kind, noise=1.0)[0] for x in self._logits()]).cpu() == 0
