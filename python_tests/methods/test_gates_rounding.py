@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -74,7 +75,7 @@ def test_sizes_are_multiples(kind: str, granularity: str) -> None:
 def test_what_the_planner_leaves_of_any_mask(kind: str, share: float) -> None:
     """A head is dead as a whole, and one but for a few dimensions; the dead one does not come back."""
     gates = sk.methods.gates.attach(make(kind), 0.2, 20)
-    rounded, planner = gates._dimensions.rounded, gates._planner
+    planner = gates._planner
     generator = torch.Generator().manual_seed(3)
     is_open = torch.rand(len(gates._importance.elements), generator=generator) >= share
     ways = {(v.layer, v.side): slice(v.start, v.start + v.count) for v in gates._vectors}
@@ -82,7 +83,8 @@ def test_what_the_planner_leaves_of_any_mask(kind: str, share: float) -> None:
     columns = is_open[ways[output, "columns"]]
     columns[:64], columns[64:67] = False, False  # two heads, or the two of queries in a group
     order = torch.rand(len(is_open), generator=generator)
-    stays = rounded(is_open, order)
+    rounded = gates._dimensions.rounding(order)
+    stays = rounded(is_open)
     assert (stays | is_open).equal(stays)
     cuts = planner.plan(*gates._masks(stays)).modules
     before = planner.plan(*gates._masks(is_open)).modules
@@ -93,7 +95,7 @@ def test_what_the_planner_leaves_of_any_mask(kind: str, share: float) -> None:
             assert count % _multiple(size) == 0, (name, count)
     assert cuts[output].inputs is not None
     assert cuts[output].inputs[0] >= 64
-    assert rounded(stays, order).equal(stays)
+    assert rounded(stays).equal(stays)
 
 
 def test_heads_and_single_gates_are_told_apart() -> None:
@@ -101,7 +103,7 @@ def test_heads_and_single_gates_are_told_apart() -> None:
     dimensions = Dimensions([Vector("o", "columns", 0, 48, 32), Vector("a", "rows", 48, 64, 1)], [], [])
     is_open = torch.ones(112, dtype=torch.bool)
     is_open[[0, 1, 2, 50]] = False
-    stays = dimensions.rounded(is_open, torch.arange(112.0))
+    stays = dimensions.rounding(torch.arange(112.0))(is_open)
     assert stays[:48].equal(is_open[:48])
     assert bool(stays[48:].all())
 
@@ -120,14 +122,14 @@ def test_as_many_open_as_are_missing() -> None:
     is_open[256:261] = False  # 45 of 50 rows are left, 46 is even
     order = torch.arange(306.0).flip(0)
     order[[0, 128]] = torch.tensor([1000.0, 0.0])  # the dearest row and the cheapest column, of one neuron
-    stays = dimensions.rounded(is_open, order)
+    stays = dimensions.rounding(order)(is_open)
     assert (stays | is_open).equal(stays)
     neurons = stays[:128] & stays[128:256]
     assert int(neurons.sum()) == 128  # 123 are left: the next multiple of 8 is all
     assert int(stays[256:].sum()) == 46
     assert bool(stays[256])  # the dearest of the five
     is_open[8:14] = False  # 117: three of eleven open again
-    neurons = (stays := dimensions.rounded(is_open, order))[:128] & stays[128:256]
+    neurons = (stays := dimensions.rounding(order)(is_open))[:128] & stays[128:256]
     assert int(neurons.sum()) == 120
     assert neurons[:14].nonzero().flatten().tolist() == [1, 2, 3, 5, 6, 7]
 
@@ -136,8 +138,8 @@ def test_nothing_opens_where_sizes_are_good() -> None:
     dimensions = Dimensions([Vector("a", "rows", 0, 160, 1)], [], [])
     is_open = torch.ones(160, dtype=torch.bool)
     is_open[[1, 5, 9, 13, 17, 21, 25, 29]] = False
-    assert dimensions.rounded(is_open, torch.arange(160.0)).equal(is_open)
-    assert not dimensions.rounded(torch.zeros_like(is_open), torch.arange(160.0)).any()
+    assert dimensions.rounding(torch.arange(160.0))(is_open).equal(is_open)
+    assert not dimensions.rounding(torch.arange(160.0))(torch.zeros_like(is_open)).any()
 
 
 def test_training_keeps_open_what_rounding_would_open_again() -> None:
@@ -154,7 +156,7 @@ def test_training_keeps_open_what_rounding_would_open_again() -> None:
     assert not gates.settled
     closing = gates._weights > 0
     scores = gates._importance.values()
-    stays = gates._dimensions.rounded(~closing, scores)
+    stays = gates._dimensions.rounding(scores)(~closing)
     assert stays.equal(~closing)
     assert bool((scores[~closing] < gates.price).any())
     wanted = gates.schedule.wanted(14)
@@ -166,7 +168,7 @@ def test_parts_of_a_fused_layer_are_told_apart() -> None:
     mlp = Mlp("mlp", (Part("fused", slice(0, 100)),), "down", 100)
     dimensions = Dimensions([Vector("fused", "rows", 0, 160, 1)], [], [mlp])
     assert [each.gates.shape for each in dimensions.all] == [(1, 100), (1, 60)]
-    assert torch.cat([each.gates.flatten() for each in dimensions.all]).tolist() == list(range(160))
+    assert np.concatenate([each.gates.flatten() for each in dimensions.all]).tolist() == list(range(160))
 
 
 @pytest.mark.parametrize(("width", "multiple"), [(7, 1), (16, 1), (32, 2), (100, 4), (128, 8), (11008, 8)])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...structures import Attention, Mlp
+from ...structures import Attention, Mlp, Part
 from .parts import Vector
 
 MULTIPLE = 8  # 16 bytes of bf16, which GPUs want rows to be aligned to; products on CPUs like it, too
+
+Array = npt.NDArray[Any]  # and not of torch: a search rounds a dozen times, every dimension takes a dozen calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,36 +31,39 @@ class Dimension:
             of its group.
     """
 
-    gates: Tensor
+    gates: Array
     spread: bool = False
-    heads: Tensor | None = None
-    within: tuple[Dimension, Tensor, Tensor] | None = None
+    heads: Array | None = None
+    within: tuple[Dimension, Array, Array] | None = None
 
-    def alive(self, is_open: Tensor) -> Tensor:
+    def alive(self, is_open: Array) -> Array:
         """[units], of a mask [gates] of those that are open."""
         found = is_open[self.gates]
-        alive = found[0] & found[1:].any(0) if self.spread else found.all(0)
-        return alive & self._possible(is_open)
+        alive: Array = found[0] & found[1:].any(0) if self.spread else np.logical_and.reduce(found)
+        return alive if self.within is None else np.logical_and(alive, self._possible(is_open))
 
-    def _possible(self, is_open: Tensor) -> Tensor:
+    def _possible(self, is_open: Array) -> Array:
         if self.within is None:
-            return is_open.new_ones(self.gates.shape[1])
+            return np.ones(self.gates.shape[1], np.bool_)
         other, theirs, own = self.within
         return _met(theirs[other.alive(is_open)], own)
 
-    def round(self, is_open: Tensor, order: Tensor) -> None:
-        """Open gates, in place, until a multiple of units, or all, are there; the last in order first."""
+    def round(self, is_open: Array, rank: Array) -> None:
+        """Open gates, in place, until a multiple of units, or all, are there; those of largest rank [units] first."""
         alive = self.alive(is_open)
-        missing = -int(alive.sum()) % _multiple(len(alive))
+        missing = -int(np.count_nonzero(alive)) % _multiple(len(alive))
         if missing == 0:
             return
-        # Of a unit the gate counts that comes first in order.
-        rank = order[self.gates].amin(0).argsort().argsort().double()
+        candidates = ~alive & self._possible(is_open)
+        turns = [candidates]
         if self.heads is not None:  # a head that is gone stays so as long as others lack something
-            rank += len(rank) * _met(self.heads[alive], self.heads)
-        rank[alive | ~self._possible(is_open)] = -1
-        chosen = rank.topk(min(missing, len(rank))).indices
-        is_open[self.gates[:, chosen[rank[chosen] >= 0]]] = True
+            living = _met(self.heads[alive], self.heads)
+            turns = [candidates & living, candidates & ~living]
+        for some in turns:
+            places = np.flatnonzero(some)
+            chosen = places[np.argsort(-rank[places], kind="stable")[:missing]]
+            is_open[self.gates[:, chosen]] = True
+            missing -= len(chosen)
 
 
 class Dimensions:
@@ -63,51 +71,60 @@ class Dimensions:
 
     def __init__(self, vectors: Iterable[Vector], attentions: Iterable[Attention], mlps: Iterable[Mlp]) -> None:
         self.all: list[Dimension] = []
-        of = {(v.layer, v.side): torch.arange(v.start, v.start + v.count) for v in vectors if v.group == 1}
-        single = {key: torch.ones(len(gates), dtype=torch.bool) for key, gates in of.items()}
+        of = {(v.layer, v.side): np.arange(v.start, v.start + v.count) for v in vectors if v.group == 1}
+        single = {key: np.ones(len(gates), np.bool_) for key, gates in of.items()}
 
-        def take(layer: str, side: str, places: slice | Tensor = slice(None)) -> Tensor:
+        def take(layer: str, side: str, part: Part | None = None) -> Array:
+            places = slice(None) if part is None else part.places
             single[layer, side][places] = False
             return of[layer, side][places]
 
         for mlp in mlps:
-            rows = [take(part.module, "rows", part.places) for part in mlp.inputs if (part.module, "rows") in of]
+            rows = [take(part.module, "rows", part) for part in mlp.inputs if (part.module, "rows") in of]
             columns = [take(mlp.output, "columns")] if (mlp.output, "columns") in of else []
             if rows or columns:
-                self.all.append(Dimension(torch.stack(rows + columns)))
+                self.all.append(Dimension(np.stack(rows + columns)))
         for a in attentions:
             if (a.value.module, "rows") in of:
-                query, key, value = (take(part.module, "rows", part.places) for part in (a.query, a.key, a.value))
+                query, key, value = (take(part.module, "rows", part) for part in (a.query, a.key, a.value))
                 self._attention(a, query, key, value, take(a.output, "columns"))
         self.all += [Dimension(gates[single[key]][None]) for key, gates in of.items() if single[key].any()]
 
-    def _attention(self, a: Attention, query: Tensor, key: Tensor, value: Tensor, columns: Tensor) -> None:
-        head = torch.arange(a.groups).repeat_interleave(a.kv_rows)
-        by_query = columns.view(a.groups, -1, a.kv_rows)
-        values = Dimension(torch.stack([value, *by_query.transpose(0, 1).flatten(1)]), spread=True, heads=head)
+    def _attention(self, a: Attention, query: Array, key: Array, value: Array, columns: Array) -> None:
+        head = np.arange(a.groups).repeat(a.kv_rows)
+        by_query = columns.reshape(a.groups, -1, a.kv_rows)
+        values = Dimension(np.stack([value, *by_query.swapaxes(0, 1).reshape(-1, len(value))]), spread=True, heads=head)
         self.all.append(values)
         if by_query.shape[1] > 1:
-            row = torch.arange(len(value)).view(a.groups, 1, -1).expand_as(by_query).flatten()
-            pairs = torch.stack([columns, value[row]])
-            self.all.append(Dimension(pairs, within=(values, torch.arange(len(value)), row)))
+            row = np.broadcast_to(np.arange(len(value)).reshape(a.groups, 1, -1), by_query.shape).flatten()
+            pairs = np.stack([columns, value[row]])
+            self.all.append(Dimension(pairs, within=(values, np.arange(len(value)), row)))
         elif not a.rotary:
-            self.all.append(Dimension(torch.stack([query, key]), within=(values, head, head)))
+            self.all.append(Dimension(np.stack([query, key]), within=(values, head, head)))
             return
-        of_queries = torch.arange(a.groups).repeat_interleave(a.query_rows)
+        of_queries = np.arange(a.groups).repeat(a.query_rows)
         self.all.append(Dimension(query[None], within=(values, head, of_queries)))
         self.all.append(Dimension(key[None], within=(values, head, head)))
 
-    def rounded(self, is_open: Tensor, order: Tensor) -> Tensor:
-        """The mask [gates] with so many more open that each dimension has a multiple, or all, of its units."""
-        stays = is_open.clone()
-        for dimension in self.all:
-            dimension.round(stays, order)
-        return stays
+    def rounding(self, order: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function from a mask [gates] to one with more open: each dimension has a multiple, or all, of its units.
+
+        Those open that are last in `order` [gates]; of a unit the gate counts that comes first in it.
+        """
+        ranks = [order.numpy()[dimension.gates].min(0) for dimension in self.all]
+
+        def rounded(is_open: Tensor) -> Tensor:
+            stays = is_open.numpy().copy()
+            for dimension, rank in zip(self.all, ranks, strict=True):
+                dimension.round(stays, rank)
+            return torch.from_numpy(stays)
+
+        return rounded
 
 
-def _met(groups: Tensor, own: Tensor) -> Tensor:
+def _met(groups: Array, own: Array) -> Array:
     """Which of `own` are among the groups; numbers of a few."""
-    found = torch.zeros(int(own.max()) + 1, dtype=torch.bool)
+    found = np.zeros(int(own.max()) + 1, np.bool_)
     found[groups] = True
     return found[own]
 

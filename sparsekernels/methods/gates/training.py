@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -163,9 +162,10 @@ class Gates:
             wanted = self.schedule.wanted(self.steps)
             if wanted > 0:
                 scores = self._importance.values()
-                self.price, stays = price(scores, partial(self._rounded_share, scores), wanted)
+                rounded = self._dimensions.rounding(scores)
+                self.price, stays = price(scores, lambda stays: self._removed(rounded(stays)), wanted)
                 share = (self.price - scores) / (self.price + scores).clamp_min(1e-38)
-                share = torch.where(self._dimensions.rounded(stays, scores), -share.abs(), share)
+                share = torch.where(rounded(stays), -share.abs(), share)
                 self._weights = share if stays.any() else torch.ones_like(scores)  # the price is infinite
 
     @torch.no_grad()
@@ -182,8 +182,9 @@ class Gates:
         first = first[(~closed[first]).to(torch.uint8).argsort(stable=True)]
         place = torch.empty(len(first))
         place[first] = torch.arange(len(first), dtype=place.dtype)
-        _, stays = price(place, partial(self._rounded_share, place), self.schedule.target)
-        stays = self._dimensions.rounded(stays, place)
+        rounded = self._dimensions.rounding(place)
+        _, stays = price(place, lambda stays: self._removed(rounded(stays)), self.schedule.target)
+        stays = rounded(stays)
         kind = self._gating.kind
         for vector, logits in zip(self._vectors, self._logits(), strict=True):
             part = slice(vector.start, vector.start + vector.count)
@@ -319,10 +320,6 @@ class Gates:
 
     def _removed(self, is_open: Tensor) -> float:
         return self._planner.count(*self._masks(is_open)) / self._planner.total
-
-    def _rounded_share(self, order: Tensor, is_open: Tensor) -> float:
-        """The share that goes if all but these gates are shut, and sizes are then made good ones."""
-        return self._removed(self._dimensions.rounded(is_open, order))
 
     def _take_gradients(self) -> Tensor:
         """[gates], on the CPU: gradients by the values of gates since the last call, averaged over processes."""
