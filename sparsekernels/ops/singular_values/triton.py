@@ -75,7 +75,8 @@ class Projection:
 
 
 def has_tensor_cores(x: Tensor) -> bool:
-    return x.is_cuda
+    """Whether x lies on a GPU that multiplies bf16 with them: Ampere and newer."""
+    return x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def bf16_parts(x: Tensor) -> Tensor:
