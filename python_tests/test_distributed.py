@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,20 +43,26 @@ def train(run: nn.Module, tuned: sk.SparseModel, rank: int, world: int, forwards
         optimizer.zero_grad()
 
 
-def work(rank: int, world: int, folder: str) -> None:
+def within_group(rank: int, world: int, folder: str, run: Callable[[int, int, str], None]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
-        for forwards in (1, 2):
-            tuned = sk.sparsify(model(), selection(model()))
-            train(DistributedDataParallel(tuned.model), tuned, rank, world, forwards)
-            torch.save(tuned.model.state_dict(), f"{folder}/rank{rank}-{forwards}.pt")
+        run(rank, world, folder)
     finally:
+        # A DistributedDataParallel that outlives its group joins, holding the GIL, a thread that waits for the GIL.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    for forwards in (1, 2):
+        tuned = sk.sparsify(model(), selection(model()))
+        train(DistributedDataParallel(tuned.model), tuned, rank, world, forwards)
+        torch.save(tuned.model.state_dict(), f"{folder}/rank{rank}-{forwards}.pt")
 
 
 def test_two_processes(tmp_path: Path) -> None:
     """Also with two forwards before a backward: what DDP sends round between them is no change of the weights."""
-    torch.multiprocessing.spawn(work, args=(2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(within_group, args=(2, str(tmp_path), work), nprocs=2)
     for forwards in (1, 2):
         tuned = sk.sparsify(model(), selection(model()))
         train(tuned.model, tuned, 0, 1, forwards)
@@ -65,27 +73,23 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def gated_work(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/gates", rank=rank, world_size=world)
-    try:
-        torch.manual_seed(3)
-        net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
-        gates = sk.methods.gates.attach(net, 0.4, 20)
-        run = DistributedDataParallel(net)
-        optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-2))
-        torch.manual_seed(rank)  # each its own texts and noise
-        for _ in range(20):
-            (run(torch.randn(5, 8)).square().mean() + gates.penalty()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            gates.step()
-        torch.save([net.state_dict(), gates.state_dict(), gates.removed()], f"{folder}/gates{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+    gates = sk.methods.gates.attach(net, 0.4, 20)
+    run = DistributedDataParallel(net)
+    optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-2))
+    torch.manual_seed(rank)  # each its own texts and noise
+    for _ in range(20):
+        (run(torch.randn(5, 8)).square().mean() + gates.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gates.step()
+    torch.save([net.state_dict(), gates.state_dict(), gates.removed()], f"{folder}/gates{rank}.pt")
 
 
 def test_gates_of_two_processes_agree(tmp_path: Path) -> None:
     """And go on after they have settled."""
-    torch.multiprocessing.spawn(gated_work, args=(2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(within_group, args=(2, str(tmp_path), gated_work), nprocs=2)
     (model, state, removed), (other, other_state, _) = (
         torch.load(tmp_path / f"gates{rank}.pt", weights_only=True) for rank in range(2)
     )
