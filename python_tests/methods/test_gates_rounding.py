@@ -30,10 +30,10 @@ def make(kind: str) -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **heads))
 
 
-def trained(model: nn.Module, target: float, granularity: str) -> sk.methods.gates.Gates:
+def trained(model: nn.Module, target: float, granularity: str, steps: int = 20) -> sk.methods.gates.Gates:
     gates = sk.methods.gates.attach(model.train(), target, 20, granularity=granularity)
     optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
-    for i in range(20):
+    for i in range(steps):
         tokens = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(i % 4))
         (model(input_ids=tokens, labels=tokens).loss + gates.penalty()).backward()
         optimizer.step()
@@ -144,15 +144,7 @@ def test_nothing_opens_where_sizes_are_good() -> None:
 
 def test_training_keeps_open_what_rounding_would_open_again() -> None:
     """Gates below the price that will stay are not closed, and the price is that of the rounded share."""
-    model = make("bert")
-    gates = sk.methods.gates.attach(model, 0.3, 20)
-    optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
-    for i in range(15):
-        tokens = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(i % 4))
-        (model(input_ids=tokens, labels=tokens).loss + gates.penalty()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        gates.step()
+    gates = trained(make("bert"), 0.3, "row+column", steps=15)
     assert not gates.settled
     closing = gates._weights > 0
     scores = gates._importance.values()
