@@ -49,7 +49,7 @@ def split_kernel(x, parts, count, BLOCK: tl.constexpr):
         tl.store(place, part, mask=inside)
         place -= count
         wide = part.to(tl.float32)
-        rest = tl.where(wide - wide == 0.0, rest - wide, 0.0)  # what is not finite lies in the first
+        rest = tl.where(wide - wide == 0.0, rest - wide, 0.0)  # what is not finite lies in the largest part alone
 
 
 class Projection:
@@ -57,7 +57,7 @@ class Projection:
 
     By parts, bf16 is multiplied as such: fp32 vectors are the sum of three bf16 matrices, which go below each other, x
     three times beside itself. All products are exact, and added up in fp32 the smallest first, for tensor cores cut off
-    what they add. Three passes of these are faster than one of fp32.
+    what they add. Counted, not measured yet: their three passes take a fifth of the time of one in fp32.
     """
 
     def __init__(self, vectors: Tensor, dtype: torch.dtype) -> None:
