@@ -250,6 +250,26 @@ def test_compiled_model() -> None:
     assert_gathered(model, selection, loss)
 
 
+def test_compiled_with_dynamic_shapes() -> None:
+    """Several sparse layers, few positions and many, rows and elements, batches of several lengths; as without."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, 9), nn.LayerNorm(9), nn.Linear(9, 4)
+    ).double()
+    rows = Selection({"0.weight": Index(torch.arange(0, 11, 3), (11, WIDTH), rows=True)})
+    rows |= Selection({"3.weight": Index(torch.arange(0, 9, 2), (9, 9), rows=True)})
+    selection = rows | Selection.random(model, 0.04, names=["1.weight"])
+    selection |= Selection.random(model, 0.4, names=["4.weight", "5.weight", "5.bias"])
+    sk.sparsify(model, selection)
+    run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    values = [p for p in model.parameters() if p.requires_grad]
+    assert len(values) == len(selection)
+    for length in (4, 5, 7):
+        found = [torch.autograd.grad((m(torch.arange(length)) ** 2).sum(), values) for m in (run, model)]
+        for ours, eager in zip(*found, strict=True):
+            assert torch.allclose(ours, eager, rtol=1e-12, atol=1e-12)
+
+
 def test_second_derivatives_are_refused() -> None:
     model = nn.Linear(4, 4)
     tuned = sk.sparsify(model, Selection.random(model, 0.5))

@@ -9,9 +9,10 @@ from ...selection import Index
 from ..backend import Backend, in_full_precision, select
 from .reference import accumulation_dtype
 
-# Past this share of elements a dense product, a block of rows at a time, is faster than one dot product for each
-# element (measured on two cores of Zen 4: 512 tokens, 2048 x 2048).
-DENSE_ABOVE = 0.25
+# Past one element in so many a dense product, a block of rows at a time, is faster than one dot product for each
+# element (measured on two cores of Zen 4: 512 tokens, 2048 x 2048). An int, for torch.compile(dynamic=True) makes a
+# float an input of the graph, and fails where the backward of a second layer reads it.
+DENSE_ABOVE_ONE_IN = 4
 
 
 def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, backend: Backend | None = None) -> Tensor:
@@ -32,8 +33,8 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     product as torch's matmul does, TF32 if that is allowed. Elements are deterministic.
     Cost: elements: 2*T*K operations and a transposed copy of both inputs (on the CPU a block of tokens at a time).
     Where many are selected, the dense product, a block of rows at a time, is cheaper: on the CPU past a quarter of all
-    elements, unless a backend is named; on a GPU past 1 of 256 (bf16, fp16) or of 32, or more if tokens are few. Rows:
-    a matmul with the selected columns of grad_output, 2*T*R*N operations, on every backend.
+    elements, unless a backend is named or torch.compile traces; on a GPU past 1 of 256 (bf16, fp16) or of 32, or more
+    if tokens are few. Rows: a matmul with the selected columns of grad_output, 2*T*R*N operations, on every backend.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
@@ -52,8 +53,8 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
         selected = grad_output if len(index) == index.shape[0] else grad_output.index_select(1, index.positions)
         with in_full_precision(input):
             return (selected.T @ input).to(accumulation_dtype(input.dtype))
-    if backend is None and input.device.type == "cpu" and len(index) > DENSE_ABOVE * index.shape.numel():
-        backend = "reference"
+    if backend is None and input.device.type == "cpu" and DENSE_ABOVE_ONE_IN * len(index) > index.shape.numel():
+        backend = None if torch.compiler.is_compiling() else "reference"  # which reads positions on the host
     run = select("masked_grad_linear", input.device.type, backend)
     return run(grad_output.contiguous(), input.contiguous(), index.positions)
 
