@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
+from processes import in_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,16 +41,6 @@ def train(run: nn.Module, tuned: sk.SparseModel, rank: int, world: int, forwards
         optimizer.zero_grad()
 
 
-def within_group(rank: int, world: int, folder: str, run: Callable[[int, int, str], None]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    try:
-        run(rank, world, folder)
-    finally:
-        # A DistributedDataParallel that outlives its group joins, holding the GIL, a thread that waits for the GIL.
-        gc.collect()
-        dist.destroy_process_group()
-
-
 def work(rank: int, world: int, folder: str) -> None:
     for forwards in (1, 2):
         tuned = sk.sparsify(model(), selection(model()))
@@ -62,7 +50,7 @@ def work(rank: int, world: int, folder: str) -> None:
 
 def test_two_processes(tmp_path: Path) -> None:
     """Also with two forwards before a backward: what DDP sends round between them is no change of the weights."""
-    torch.multiprocessing.spawn(within_group, args=(2, str(tmp_path), work), nprocs=2)
+    in_processes(work, tmp_path)
     for forwards in (1, 2):
         tuned = sk.sparsify(model(), selection(model()))
         train(tuned.model, tuned, 0, 1, forwards)
@@ -70,6 +58,54 @@ def test_two_processes(tmp_path: Path) -> None:
         for key, value in tuned.model.state_dict().items():
             assert torch.equal(states[0][key], states[1][key]), f"{key} differs between the processes"
             assert torch.allclose(states[0][key], value, rtol=1e-5, atol=1e-6), key
+
+
+def own_selections(rank: int, world: int, folder: str) -> None:
+    """Each process selects as many weights as the others, but others."""
+    for options in ({}, {"broadcast_buffers": False}):
+        net = model()
+        mine = Selection.random(net, 0.3, seed=rank, names=["1.weight", "3.weight"])
+        positions = {name: index.positions.clone() for name, index in mine.items()}
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        tuned = sk.sparsify(net, mine)
+        run = DistributedDataParallel(net, **options)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"'1.weight': rank 1 trains other positions.*broadcast\(src=0\)"):
+                run(inputs(rank))
+        assert all(torch.equal(index.positions, positions[name]) for name, index in mine.items())
+        tuned.restore()
+        assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def shared_selection(rank: int, world: int, folder: str) -> None:
+    net = model()
+    mine = Selection.random(net, 0.3, seed=rank, names=["1.weight", "3.weight"])
+    positions = {name: index.positions.clone() for name, index in mine.items()}
+    shared = mine.broadcast(src=1)
+    assert dict(shared) == dict(Selection.random(net, 0.3, seed=1, names=["1.weight", "3.weight"]))
+    assert all(torch.equal(index.positions, positions[name]) for name, index in mine.items())
+    tuned = sk.sparsify(net, shared)
+    train(DistributedDataParallel(net), tuned, rank, world, 1)
+    tuned.reselect(mine)
+    with pytest.raises(ValueError, match="trains other positions"):
+        DistributedDataParallel(net)(inputs(rank))
+    tuned.reselect(mine.broadcast())
+    DistributedDataParallel(net)(inputs(rank))
+
+
+def compared(rank: int, world: int, folder: str) -> None:
+    own_selections(rank, world, folder)
+    shared_selection(rank, world, folder)
+
+
+def test_replicas_must_train_the_same_positions(tmp_path: Path) -> None:
+    """Whatever DDP broadcasts, and after a re-selection; a broadcast selection is the same, and leaves its source."""
+    in_processes(compared, tmp_path)
+
+
+def test_broadcast_needs_processes() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        selection(model()).broadcast()
 
 
 def gated_work(rank: int, world: int, folder: str) -> None:
@@ -89,7 +125,7 @@ def gated_work(rank: int, world: int, folder: str) -> None:
 
 def test_gates_of_two_processes_agree(tmp_path: Path) -> None:
     """And go on after they have settled."""
-    torch.multiprocessing.spawn(within_group, args=(2, str(tmp_path), gated_work), nprocs=2)
+    in_processes(gated_work, tmp_path)
     (model, state, removed), (other, other_state, _) = (
         torch.load(tmp_path / f"gates{rank}.pt", weights_only=True) for rank in range(2)
     )

@@ -211,8 +211,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]], st
     "integers": (integers, {"0.weight": (4, 4), "1.codes": (4,)}, "'1.codes' is torch.int8"),
     "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), {"weight": (4, 4)}, "max_norm"),
     "values there": (lambda: clashing("_values"), {"0.weight": (4, 4), "1.weight": (4, 4)}, "weight_values"),
-    "positions there": (lambda: clashing("_positions"), {"0.weight": (4, 4), "1.weight": (4, 4)}, "weight_positions"),
-    "originals there": (lambda: clashing("_originals"), {"0.weight": (4, 4), "1.weight": (4, 4)}, "weight_originals"),
     "out_proj of attention": (lambda: nn.MultiheadAttention(4, 2), {"out_proj.weight": (4, 4)}, "MultiheadAttention"),
 }
 

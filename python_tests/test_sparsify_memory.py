@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
+from sparsekernels.autograd import SLOTS
 from sparsekernels.ops import backend
 
 OUT, IN, TOKENS = 640, 512, 8  # 1.3 MB of weight, 20 kB of activations
@@ -104,9 +105,15 @@ def test_forward_makes_no_copy_of_the_weight(kind: str) -> None:
     assert largest_allocation(lambda: model(x)) < WEIGHT_BYTES // 4
 
 
+def held(model: nn.Module) -> list[Tensor]:
+    """The parameters of a model, and what its slots keep."""
+    slots = [slot for module in model.modules() for slot in module.__dict__.get(SLOTS, {}).values()]
+    return [*model.parameters(), *(t for slot in slots for t in (slot.positions, slot.originals))]
+
+
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that a graph keeps beside the parameters and buffers of the model; every storage once."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    """Bytes that a graph keeps beside what the model holds; every storage once."""
+    own = {t.untyped_storage().data_ptr() for t in held(model)}
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -156,10 +163,10 @@ def test_an_input_is_not_kept_where_nothing_needs_it() -> None:
 def test_memory_of_the_compact_form() -> None:
     """values and their gradient 4 B an element, positions 4 B, originals the dtype of the weight, moments 8 B."""
     model = nn.Linear(IN, OUT, bias=False).to(torch.bfloat16)
-    before = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    before = sum(t.nbytes for t in held(model))
     tuned = sk.sparsify(model, Selection.random(model, 0.1))
     k = tuned.selection.numel
-    assert sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - before == k * (4 + 4 + 2)
+    assert sum(t.nbytes for t in held(model)) - before == k * (4 + 4 + 2)
     optimizer = sk.SparseAdamW(tuned.parameters())
     model(torch.randn(2, IN, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()

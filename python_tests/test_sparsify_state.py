@@ -125,12 +125,14 @@ def test_load_state_dict(dtype: torch.dtype, source_dtype: torch.dtype) -> None:
     """Loaded weights are there after the next step too: the values do not overwrite them."""
     torch.manual_seed(5)
     other = Zoo().to(source_dtype)
-    model = Zoo().to(dtype)
+    model = Zoo().bfloat16().to(dtype)
     originals = copy.deepcopy(model.state_dict())
     selection = Selection.random(model, 0.3)
     tuned = sk.sparsify(model, selection)
     step(model, tuned)
-    given = other.state_dict()
+    given = {key: value.to(source_dtype) for key, value in originals.items()}
+    for name, index in selection.items():
+        given[name] = put(given[name], index, take(other.state_dict()[name], index))
     keys = list(given)
     assert str(model.load_state_dict(given)) == "<All keys matched successfully>"
     assert list(given) == keys, "the caller's dictionary stays as it is"
@@ -172,10 +174,12 @@ def test_load_state_dict_that_does_not_fit() -> None:
         model.load_state_dict({**before, "up.weight": torch.zeros(3, 3)})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*more"):
         model.load_state_dict({**before, "more": torch.zeros(3)})
-    report = model.load_state_dict({"norm.bias": torch.ones(16)}, strict=False)
+    index = tuned.selection["norm.bias"]
+    bias = put(before["norm.bias"], index, torch.ones(len(index)))
+    report = model.load_state_dict({"norm.bias": bias}, strict=False)
     assert report.missing_keys == [key for key in before if key != "norm.bias"]
     assert report.unexpected_keys == []
-    assert same(model.state_dict(), {**before, "norm.bias": torch.ones(16)})
+    assert same(model.state_dict(), {**before, "norm.bias": bias})
     for name, values in tuned.named_parameters():
         assert torch.equal(values.detach(), take(model.state_dict()[name], tuned.selection[name]))
 

@@ -42,10 +42,12 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b; the gradient of `values` is that of W at the index."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Index) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, positions: Tensor, rows: bool
+    ) -> Tensor:
         input_needed, values_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        ctx.save_for_backward(input if values_needed else None, weight if input_needed else None, index.positions)
-        ctx.shape, ctx.rows, ctx.dtype = index.shape, index.rows, values.dtype
+        ctx.save_for_backward(input if values_needed else None, weight if input_needed else None, positions)
+        ctx.shape, ctx.rows, ctx.dtype = weight.shape, rows, values.dtype
         return F.linear(input, weight, bias)
 
     @staticmethod
@@ -61,16 +63,18 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             index = Index.trusted(positions, ctx.shape, ctx.rows)
             grad_values = masked_grad_linear(_matrix(grad), _matrix(input), index).to(ctx.dtype)
-        return grad_input, None, grad_bias, grad_values, None
+        return grad_input, None, grad_bias, grad_values, None, None
 
 
 class _Embedding(torch.autograd.Function):
     """y = W[ids]; the gradient of `values` is that of W at the index."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, index: Index, padding_idx: int | None) -> Tensor:
-        ctx.save_for_backward(ids, index.positions)
-        ctx.shape, ctx.rows, ctx.dtype, ctx.padding_idx = index.shape, index.rows, values.dtype, padding_idx
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, positions: Tensor, rows: bool, padding_idx: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(ids, positions)
+        ctx.shape, ctx.rows, ctx.dtype, ctx.padding_idx = weight.shape, rows, values.dtype, padding_idx
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -80,16 +84,16 @@ class _Embedding(torch.autograd.Function):
         index = Index.trusted(positions, ctx.shape, ctx.rows)
         grad = grads[0].reshape(ids.numel(), ctx.shape[1])
         found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx)
-        return None, None, found.to(ctx.dtype), None, None
+        return None, None, found.to(ctx.dtype), None, None, None
 
 
 class _Attach(torch.autograd.Function):
     """The weight itself; its dense gradient is gathered into that of `values` at once, and freed."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor, index: Index) -> Tensor:
-        ctx.save_for_backward(index.positions)
-        ctx.shape, ctx.rows, ctx.dtype = index.shape, index.rows, values.dtype
+    def forward(ctx: Any, weight: Tensor, values: Tensor, positions: Tensor, rows: bool) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.shape, ctx.rows, ctx.dtype = weight.shape, rows, values.dtype
         return weight.view_as(weight)
 
     @staticmethod
@@ -98,7 +102,7 @@ class _Attach(torch.autograd.Function):
         (positions,) = ctx.saved_tensors
         dense = grads[0].to_dense() if grads[0].is_sparse else grads[0]
         found = gather(dense.contiguous(), Index.trusted(positions, ctx.shape, ctx.rows))
-        return None, found.to(ctx.dtype), None
+        return None, found.to(ctx.dtype), None, None
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 def _attached(slot: Slot) -> Tensor:
     slot.sync_()
-    result: Tensor = _Attach.apply(slot.weight, slot.values, slot.index)
+    result: Tensor = _Attach.apply(slot.weight, slot.values, slot.positions, slot.rows)
     return result
 
 
@@ -124,13 +128,13 @@ class SparseLinear(nn.Linear):
             return F.linear(input, weight, bias)
         slot.sync_()
         kind = input.device.type
-        if not torch.is_autocast_enabled(kind):
-            return _Linear.apply(input, weight, bias, slot.values, slot.index)  # type: ignore[no-any-return]
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return _Linear.apply(input, weight, bias, slot.values, slot.positions, slot.rows)  # type: ignore[no-any-return]
         # As autocast does for F.linear; the casts are made here so that backward meets the dtypes of forward.
         dtype = torch.get_autocast_dtype(kind)
         args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
         with torch.autocast(kind, enabled=False):
-            return _Linear.apply(*args, slot.values, slot.index)  # type: ignore[no-any-return]
+            return _Linear.apply(*args, slot.values, slot.positions, slot.rows)  # type: ignore[no-any-return]
 
 
 class SparseEmbedding(nn.Embedding):
@@ -139,7 +143,7 @@ class SparseEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         slot = slots_of(self)["weight"]
         slot.sync_()
-        result: Tensor = _Embedding.apply(input, self.weight, slot.values, slot.index, self.padding_idx)
+        result: Tensor = _Embedding.apply(input, self.weight, slot.values, slot.positions, slot.rows, self.padding_idx)
         return result
 
 

@@ -100,10 +100,13 @@ def reselect(tuned: SparseModel, selection: Selection, optimizer: torch.optim.Op
     tuned.sync_()
     if regroup is not None:
         regroup.commit()
-    tuned.left = {name: entry for weight, (name, entry) in left.items() if weight not in chosen and weight not in slots}
+    kept = {name: entry for weight, (name, entry) in left.items() if weight not in chosen and weight not in slots}
     tuned.slots = {}
     for turn in turns:
-        _commit(tuned, turn, holders, restore)
+        _commit(tuned, turn, holders, restore, kept)
+    tuned.leave(kept)
+    assert tuned._found is not None
+    tuned._found.replicas.compared = False  # in every process, also where nothing changed
 
 
 def _turn(
@@ -130,7 +133,7 @@ def _turn(
     return _Turn(name, slot, index, values, originals, dropped, behind)
 
 
-def _commit(tuned: SparseModel, turn: _Turn, holders: dict[str, Holders], restore: bool) -> None:
+def _commit(tuned: SparseModel, turn: _Turn, holders: dict[str, Holders], restore: bool, kept: dict[str, Left]) -> None:
     found, slot, left = tuned._found, turn.slot, turn.left
     assert found is not None
     if turn.dropped is not None and slot is not None:
@@ -144,7 +147,7 @@ def _commit(tuned: SparseModel, turn: _Turn, holders: dict[str, Holders], restor
         found.take(slot)
     else:
         if slot is None:
-            slot = Slot(turn.name, holders[turn.name], turn.index)
+            slot = Slot(turn.name, holders[turn.name], found.replicas)
             assert isinstance(turn.values, CompactParameter)
             assert turn.originals is not None
             found.give(slot, turn.index, turn.values, turn.originals)
@@ -155,4 +158,4 @@ def _commit(tuned: SparseModel, turn: _Turn, holders: dict[str, Holders], restor
         slot.label = turn.name
         tuned.slots[turn.name] = slot
     if left is not None and len(left[0]):
-        tuned.left[turn.name] = Left(slot.owner, slot.name, *left)
+        kept[turn.name] = Left(slot.owner, slot.name, *left)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import load_tensors, reading, save_tensors
+from .supported import refuse_unsupported_of
 
 
 class Index:
@@ -284,6 +285,33 @@ class Selection(Mapping[str, Index]):
             out.update(cls.top_k({name: scores}, density=density))
         return cls(out)
 
+    def broadcast(self, src: int = 0, group: torch.distributed.ProcessGroup | None = None) -> Selection:
+        """The selection of process `src`, in every process of a group: for replicas must train the same positions.
+
+        A collective call of torch.distributed. A new Selection is returned, on the CPU and without a report; this one,
+        which may differ from process to process, is not changed.
+
+        Args:
+            src: global rank of the process whose selection counts.
+            group: the processes that take part; None for all.
+
+        Raises:
+            ValueError: torch.distributed is not initialised.
+
+        Example::
+
+            >>> selection = sk.methods.sift(model, my_batches).broadcast(src=0)
+            >>> tuned = sk.sparsify(model, selection)
+            >>> model = torch.nn.parallel.DistributedDataParallel(model)
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("broadcast needs torch.distributed; call init_process_group first")
+        shared: list[Any] = [dict(self.to("cpu")) if dist.get_rank() == src else None]
+        dist.broadcast_object_list(shared, src=src, group=group)
+        return Selection(shared[0])
+
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically: at no time does `path` hold half a file."""
         kinds = {name: {"shape": list(index.shape), "rows": index.rows} for name, index in self.items()}
@@ -316,12 +344,14 @@ class Selection(Mapping[str, Index]):
         """The selected parameters of `model` by name.
 
         Raises:
-            ValueError: a name the model lacks, or another shape; the message lists what does not fit.
+            ValueError: a name the model lacks, another shape, or a parameter that is sharded or quantised; the message
+                names what does not fit.
         """
         found = dict(model.named_parameters(remove_duplicate=False))
         missing = [name for name in self if name not in found]
         if missing:
             raise ValueError(f"the selection names parameters that the model lacks: {', '.join(missing[:5])}")
+        refuse_unsupported_of(model, self)
         for name, index in self.items():
             if index.shape != found[name].shape:
                 raise ValueError(

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .ops import gather, scatter_
+from .replicas import Replicas
 from .selection import Index
+from .supported import SHARDED, as_integers, refuse_sharded, refuse_unsupported
 
-VALUES, POSITIONS, ORIGINALS = "_values", "_positions", "_originals"
+VALUES = "_values"
 SLOT = "_sparse_slot"
 
 Holders = list[tuple[nn.Module, str]]
@@ -32,17 +35,26 @@ def compact_copy(weight: Tensor, index: Index) -> tuple[CompactParameter, Tensor
 
 
 class Slot:
-    """One selected tensor: finds its weight, values, positions and originals on the module that owns them.
+    """One selected tensor: where its values belong, and what was there before.
 
     Tied weights share one slot: `holders` are all modules that hold the weight, the first of them owns the values.
-    `label` is the name that it was selected by. `written` is the version of the values that the weight holds.
+    `label` is the name that it was selected by. Positions and originals are no buffers: nothing that broadcasts, casts
+    or empties the buffers of a model may change them.
+
+    Attributes:
+        written: version of the values that the weight holds. address: where the values were then.
+        replicas: shared by all slots of a model.
     """
 
-    def __init__(self, label: str, holders: Holders, index: Index) -> None:
-        self.label, self.holders = label, holders
+    shape: torch.Size
+    rows: bool
+    _positions: Tensor
+    _originals: Tensor
+
+    def __init__(self, label: str, holders: Holders, replicas: Replicas) -> None:
+        self.label, self.holders, self.replicas = label, holders, replicas
         self.owner, self.name = holders[0]
-        self.shape, self.rows = index.shape, index.rows
-        self.written = -1
+        self.written = self.address = -1
 
     @property
     def weight(self) -> nn.Parameter:
@@ -57,28 +69,34 @@ class Slot:
         return values
 
     @property
+    def positions(self) -> Tensor:
+        """Those of the index, where the weight is now."""
+        device = self.weight.device
+        if self._positions.device != device:
+            moved = self._positions.to(device)
+            if device.type == "meta":
+                return moved
+            self._positions = moved
+        return self._positions
+
+    @property
     def index(self) -> Index:
-        positions = self.owner._buffers[self.name + POSITIONS]
-        assert positions is not None
-        return Index.trusted(positions, self.shape, self.rows)
+        return Index.trusted(self.positions, self.shape, self.rows)
 
     @property
     def originals(self) -> Tensor:
-        originals = self.owner._buffers[self.name + ORIGINALS]
-        assert originals is not None
-        return originals
+        """What the weight held before, in the dtype that it had then, where the weight is now."""
+        return self._originals.to(self.weight.device)
 
     def register(self, index: Index, values: CompactParameter, originals: Tensor) -> None:
-        """Put values, positions and originals on the owner, in place of those that are there."""
+        """Put the values on the owner, in place of those that are there; keep positions and originals."""
         before = self.owner._parameters.get(self.name + VALUES)
         if before is not None:
             before.__dict__.pop(SLOT, None)  # whoever still steps it writes no weight any more
-        self.rows = index.rows
+        self.shape, self.rows, self._positions, self._originals = index.shape, index.rows, index.positions, originals
         self.owner.register_parameter(self.name + VALUES, values)
-        self.owner.register_buffer(self.name + POSITIONS, index.positions, persistent=False)
-        self.owner.register_buffer(self.name + ORIGINALS, originals, persistent=False)
         self.link(values)
-        self.written = values._version
+        self.written, self.address = values._version, values.data_ptr()
 
     def link(self, values: nn.Parameter) -> None:
         """How SparseAdamW finds the weight. A plain Parameter would take the slot, and the model, along into files."""
@@ -87,24 +105,67 @@ class Slot:
         values.__dict__[SLOT] = self
 
     def unregister(self) -> None:
-        """Take them off again. An optimizer that outlives this finds nothing to write any more."""
+        """Take the values off again. An optimizer that outlives this finds nothing to write any more."""
         values = self.owner._parameters.pop(self.name + VALUES, None)
         if values is not None:
             values.__dict__.pop(SLOT, None)
-        for suffix in (POSITIONS, ORIGINALS):
-            self.owner._buffers.pop(self.name + suffix, None)
-            self.owner._non_persistent_buffers_set.discard(self.name + suffix)
 
     def sync_(self) -> None:
-        """Write the values into the weight, if they changed since the last time."""
+        """Write the values into the weight, if they changed since the last time.
+
+        Raises:
+            ValueError: the model was sharded since, or its replicas train other positions.
+        """
+        self.check_unsharded()
         if torch.compiler.is_compiling():
             return  # SparseAdamW writes through by itself; a version number is no part of a graph
+        if DistributedDataParallel._active_ddp_module is not None and not self.replicas.compared:
+            self.replicas.compare(DistributedDataParallel._active_ddp_module)
         values = self.values
         if SLOT not in values.__dict__:
-            self.link(values)
+            self._adopt(values)
         if values._version != self.written:
             self.write_(values)
             self.written = values._version
+        elif values.data_ptr() != self.address:
+            self._moved(values)
+
+    def check_unsharded(self) -> None:
+        """Raise ValueError if a module that holds the weight was sharded."""
+        for module, _ in self.holders:
+            if SHARDED in module.__dict__:
+                refuse_sharded(repr(self.label))
+
+    def check_supported(self) -> None:
+        """Raise ValueError if the weight or its values were sharded or replaced by tensors of another kind."""
+        self.check_unsharded()
+        for tensor in (self.values, self.weight):
+            refuse_unsupported(repr(self.label), tensor)
+
+    def _adopt(self, values: nn.Parameter) -> None:
+        """Another Parameter took the place of the values: of a copied model, or by load_state_dict(assign=True)."""
+        self.check_supported()
+        self.link(values)
+
+    def _moved(self, values: nn.Parameter) -> None:
+        """The values lie in other memory than they did: after `.to(device)`, or `values.data = ...`.
+
+        A part of a larger storage, as of a flat buffer, may change without a new version: that is looked at each time.
+        """
+        self.refresh_()
+        if values.untyped_storage().nbytes() == values.nbytes:
+            self.address = values.data_ptr()
+
+    def refresh_(self) -> None:
+        """Write the values into the weight wherever the two differ, whatever their versions say."""
+        self.check_supported()
+        values = self.values
+        if values.is_meta:
+            return
+        wanted = values.detach().to(self.weight.dtype)
+        if not torch.equal(as_integers(gather(self.weight.detach(), self.index)), as_integers(wanted)):
+            self.write_(wanted)
+        self.written = values._version
 
     def write_(self, values: Tensor) -> None:
         scatter_(self.weight.detach(), self.index, values.detach())
@@ -125,8 +186,13 @@ class Slot:
 
     def __reduce__(self) -> Any:
         # The values go first, so that the copy of a model knows its slots before anything is run. Their versions count
-        # from their own beginning.
-        return _linked, (self.owner._parameters.get(self.name + VALUES),), {**self.__dict__, "written": -1}
+        # from their own beginning. A part of a model is copied without the rest.
+        state = {**self.__dict__, "written": -1, "replicas": None}
+        return _linked, (self.owner._parameters.get(self.name + VALUES),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.replicas = Replicas([self])
 
 
 def _linked(values: nn.Parameter | None) -> Slot:

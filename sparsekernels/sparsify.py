@@ -17,8 +17,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, is_sparsified, slots_of
+from .replicas import Replicas
 from .selection import Index, Selection
-from .slot import ORIGINALS, POSITIONS, SLOT, VALUES, CompactParameter, Holders, Slot, compact_copy
+from .slot import SLOT, VALUES, CompactParameter, Holders, Slot, compact_copy
+from .state_hooks import LEFT, after_save, before_load, before_loading_model, before_loading_part, before_save
 
 if TYPE_CHECKING:
     from .delta import Delta
@@ -67,6 +69,7 @@ class SparseModel:
         """(name of the weight, its compact Parameter): [K] for elements, [R, *row] for rows; fp32 (fp64 for fp64)."""
         self.check_in_use()
         for name, slot in self.slots.items():
+            slot.check_supported()
             yield name, slot.values
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -79,9 +82,11 @@ class SparseModel:
 
         Needed only where values were changed by hand, and a weight is then read directly or by a compiled forward:
         steps of torch optimizers, forward, state_dict, save_pretrained and delta do it by themselves.
+
+        Every value is compared with its weight, whether or not torch counted a change of it.
         """
         for slot in self.slots.values():
-            slot.sync_()
+            slot.refresh_()
 
     def reselect(
         self, selection: Selection, optimizer: torch.optim.Optimizer | None = None, *, restore: bool = True
@@ -152,7 +157,15 @@ class SparseModel:
         assert self._found is not None
         self._found.put_back()
         self._found = None
-        self.left = {}
+        self.leave({})
+
+    def leave(self, left: dict[str, Left]) -> None:
+        """Set `left`, also where `load_state_dict` looks for it."""
+        for module in self.model.modules():
+            module.__dict__.pop(LEFT, None)
+        self.left = left
+        for entry in left.values():
+            entry.owner.__dict__.setdefault(LEFT, {})[entry.name] = entry.index
 
     def __enter__(self) -> SparseModel:
         return self
@@ -170,6 +183,12 @@ class _Found:
         self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.modules: dict[nn.Module, tuple[type[nn.Module], list[Any]]] = {}
         self.slots: list[Slot] = []
+        self.replicas = Replicas(self.slots)
+        # Before the hooks of slots: nothing is to have changed when these refuse.
+        self.hooks = [
+            part.register_load_state_dict_pre_hook(before_loading_model if part is model else before_loading_part)
+            for part in model.modules()
+        ]
 
     def give(self, slot: Slot, index: Index, values: CompactParameter, originals: Tensor) -> None:
         """Register a new slot on its owner, and teach every holder of the weight the sparse backward."""
@@ -183,9 +202,9 @@ class _Found:
     def _teach(self, module: nn.Module) -> None:
         module.__dict__[SLOTS] = {}
         hooks: list[Any] = [
-            module.register_state_dict_pre_hook(_before_save),
-            module.register_state_dict_post_hook(_after_save),
-            module.register_load_state_dict_pre_hook(_before_load),
+            module.register_state_dict_pre_hook(before_save),
+            module.register_state_dict_post_hook(after_save),
+            module.register_load_state_dict_pre_hook(before_load),
         ]
         self.modules[module] = type(module), hooks
         if "forward" in module.__dict__:  # accelerate's hooks, say: the class's forward is not what runs
@@ -214,6 +233,8 @@ class _Found:
     def put_back(self) -> None:
         for slot in list(self.slots):
             self.take(slot)
+        for hook in self.hooks:
+            hook.remove()
         for parameter, flag, grad in self.parameters:
             parameter.requires_grad_(flag)
             parameter.grad = grad
@@ -252,7 +273,7 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
             parameter.grad = None
         for name, weight in weights.items():
             index = selection[name].to(weight.device)
-            slots[name] = Slot(name, holders[name], index)
+            slots[name] = Slot(name, holders[name], found.replicas)
             found.give(slots[name], index, *compact_copy(weight, index))
     except BaseException:
         found.put_back()
@@ -285,11 +306,8 @@ def holders_of(model: nn.Module, weights: dict[str, nn.Parameter], slots: Iterab
         if not weight.is_contiguous():
             raise ValueError(f"{name!r} is not contiguous; assign a contiguous copy to it first")
         for module, attribute in holders[id(weight)]:
-            taken = [
-                attribute + suffix for suffix in (VALUES, POSITIONS, ORIGINALS) if hasattr(module, attribute + suffix)
-            ]
-            if taken and (id(module), attribute) not in own:
-                raise ValueError(f"{name!r}: its module has something called {taken[0]!r} already")
+            if hasattr(module, attribute + VALUES) and (id(module), attribute) not in own:
+                raise ValueError(f"{name!r}: its module has something called {attribute + VALUES!r} already")
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 raise ValueError(f"{name!r}: an Embedding with max_norm rewrites its weight in forward")
             plain = (nn.Linear, nn.Embedding, SparseLinear, SparseEmbedding)
@@ -300,27 +318,3 @@ def holders_of(model: nn.Module, weights: dict[str, nn.Parameter], slots: Iterab
             if isinstance(module, NonDynamicallyQuantizableLinear):
                 raise ValueError(f"{name!r} is read by its nn.MultiheadAttention past its own forward; leave it out")
     return {name: holders[id(weight)] for name, weight in weights.items()}
-
-
-def _before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    for slot in slots_of(module).values():
-        slot.sync_()
-
-
-def _after_save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    for attribute in slots_of(module):
-        state_dict.pop(prefix + attribute + VALUES, None)
-
-
-def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Loaded weights bring the values along, so that the two never disagree."""
-    for attribute, slot in slots_of(module).items():
-        weight = state_dict.get(prefix + attribute)
-        found = slot.values.detach()  # should the weight not fit, torch reports it
-        if weight is not None and weight.shape == slot.shape:
-            found = slot.loaded(weight)
-        if slot.owner is module:
-            state_dict.setdefault(prefix + attribute + VALUES, found)
-        else:
-            with torch.no_grad():
-                slot.values.copy_(found)

@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,8 +71,10 @@ def _say_once(device: str, rung: str) -> None:
         )
 
 
-def in_full_precision(x: Tensor) -> torch.autocast:
+def in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Within, matmuls of tensors like this one keep their dtype, whatever autocast is around."""
+    if x.is_meta:
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -81,7 +84,7 @@ def _unaware_of_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors = _tensors(args)
-        if not tensors or not torch.is_autocast_enabled(tensors[0].device.type):
+        if not tensors or tensors[0].is_meta or not torch.is_autocast_enabled(tensors[0].device.type):
             return run(*args, **kwargs)
         with in_full_precision(tensors[0]):
             return run(*args, **kwargs)

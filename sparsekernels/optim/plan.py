@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..selection import Index
 from ..slot import SLOT, Slot
+from ..supported import refuse_unsupported
 
 if TYPE_CHECKING:
     from .rows import SeenRows
@@ -122,6 +123,7 @@ def checked_indices(group: dict[str, Any]) -> dict[str, Any]:
         what = f"params[{i}]" if name is None else f"params[{i}] ({name!r})"
         if SLOT in p.__dict__:
             raise ValueError(f"{what} is a compact Parameter of sparsify, which knows its positions; leave out indices")
+        refuse_unsupported(what, p)
         if index.shape != p.shape:
             raise ValueError(f"indices[{i}] was made for shape {list(index.shape)}, {what} has {list(p.shape)}")
         if not p.is_floating_point() or not p.is_contiguous():

@@ -1,0 +1,164 @@
+"""Sharded, quantised and flattened weights: refused by name before anything trains in vain, or right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Zoo, ids
+from processes import in_processes
+from torch import Tensor, nn
+
+import sparsekernels as sk
+from sparsekernels import Index, Selection
+
+SHARDED = "is sharded .* not supported yet.*DistributedDataParallel"
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Embedding(13, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def refused(call: Callable[[], Any], words: str = SHARDED) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def sharding(rank: int, world: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh, x = init_device_mesh("cpu", (world,)), torch.arange(4)
+    selection = Selection.random(net(), 0.3)
+
+    def fully_sharded(model: nn.Module) -> nn.Module:
+        for layer in (model[1], model[3]):
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def flat(model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    def tensor_parallel(model: nn.Module) -> nn.Module:
+        return parallelize_module(model, mesh, {"1": ColwiseParallel()})
+
+    for shard in (fully_sharded, flat, tensor_parallel):
+        refuses_after(net(), selection, shard, x)
+    for shard in (fully_sharded, tensor_parallel):  # those of FSDP have no shape that a selection could fit
+        refuses_before(shard(net()), selection)
+
+
+def refuses_after(model: nn.Module, selection: Selection, shard: Callable[[nn.Module], nn.Module], x: Tensor) -> None:
+    tuned = sk.sparsify(model, selection)
+    wrapped = shard(model)
+    for call in (lambda: wrapped(x), lambda: list(tuned.parameters()), tuned.sync_, tuned.delta):
+        refused(call)
+
+
+def refuses_before(model: nn.Module, selection: Selection) -> None:
+    weights = {name: p for name, p in model.named_parameters() if name in selection}
+    group = {"params": list(weights.values()), "indices": [selection[name] for name in weights]}
+    refused(lambda: sk.sparsify(model, selection))
+    refused(lambda: selection.param_groups(model))
+    refused(lambda: sk.SparseAdamW([group]))
+
+
+def test_sharded_models_are_refused(tmp_path: Path) -> None:
+    """By fully_shard, FSDP and tensor parallelism; before sparsify, and after it at the first use."""
+    in_processes(sharding, tmp_path)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that keeps int8 codes and says that it is fp32, as quantisation libraries make them."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(func)
+
+
+def test_quantised_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(Wrapped(torch.ones(4, 4, dtype=torch.int8)), requires_grad=False)
+    index = Index(torch.arange(3), (4, 4))
+    words = "is Wrapped: quantised .* without quantisation"
+    refused(lambda: sk.sparsify(model, Selection({"0.weight": index})), words)
+    refused(lambda: sk.SparseAdamW([{"params": [model[0].weight], "indices": [index]}]), words)
+
+
+def test_weights_without_values_are_refused() -> None:
+    model = nn.Sequential(nn.LazyLinear(4))
+    refused(lambda: sk.sparsify(model, Selection({"0.weight": Index(torch.arange(3), (4, 4))})), "no values yet")
+
+
+def flat_buffer(tuned: sk.SparseModel) -> Tensor:
+    """The values moved into one buffer, as DeepSpeed ZeRO-1 and ZeRO-2 do."""
+    flat = torch.cat([values.detach().reshape(-1) for values in tuned.parameters()])
+    start = 0
+    for values in tuned.parameters():
+        values.data = flat[start : start + values.numel()].view(values.shape)
+        start += values.numel()
+    return flat
+
+
+def test_values_that_change_through_a_flat_buffer_reach_the_weights() -> None:
+    """No version of theirs is counted up: SGD by hand on the buffer equals SGD on the values."""
+    model, oracle = Zoo(), Zoo()
+    oracle.load_state_dict(model.state_dict())
+    selection = Selection.random(model, 0.3)
+    tuned, plain = sk.sparsify(model, selection), sk.sparsify(oracle, selection)
+    flat = flat_buffer(tuned)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.125)
+    for step in range(3):
+        losses = [m(ids(4, 7, seed=step)).square().mean() for m in (model, oracle)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        flat -= 0.125 * torch.cat([values.grad.reshape(-1) for values in tuned.parameters()])
+        sgd.step()
+        for values in (*tuned.parameters(), *plain.parameters()):
+            values.grad = None
+    state, expected = model.state_dict(), oracle.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    flat += 1.0
+    tuned.sync_()
+    (first, index), values = next(iter(selection.items())), next(tuned.parameters())
+    assert torch.equal(sk.ops.gather(model.get_parameter(first).detach(), index), values.detach())
+
+
+def test_values_in_new_memory_are_written_once() -> None:
+    """After `values.data = ...` the weight follows at the next forward, and later ones leave it alone."""
+    model = Zoo()
+    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    values = next(tuned.parameters())
+    values.data = values.detach() + 1
+    model(ids(4, 7))
+    (name, index), *_ = tuned.selection.items()
+    assert torch.equal(sk.ops.gather(model.get_parameter(name).detach(), index), values.detach())
+    versions = [p._version for p in model.parameters()]
+    model(ids(4, 7))
+    assert versions == [p._version for p in model.parameters()]
+
+
+def test_partitioned_parameters_are_refused() -> None:
+    """DeepSpeed ZeRO-3 takes the data of all parameters away, and marks them."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    index = Index(torch.arange(3), (4, 4))
+    tuned = sk.sparsify(model, Selection({"0.weight": index}))
+    for p in model.parameters():
+        p.ds_id, p.data = 1, torch.empty(0)
+    refused(lambda: model(torch.ones(1, 4)))
+    refused(tuned.sync_)

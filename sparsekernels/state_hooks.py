@@ -1,0 +1,97 @@
+"""state_dict and load_state_dict of a sparsified model: plain keys, current weights, no unselected weight changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .autograd import SLOTS, slots_of
+from .selection import Index
+from .slot import VALUES
+from .supported import as_integers
+
+LEFT = "_sparse_left"  # where a module keeps {name of its parameter: Index of what reselect(restore=False) left}
+
+
+def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """The weights that are about to be saved hold the values."""
+    for slot in slots_of(module).values():
+        slot.sync_()
+
+
+def after_save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """The values are no key of their own."""
+    for attribute in slots_of(module):
+        state_dict.pop(prefix + attribute + VALUES, None)
+
+
+def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Loaded weights bring the values along, so that the two never disagree."""
+    for attribute, slot in slots_of(module).items():
+        weight = state_dict.get(prefix + attribute)
+        found = slot.values.detach()  # should the weight not fit, torch reports it
+        if weight is not None and weight.shape == slot.shape:
+            found = slot.loaded(weight)
+        if slot.owner is module:
+            state_dict.setdefault(prefix + attribute + VALUES, found)
+        else:
+            with torch.no_grad():
+                slot.values.copy_(found)
+
+
+def before_loading_part(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """As `before_loading_model`, where load_state_dict of a part is called by itself."""
+    if not prefix:
+        before_loading_model(module, state_dict, prefix)
+
+
+def before_loading_model(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raise ValueError, before anything is loaded, if frozen weights outside of the selection would change.
+
+    They would be in no delta, and restore() would not give back the model as it was found.
+    """
+    known = _known(module)
+    for path, part in module.named_modules(remove_duplicate=False):
+        for attribute, parameter in part._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            loaded = state_dict.get(prefix + name)
+            if parameter is None or parameter.requires_grad or not isinstance(loaded, Tensor):
+                continue
+            if loaded.shape != parameter.shape or loaded.is_meta or parameter.is_meta:
+                continue  # torch reports the first; there is nothing to compare in the others
+            count = _changed(parameter.detach(), loaded.detach(), known.get(id(parameter), []))
+            if count:
+                raise ValueError(
+                    f"the state_dict changes {count:,} weights of {name!r} that are not selected: it was trained with "
+                    "another selection, or from another base, so delta() would miss them and restore() would not be "
+                    "the base. Sparsify with the selection that it was trained with (keep Selection.save beside each "
+                    "checkpoint), or restore() the model, load, and sparsify again"
+                )
+
+
+def _known(module: nn.Module) -> dict[int, list[Index]]:
+    """id of a weight -> positions whose originals are kept."""
+    known: dict[int, list[Index]] = {}
+    for part in module.modules():
+        for slot in part.__dict__.get(SLOTS, {}).values():
+            known[id(slot.weight)] = [slot.index]
+    for part in module.modules():
+        for attribute, index in part.__dict__.get(LEFT, {}).items():
+            known.setdefault(id(part._parameters[attribute]), []).append(index)
+    return known
+
+
+def _changed(weight: Tensor, loaded: Tensor, known: list[Index]) -> int:
+    """How many weights would get other bits, beside those at known positions."""
+    if any(index.numel == weight.numel() for index in known):
+        return 0
+    loaded = loaded.to(weight.device, weight.dtype)
+    if not known and torch.equal(as_integers(weight), as_integers(loaded)):
+        return 0
+    different = as_integers(weight) != as_integers(loaded)
+    for index in known:
+        positions = index.positions.to(weight.device).long()
+        (different if index.rows else different.view(-1))[positions] = False
+    return int(different.sum())

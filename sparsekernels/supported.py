@@ -1,0 +1,56 @@
+"""Which parameters the package can touch: whole ones, in plain memory of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+SHARDED = "_is_fsdp_managed_module"  # what FSDP, both generations, sets on every module that it manages
+PARTITIONED = "ds_id"  # what DeepSpeed ZeRO-3 sets on every parameter
+
+
+def refuse_unsupported(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a parameter that is sharded, quantised or not there yet."""
+    kind = type(tensor).__name__
+    if kind in ("DTensor", "FlatParameter") or PARTITIONED in tensor.__dict__:
+        refuse_sharded(name)
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise ValueError(
+            f"{name} is {kind}: quantised and other wrapped weights are not supported, for what is written into them "
+            "would be lost; load the model without quantisation"
+        )
+    if is_lazy(tensor):
+        raise ValueError(f"{name} has no values yet; run one forward first")
+
+
+def refuse_sharded(name: str) -> NoReturn:
+    """Raise ValueError for a parameter that is sharded."""
+    raise ValueError(
+        f"{name} is sharded (fully_shard, FSDP, tensor parallelism or DeepSpeed ZeRO-3), which is not supported yet: "
+        "what is trained would not reach the weight. Use one process or DistributedDataParallel, and do not shard the "
+        "model before or after"
+    )
+
+
+def refuse_unsupported_of(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Raise ValueError if one of these parameters, by default any, is sharded, quantised or not there yet."""
+    chosen = None if names is None else set(names)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if parameter is None or not (chosen is None or name in chosen):
+                continue
+            if SHARDED in module.__dict__:
+                refuse_sharded(repr(name))
+            refuse_unsupported(repr(name), parameter)
+
+
+def as_integers(x: Tensor) -> Tensor:
+    """The bits, so that -0 is not 0 and NaN is itself where they are compared."""
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
