@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +29,27 @@ class CompactParameter(nn.Parameter):
         return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
 
 
+def warn_untrained(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Warn, once for each, of compact Parameters that a step left as they are because they never had a gradient."""
+    found = []
+    for p in parameters:
+        slot = p.__dict__.get(SLOT)
+        if slot is None or slot.warned or p.grad is not None or (optimizer.state.get(p) and p.requires_grad):
+            continue
+        slot.warned = True
+        found.append(slot.label + ("" if p.requires_grad else " (requires_grad is False)"))
+    if found:
+        names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        warnings.warn(
+            f"sparsekernels: selected, but without a gradient in this step, so not trained: {names}. Either the loss "
+            "does not depend on them; or another module than their own reads them, as in Mamba: leave them out of the "
+            "selection; or something froze their compact parameters, as peft.get_peft_model does: call "
+            "requires_grad_(True) on SparseModel.parameters().",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def compact_copy(weight: Tensor, index: Index) -> tuple[CompactParameter, Tensor]:
     """Values to train, fp32 (fp64 for fp64), and the originals in the dtype of the weight."""
     originals = gather(weight.detach(), index)
@@ -43,7 +66,7 @@ class Slot:
 
     Attributes:
         written: version of the values that the weight holds. address: where the values were then.
-        replicas: shared by all slots of a model.
+        replicas: shared by all slots of a model. warned: whether a step without a gradient was reported.
     """
 
     shape: torch.Size
@@ -55,6 +78,7 @@ class Slot:
         self.label, self.holders, self.replicas = label, holders, replicas
         self.owner, self.name = holders[0]
         self.written = self.address = -1
+        self.warned = False
 
     @property
     def weight(self) -> nn.Parameter:

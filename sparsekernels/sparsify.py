@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, is_sparsified, slots_of
 from .replicas import Replicas
 from .selection import Index, Selection
-from .slot import SLOT, VALUES, CompactParameter, Holders, Slot, compact_copy
+from .slot import SLOT, VALUES, CompactParameter, Holders, Slot, compact_copy, warn_untrained
 from .state_hooks import LEFT, after_save, before_load, before_loading_model, before_loading_part, before_save
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if getattr(optimizer, "writes_weights", False):
         return
     for group in optimizer.param_groups:
+        warn_untrained(optimizer, group["params"])
         for values in group["params"]:
             if SLOT in values.__dict__:
                 # Not sync_(): torch's fused steps change parameters without a new version.

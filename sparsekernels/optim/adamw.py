@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..selection import Selection
+from ..slot import warn_untrained
 from ..sparsify import STEP_HOOKS
 from . import checkpoint, options
 from .dense import step_dense
@@ -263,6 +264,7 @@ class SparseAdamW(torch.optim.AdamW):
         grads = [p.grad for p in params]
         complete = all(grad is not None for grad in grads)
         if not complete:
+            warn_untrained(self, params)
             params = [p for p in params if p.grad is not None]
             grads = [p.grad for p in params]
         if not params:
