@@ -110,8 +110,8 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _attached(slot: Slot) -> Tensor:
-    slot.sync_()
-    result: Tensor = _Attach.apply(slot.weight, slot.values, slot.positions, slot.rows)
+    values, positions = slot.sync_()
+    result: Tensor = _Attach.apply(slot.weight, values, positions, slot.rows)
     return result
 
 
@@ -126,15 +126,15 @@ class SparseLinear(nn.Linear):
         slot = slots.get("weight")
         if slot is None:
             return F.linear(input, weight, bias)
-        slot.sync_()
+        values, positions = slot.sync_()
         kind = input.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return _Linear.apply(input, weight, bias, slot.values, slot.positions, slot.rows)  # type: ignore[no-any-return]
+            return _Linear.apply(input, weight, bias, values, positions, slot.rows)  # type: ignore[no-any-return]
         # As autocast does for F.linear; the casts are made here so that backward meets the dtypes of forward.
         dtype = torch.get_autocast_dtype(kind)
         args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
         with torch.autocast(kind, enabled=False):
-            return _Linear.apply(*args, slot.values, slot.positions, slot.rows)  # type: ignore[no-any-return]
+            return _Linear.apply(*args, values, positions, slot.rows)  # type: ignore[no-any-return]
 
 
 class SparseEmbedding(nn.Embedding):

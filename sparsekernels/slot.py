@@ -134,35 +134,35 @@ class Slot:
         if values is not None:
             values.__dict__.pop(SLOT, None)
 
-    def sync_(self) -> None:
-        """Write the values into the weight, if they changed since the last time.
+    def sync_(self) -> tuple[nn.Parameter, Tensor]:
+        """Write the values into the weight, if they changed since the last time; return them and their positions.
 
         Raises:
             ValueError: the model was sharded since, or its replicas train other positions.
         """
-        self.check_unsharded()
-        if torch.compiler.is_compiling():
-            return  # SparseAdamW writes through by itself; a version number is no part of a graph
-        if DistributedDataParallel._active_ddp_module is not None and not self.replicas.compared:
-            self.replicas.compare(DistributedDataParallel._active_ddp_module)
-        values = self.values
-        if SLOT not in values.__dict__:
-            self._adopt(values)
-        if values._version != self.written:
-            self.write_(values)
-            self.written = values._version
-        elif values.data_ptr() != self.address:
-            self._moved(values)
-
-    def check_unsharded(self) -> None:
-        """Raise ValueError if a module that holds the weight was sharded."""
         for module, _ in self.holders:
             if SHARDED in module.__dict__:
                 refuse_sharded(repr(self.label))
+        if torch.compiler.is_compiling():
+            return self.values, self.positions  # SparseAdamW writes; a version number is no part of a graph
+        if DistributedDataParallel._active_ddp_module is not None and not self.replicas.compared:
+            self.replicas.compare(DistributedDataParallel._active_ddp_module)
+        values: Any = self.owner._parameters[self.name + VALUES]
+        if SLOT not in values.__dict__:
+            self._adopt(values)
+        if values.data_ptr() != self.address:
+            self._moved(values)
+            return values, self.positions
+        if values._version != self.written:
+            self.write_(values)
+            self.written = values._version
+        return values, self._positions
 
     def check_supported(self) -> None:
-        """Raise ValueError if the weight or its values were sharded or replaced by tensors of another kind."""
-        self.check_unsharded()
+        """Raise ValueError if the weight or its values were sharded, or replaced by tensors of another kind."""
+        for module, _ in self.holders:
+            if SHARDED in module.__dict__:
+                refuse_sharded(repr(self.label))
         for tensor in (self.values, self.weight):
             refuse_unsupported(repr(self.label), tensor)
 
