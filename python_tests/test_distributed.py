@@ -8,6 +8,7 @@ import pytest
 import torch
 from processes import in_processes
 from torch import Tensor, nn
+from torch._dynamo.exc import InternalTorchDynamoError
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekernels as sk
@@ -61,16 +62,21 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def own_selections(rank: int, world: int, folder: str) -> None:
-    """Each process selects as many weights as the others, but others."""
-    for options in ({}, {"broadcast_buffers": False}):
+    """Each process selects as many weights as the others, but others. torch.compile wraps what is raised in its own."""
+    for options, compiled in (({}, False), ({"broadcast_buffers": False}, False), ({}, True)):
         net = model()
         mine = Selection.random(net, 0.3, seed=rank, names=["1.weight", "3.weight"])
         positions = {name: index.positions.clone() for name, index in mine.items()}
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         tuned = sk.sparsify(net, mine)
         run = DistributedDataParallel(net, **options)
+        if compiled:
+            run = torch.compile(run, backend="aot_eager")
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"'1.weight': rank 1 trains other positions.*broadcast\(src=0\)"):
+            with pytest.raises(
+                (ValueError, InternalTorchDynamoError),
+                match=r"'1.weight': rank 1 trains other positions.*broadcast\(src=0\)",
+            ):
                 run(inputs(rank))
         assert all(torch.equal(index.positions, positions[name]) for name, index in mine.items())
         tuned.restore()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from .slot import Slot
+
+
+KNOWN: WeakValueDictionary[str, Replicas] = WeakValueDictionary()  # by key: torch.compile takes a string as constant
 
 
 class Replicas:
@@ -21,6 +26,8 @@ class Replicas:
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
         self.compared = False
+        self.key = str(id(self))
+        KNOWN[self.key] = self
 
     def compare(self, ddp: DistributedDataParallel) -> None:
         """Compare with the other processes, once: every one of them is in its forward now.
@@ -39,6 +46,15 @@ class Replicas:
                     "would be averaged; select once and share it: sparsify(model, selection.broadcast(src=0))"
                 )
         self.compared = True
+
+
+@torch.compiler.assume_constant_result
+def compare_while_tracing(key: str) -> bool:
+    """As `Replicas.compare`, under DistributedDataParallel: once, when torch.compile traces a forward."""
+    replicas, ddp = KNOWN[key], DistributedDataParallel._active_ddp_module
+    if ddp is not None and not replicas.compared:
+        replicas.compare(ddp)
+    return True
 
 
 def fingerprint(slot: Slot) -> str:

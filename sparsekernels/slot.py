@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .ops import gather, scatter_
-from .replicas import Replicas
+from .replicas import Replicas, compare_while_tracing
 from .selection import Index
 from .supported import SHARDED, as_integers, refuse_sharded, refuse_unsupported
 
@@ -144,6 +144,7 @@ class Slot:
             if SHARDED in module.__dict__:
                 refuse_sharded(repr(self.label))
         if torch.compiler.is_compiling():
+            compare_while_tracing(self.replicas.key)
             return self.values, self.positions  # SparseAdamW writes; a version number is no part of a graph
         if DistributedDataParallel._active_ddp_module is not None and not self.replicas.compared:
             self.replicas.compare(DistributedDataParallel._active_ddp_module)
