@@ -4,31 +4,97 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed save leaves behind stays there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "lock"  # a file in a folder of `replacing`; who writes there holds its lock
+
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write beside `path`, then rename over it; a failure leaves what was there."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
-    try:
+    """Write a file; an exception, a kill or a power cut on the way leaves what was there, whole."""
+    with replacing(path) as partial:
         # Copies, for safetensors refuses tensors that share memory, as one Index under two names does.
-        save_file(
-            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, dict(metadata)
-        )
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, partial, dict(metadata))
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A new file to write, which takes the place of `path` at the end, unless an exception comes first.
+
+    It lies in a folder of its own beside `path`, `.<name>.<random>.partial`: a killed process can remove nothing, and
+    safetensors writes a temporary file too. The folder holds a lock that the kernel releases when the process dies,
+    whatever killed it and in whatever pid namespace; the next save of this path removes folders that nobody locks.
+
+    It is flushed to the disk before it is moved, or a power cut could leave the new name with no content. That takes as
+    long as the disk needs: measured on ext4, 1 ms for 40 kB, 13 ms for 4 MB, 90 ms for 40 MB, as much as the rest.
+    """
+    path = Path(path)
+    _remove_leftovers(path)
+    folder, lock = _locked_folder(path)
+    try:
+        partial = folder / path.name
+        yield partial
+        # The lock was made like any new file, so it has the mode that one should have; safetensors gives its own 0600.
+        os.chmod(partial, os.fstat(lock).st_mode & 0o777)
+        with open(partial, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        with suppress(FileNotFoundError):
+            lock = _locked(folder, wait=True)
+            if (folder / LOCK).exists():
+                return folder, lock
+            os.close(lock)
+        # Another save took the folder for a leftover, before it was locked.
+
+
+def _locked(folder: Path, wait: bool) -> int:
+    """A descriptor that holds the lock of the folder until it is closed; OSError if it is taken, and wait is false."""
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        # Not lockf: its locks are per process, and two threads may save.
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if not wait:
+            os.close(lock)
+            raise
+        # A file system without locks. Nobody else can take it either, so nothing is removed.
+    return lock
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what saves of `path` left behind that were killed, as far as that is possible."""
+    if fcntl is None:
+        return
+    ours = re.compile(re.escape(f".{path.name}.") + r"\w{8}\.partial")
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if ours.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                with suppress(OSError):
+                    lock = _locked(Path(entry.path), wait=False)
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    os.close(lock)
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -57,9 +123,3 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

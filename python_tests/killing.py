@@ -1,0 +1,43 @@
+"""Processes that save one thing over another without end, until they are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KILLS = int(os.environ.get("SPARSEKERNELS_KILLS", "10"))  # for each kind of file
+
+
+def save_for_ever(load: Callable[[Path], Any], versions: list[Path], target: Path, started: Connection) -> None:
+    torch.set_num_threads(1)
+    loaded = [load(path) for path in versions]
+    started.send(True)
+    while True:
+        for version in loaded:
+            version.save(target)
+
+
+def kills(load: Callable[[Path], Any], versions: list[Path], target: Path, longest: float) -> Iterator[int]:
+    """Start `save_for_ever` and kill it after up to `longest` seconds, KILLS times; yields after each."""
+    # A server that imports once and forks: a fork of this process would inherit the locks of its threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, load.__module__])
+    rng = random.Random(0)
+    for number in range(KILLS):
+        here, there = context.Pipe()
+        process = context.Process(target=save_for_ever, args=(load, versions, target, there), daemon=True)
+        process.start()
+        there.close()
+        assert here.recv()
+        time.sleep(rng.uniform(0, longest))
+        process.kill()
+        process.join()
+        yield number
