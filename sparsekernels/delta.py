@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .autograd import refuse_sparsified
 from .carry import joined
-from .files import load_tensors, reading, save_tensors
+from .files import check_names, described, load_tensors, reading, save_tensors
 from .ops import gather, scatter_
 from .selection import Index, Selection
 
@@ -39,7 +40,7 @@ class Change:
     @classmethod
     def of(cls, index: Index, values: Tensor, originals: Tensor) -> Change:
         """The change from originals to values, on the CPU."""
-        base = "" if index.numel == index.shape.numel() else fingerprint(originals)
+        base = "" if _is_whole(index) else fingerprint(originals)
         return cls(index.to("cpu"), values.cpu(), base)
 
 
@@ -99,13 +100,17 @@ class Delta:
             FileNotFoundError; ValueError for a file that is truncated, damaged, or something else.
         """
         tensors, metadata = load_tensors(path, "delta")
+        kinds = described(path, metadata.get("tensors"), {str: {"shape": [int], "rows": bool, "base": str}})
+        check_names(path, tensors, (f"{name}.{part}" for name in kinds for part in ("indices", "values")))
         changes = {}
         with reading(path):
-            for name, kind in json.loads(metadata["tensors"]).items():
+            for name, kind in kinds.items():
                 index = Index(tensors[f"{name}.indices"], kind["shape"], kind["rows"])
                 values = tensors[f"{name}.values"]
-                if values.shape != index.compact_shape:
-                    raise ValueError(f"{path} is damaged: {name!r} has {list(values.shape)} values for {index}")
+                if values.shape != index.compact_shape or not values.is_floating_point():
+                    raise ValueError(f"{name!r} has {values.dtype} {list(values.shape)} for the values of {index}")
+                if not re.fullmatch("" if _is_whole(index) else "[0-9a-f]{32}", kind["base"]):
+                    raise ValueError(f"{name!r} has {kind['base'][:40]!r} for the fingerprint of its base")
                 changes[name] = Change(index, values, kind["base"])
         return cls(changes)
 
@@ -194,6 +199,10 @@ def _write(weights: Mapping[str, nn.Parameter], changes: Mapping[str, Change], v
         for name, weight in weights.items():
             scatter_(weight.detach(), changes[name].index.to(weight.device), values[name].to(weight.device))
             torch.autograd.graph.increment_version(weight)
+
+
+def _is_whole(index: Index) -> bool:
+    return index.numel == index.shape.numel()
 
 
 def fingerprint(values: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Safetensors files that are either whole or not there."""
+"""Safetensors files that are either whole or not there, and what is in them checked before it is used."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -105,6 +106,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"no file {path}")
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -112,8 +115,52 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
                 found = metadata.get("sparsekernels", "no sparsekernels file")
                 raise ValueError(f"{path} holds {found}, not a {kind}")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
+    except (SafetensorError, TypeError) as error:  # TypeError: a size of 2^63 or more beside one of 0
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
+
+
+def described(path: str | Path, text: str | None, schema: Any) -> Any:
+    """What the JSON in a file's metadata says, if it has the form of `schema`, or else ValueError.
+
+    A schema is a type, which a value has exactly (True is no int); a tuple of such; [schema], a list; {str: schema}, an
+    object with any names; or {"name": schema, ...}, an object with these names and no others.
+    """
+    if text is None:
+        raise ValueError(f"{path} is damaged: its metadata is missing")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its metadata is no JSON that we write: {error}") from error
+    _check(path, value, schema)
+    return value
+
+
+def _check(path: str | Path, value: Any, schema: Any) -> None:
+    if isinstance(schema, dict) and isinstance(value, dict):
+        if str not in schema and value.keys() != schema.keys():
+            raise ValueError(f"{path} is damaged: {sorted(value)} instead of {sorted(schema)} in its metadata")
+        for name, entry in value.items():
+            _check(path, entry, schema[str] if str in schema else schema[name])
+    elif isinstance(schema, list) and isinstance(value, list):
+        for entry in value:
+            _check(path, entry, schema[0])
+    elif type(value) not in (schema if isinstance(schema, tuple) else (schema,)):
+        raise ValueError(f"{path} is damaged: a {type(value).__name__} where it does not belong in its metadata")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def check_names(path: str | Path, tensors: Mapping[str, Tensor], expected: Iterable[str]) -> None:
+    """Raise ValueError unless the tensors of a file are those, and no others."""
+    expected = set(expected)
+    for wrong, what in ((expected - tensors.keys(), "lacks"), (tensors.keys() - expected, "should not hold")):
+        if wrong:
+            raise ValueError(f"{path} is damaged: it {what} {min(wrong)!r}")
 
 
 @contextmanager
@@ -121,5 +168,6 @@ def reading(path: str | Path) -> Iterator[None]:
     """What goes wrong while the contents of a file are put together is the fault of the file."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise ValueError(f"{path} is damaged: {what}") from error

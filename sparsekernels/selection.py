@@ -6,6 +6,7 @@ An Index is validated when it is made and never changes, so nothing that receive
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import load_tensors, reading, save_tensors
+from .files import check_names, described, load_tensors, reading, save_tensors
 from .supported import refuse_unsupported_of
 
 
@@ -35,6 +36,8 @@ class Index:
 
     def __init__(self, positions: Tensor, shape: Iterable[int], rows: bool = False) -> None:
         self.shape = torch.Size(shape)
+        if any(size < 0 for size in self.shape) or math.prod(max(size, 1) for size in self.shape) >= 2**63:
+            raise ValueError(f"shape must be that of a tensor, with fewer than 2^63 elements, got {list(self.shape)}")
         self.rows = bool(rows)
         self.positions = _validated(positions, self.limit, self.rows)
 
@@ -325,8 +328,9 @@ class Selection(Mapping[str, Index]):
     def load(cls, path: str | Path) -> Selection:
         """Read what `save` wrote. Raises ValueError for a file that is damaged or is something else."""
         tensors, metadata = load_tensors(path, "selection")
+        kinds = described(path, metadata.get("tensors"), {str: {"shape": [int], "rows": bool}})
+        check_names(path, tensors, kinds)
         with reading(path):
-            kinds = json.loads(metadata["tensors"])
             return cls({name: Index(tensors[name], kind["shape"], kind["rows"]) for name, kind in kinds.items()})
 
     def summary(self) -> str:

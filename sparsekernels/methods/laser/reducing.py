@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd import refuse_sparsified
-from ...files import load_tensors, reading, save_tensors
+from ...files import check_names, described, load_tensors, reading, save_tensors
 from ...matrices import Matrix, matrices
 from .changes import Change, Piece, put
 from .decompositions import Decompositions, Split, rank_for
 from .ranking import Reduction
 
 Prepared = list[tuple[Reduction, Matrix, list[Piece]]]
+
+FACTORS = (torch.float32, torch.float64)
+SCORE = (int, float, type(None))
+SCHEMA = {"matrix": str, "rho": (int, float), "blocks": int, "clustered": bool, "predicted": SCORE, "measured": SCORE}
 
 
 class Reduced:
@@ -141,28 +145,21 @@ def load(model: nn.Module, path: str | Path, *, factored: bool = True) -> Reduce
         is unchanged then.
     """
     tensors, metadata = load_tensors(path, "reductions")
+    entries = described(path, metadata.get("reductions"), [{**SCHEMA, "pieces": int}])
+    counts = [entry.pop("pieces") for entry in entries]
+    if min(counts, default=1) < 1 or sum(counts) > len(tensors):
+        raise ValueError(f"{path} is damaged: it has {len(tensors)} tensors for {counts[:5]} pieces")
+    keys = [[f"{i}.{k}" for k in range(count)] for i, count in enumerate(counts)]
+    rows = [f"{key}.rows" for mine in keys for key in mine if f"{key}.rows" in tensors]
+    check_names(path, tensors, rows + [f"{key}.{side}" for mine in keys for key in mine for side in ("up", "down")])
     with reading(path):
-        found = json.loads(metadata["reductions"])
-        counts = [entry.pop("pieces") for entry in found]
-        plan = [Reduction(**entry) for entry in found]
-        loaded = [
-            [
-                Piece(tensors[f"{i}.{k}.up"], tensors[f"{i}.{k}.down"], tensors.get(f"{i}.{k}.rows"))
-                for k in range(count)
-            ]
-            for i, count in enumerate(counts)
-        ]
+        plan = [Reduction(**entry) for entry in entries]
     prepared: Prepared = []
-    for reduction, matrix, mine in zip(plan, _resolved(model, plan), loaded, strict=True):
+    for reduction, matrix, mine in zip(plan, _resolved(model, plan), keys, strict=True):
+        loaded = [Piece(tensors[f"{k}.up"], tensors[f"{k}.down"], tensors.get(f"{k}.rows")) for k in mine]
+        _check_pieces(path, matrix, loaded)
         device = model.get_parameter(matrix.parameter).device
-        with reading(path):
-            shape = _shape(mine)
-        if shape is None:
-            raise ValueError(f"{path} is damaged: its factors of {matrix.label!r} do not fit each other")
-        if shape != matrix.shape:
-            raise ValueError(f"{path} holds {list(shape)} for {matrix.label!r}, which is {list(matrix.shape)}")
-        moved = [Piece(piece.up.to(device), piece.down.to(device), piece.rows) for piece in mine]
-        prepared.append((reduction, matrix, moved))
+        prepared.append((reduction, matrix, [Piece(p.up.to(device), p.down.to(device), p.rows) for p in loaded]))
     return _put(model, prepared, factored)
 
 
@@ -189,16 +186,24 @@ def _resolved(model: nn.Module, plan: Sequence[Reduction]) -> list[Matrix]:
     return [found[label] for label in labels]
 
 
-def _shape(mine: Sequence[Piece]) -> tuple[int, int] | None:
-    """Of the matrix that the pieces make together, or None if they do not fit each other."""
+def _check_pieces(path: str | Path, matrix: Matrix, mine: Sequence[Piece]) -> None:
+    """Raise ValueError unless the pieces make a matrix together, and that has the shape of this one."""
+    for piece in mine:
+        alike = piece.up.dtype == piece.down.dtype == mine[0].up.dtype and piece.up.dtype in FACTORS
+        if not alike or piece.up.dim() != 2 or piece.down.dim() != 2 or piece.up.shape[1] != len(piece.down):
+            raise ValueError(f"{path} is damaged: factors of {matrix.label!r} do not fit each other")
+        if not bool(piece.up.isfinite().all() & piece.down.isfinite().all()):
+            raise ValueError(f"{path} is damaged: factors of {matrix.label!r} hold NaN or infinity")
     m, widths = sum(len(piece.up) for piece in mine), {piece.down.shape[1] for piece in mine}
-    fits = all(piece.up.shape[1] == len(piece.down) for piece in mine) and len(widths) == 1
+    if {(m, n) for n in widths} != {matrix.shape}:
+        raise ValueError(f"{path} holds {[m, *widths]} for {matrix.label!r}, which is {list(matrix.shape)}")
     if len(mine) == 1 and mine[0].rows is None:
-        return (m, *widths) if fits else None  # type: ignore[return-value]
-    rows = [piece.rows for piece in mine if piece.rows is not None]
-    fits &= [len(r) for r in rows] == [len(piece.up) for piece in mine]
-    fits = fits and torch.equal(torch.cat(rows).sort().values, torch.arange(m))
-    return (m, *widths) if fits else None  # type: ignore[return-value]
+        return
+    rows = [piece.rows for piece in mine if piece.rows is not None and piece.rows.dtype == torch.int64]
+    # Sizes first: what follows takes memory for m rows.
+    fits = [r.shape for r in rows] == [piece.up.shape[:1] for piece in mine] and all(len(r) for r in rows)
+    if not fits or not torch.equal(torch.cat(rows).sort().values, torch.arange(m)):
+        raise ValueError(f"{path} is damaged: rows of the pieces of {matrix.label!r} are not each row once")
 
 
 def _put(model: nn.Module, prepared: Prepared, factored: bool) -> Reduced:
