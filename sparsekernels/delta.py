@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .autograd import refuse_sparsified
 from .carry import joined
 from .files import check_names, described, load_tensors, reading, save_tensors
+from .names import plain_names
 from .ops import gather, scatter_
 from .selection import Index, Selection
 
@@ -51,6 +52,9 @@ class Delta:
     the other, in any order; a base with other weights at any selected position is refused. A tensor that is replaced as
     a whole has no fingerprint: it fits any base, as a fresh task head must.
 
+    Names are those of the plain model, wherever it was trained: a delta fits the model by itself and inside PEFT,
+    torch.compile or DistributedDataParallel alike. What PEFT adds, LoRA's A and B say, keeps its name.
+
     The file is safetensors: `<name>.indices` (int32, or int64 past 2^31 elements), `<name>.values`, and metadata.
     """
 
@@ -71,15 +75,15 @@ class Delta:
         return f"Delta({self.selection.numel:,} values in {len(self.changes)} tensors, {self.nbytes:,} bytes)"
 
     @classmethod
-    def from_slots(cls, slots: Mapping[str, Slot], left: Mapping[str, Left] | None = None) -> Delta:
+    def from_slots(cls, model: nn.Module, slots: Mapping[str, Slot], left: Mapping[str, Left]) -> Delta:
         """The trained state of a sparsified model; see `SparseModel.delta`."""
         found = {name: (slot.weight, (slot.index, slot.originals)) for name, slot in slots.items()}
-        for name, entry in (left or {}).items():
+        for name, entry in left.items():
             part = joined(found[name][1], entry.part) if name in found else entry.part
             found[name] = (entry.weight, part)
-        changes = {}
+        changes, plain = {}, plain_names(model)
         for name, (weight, (index, originals)) in found.items():
-            changes[name] = Change.of(index, gather(weight.detach(), index), originals)
+            changes[plain.get(name, name)] = Change.of(index, gather(weight.detach(), index), originals)
         return cls(changes)
 
     def save(self, path: str | Path) -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .autograd import refuse_sparsified
 from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
-from .names import matching
+from .names import matching, own_names
 from .per_sample import Collector, Misfit, Trust
 from .selection import Index, Selection
 
@@ -140,7 +140,8 @@ def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str]
             raise ValueError("selection is empty: there is no gradient to square")
         if names is not None:
             raise ValueError("give either selection or names")
-        return {name: index.to(parameters[name].device) for name, index in selection.items()}
+        own = own_names(model, selection)
+        return {own[name]: index.to(parameters[name].device) for name, index in selection.items()}
     floating = [name for name, p in model.named_parameters() if p.is_floating_point()]
     chosen = floating if names is None else matching(floating, names, "names")
     if not chosen:

@@ -6,8 +6,10 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs", "pooler")
+PEFT_PATHS = ("base_model", "model", "base_layer")  # attributes of PEFT's modules that lead to the model's own weights
 
 
 def matching(names: Iterable[str], patterns: Iterable[str], argument: str) -> list[str]:
@@ -77,3 +79,68 @@ def default_head(model: nn.Module) -> list[str]:
 def in_head(name: str) -> bool:
     """Whether a parameter belongs to a module with one of the usual names of a task head."""
     return any(part in HEAD_NAMES for part in name.split("."))
+
+
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """Each parameter's name, and the one that it has in the model without what wraps it.
+
+    Wrappers are PEFT, torch.compile, DataParallel and DistributedDataParallel. Where PEFT trains a copy of a module
+    (`modules_to_save`), the copy stands for it, which is what the forward reads. What PEFT adds is in no plain model
+    and keeps its name, and so do several parameters that would have the same.
+    """
+    return {
+        name: plain if len({id(parameter) for parameter, _ in found}) == 1 else name
+        for plain, found in _by_plain_name(model).items()
+        for parameter, name in found
+    }
+
+
+def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """For names of the model, or of the model without what wraps it: those of the model. Unknown ones are left out.
+
+    Raises:
+        ValueError: a plain name that several parameters would have.
+    """
+    names = list(names)
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {name: name for name in names if name in own}
+    by_plain = {} if len(found) == len(names) else _by_plain_name(model)
+    for name in names:
+        if name not in found and name in by_plain:
+            alike = dict(by_plain[name])
+            if len(alike) > 1:
+                raise ValueError(f"{name!r} may be any of {', '.join(alike.values())}; give the name that is meant")
+            found[name] = next(iter(alike.values()))
+    return found
+
+
+def _by_plain_name(model: nn.Module) -> dict[str, list[tuple[nn.Parameter, str]]]:
+    """Plain name -> the parameters that would have it, and their names in the model."""
+    found: dict[str, list[tuple[nn.Parameter, str]]] = {}
+
+    def visit(module: nn.Module, own: str, plain: str, kept: str) -> None:
+        """`own`, `plain` and `kept` come before names: in the model, in the plain one, and of what PEFT adds."""
+        peft = any(each.__module__.partition(".")[0] == "peft" for each in type(module).__mro__)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault((kept if peft else plain) + name, []).append((parameter, own + name))
+        for name, child in module._modules.items():
+            step = name + "."
+            if child is None:
+                continue
+            if name == "_orig_mod" or (
+                name == "module" and isinstance(module, (DataParallel, DistributedDataParallel))
+            ):
+                visit(child, own + step, plain, kept)
+            elif not peft:
+                visit(child, own + step, plain + step, kept + step)
+            elif name == "modules_to_save":
+                for adapter, copy in child.named_children():
+                    visit(copy, f"{own}{step}{adapter}.", plain, f"{kept}{step}{adapter}.")
+            elif name in PEFT_PATHS:
+                visit(child, own + step, plain, kept + step)
+            else:
+                visit(child, own + step, kept + step, kept + step)
+
+    visit(model, "", "", "")
+    return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import check_names, described, load_tensors, reading, save_tensors
+from .names import own_names
 from .supported import refuse_unsupported_of
 
 
@@ -345,24 +346,27 @@ class Selection(Mapping[str, Index]):
         return "\n".join(lines)
 
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The selected parameters of `model` by name.
+        """The selected parameters of `model` by the names of the selection.
+
+        In a model inside PEFT, torch.compile or DistributedDataParallel these may be the names of the plain model too.
 
         Raises:
             ValueError: a name the model lacks, another shape, or a parameter that is sharded or quantised; the message
                 names what does not fit.
         """
-        found = dict(model.named_parameters(remove_duplicate=False))
-        missing = [name for name in self if name not in found]
+        parameters, own = dict(model.named_parameters(remove_duplicate=False)), own_names(model, self)
+        missing = [name for name in self if name not in own]
         if missing:
             raise ValueError(f"the selection names parameters that the model lacks: {', '.join(missing[:5])}")
-        refuse_unsupported_of(model, self)
+        refuse_unsupported_of(model, own.values())
+        found = {name: parameters[own[name]] for name in self}
         for name, index in self.items():
             if index.shape != found[name].shape:
                 raise ValueError(
                     f"selection[{name!r}] was made for shape {list(index.shape)}, "
                     f"the model's parameter has {list(found[name].shape)}"
                 )
-        return {name: found[name] for name in self}
+        return found
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for `SparseAdamW`: the selected dense parameters with their indices."""

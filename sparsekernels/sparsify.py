@@ -130,7 +130,7 @@ class SparseModel:
 
         self.check_in_use()
         self.sync_()
-        return Delta.from_slots(self.slots, self.left)
+        return Delta.from_slots(self.model, self.slots, self.left)
 
     def restore(self) -> nn.Module:
         """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
