@@ -189,7 +189,9 @@ def test_language_model_from_end_to_end(
     per_weight = 4 + 8 + 4 + 4 + 4
     assert sift["bytes"]["trained"] == per_weight * sift["trained_weights"] + 4 * sift["tensors"]
     assert dense["bytes"]["gradients"] == 4 * dense["trained_weights"]
-    for plot in ("loss.png", "cost.png", "gradient_share.png"):
+    plots = ["loss.png", "validation_loss.png", "cost.png", "gradient_share.png"]  # the loss of training is not lost
+    assert f"results.json, {', '.join(plots)}\n" in printed
+    for plot in plots:
         assert (tmp_path / "out" / plot).stat().st_size > 5000
 
 

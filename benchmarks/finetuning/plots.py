@@ -90,7 +90,7 @@ def draw(out: Path, runs: list[Row], rows: list[Row], curve: list[tuple[float, f
         pair[0].yaxis.set_major_formatter("{x:.0%}")
     pair[0].legend(frameon=False)
     figure.suptitle(f"Validation {metric}")
-    save(figure, f"{metric}.png")
+    save(figure, f"validation_{metric}.png")
 
     bars = {
         "time per training step, ms": [row["step_ms"] for row in rows],
