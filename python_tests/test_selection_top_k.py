@@ -137,6 +137,14 @@ def test_random_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_random_takes_tensors_for_their_shapes() -> None:
+    """Such as a state_dict: what is in them does not matter, a vector of integers is no shape."""
+    like = {"a": torch.zeros(8, 5), "b": torch.tensor([3, 4]), "c": torch.zeros(()), "d": torch.empty(9, device="meta")}
+    found = Selection.random(like, 0.5)
+    assert dict(found) == dict(Selection.random({name: x.shape for name, x in like.items()}, 0.5))
+    assert [index.shape for index in found.values()] == [x.shape for x in like.values()]
+
+
 def test_random_names() -> None:
     assert list(Selection.random({"a": (4,), "b": (5,)}, 0.5, names=["b"])) == ["b"]
     with pytest.raises(ValueError, match="'c'"):

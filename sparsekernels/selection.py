@@ -261,7 +261,7 @@ class Selection(Mapping[str, Index]):
     @classmethod
     def random(
         cls,
-        like: nn.Module | Mapping[str, Iterable[int]],
+        like: nn.Module | Mapping[str, Tensor | Iterable[int]],
         density: float,
         *,
         seed: int = 0,
@@ -270,13 +270,13 @@ class Selection(Mapping[str, Index]):
         """Select elements uniformly at random, the same share of every tensor; the baseline for any method.
 
         Args:
-            like: a model, or a mapping from name to shape. names: restrict to these.
+            like: a model, or a mapping from name to tensor or shape. names: restrict to these.
             density: share of each tensor in (0, 1]. seed: of a CPU generator, so results do not depend on the device.
         """
         shapes: dict[str, torch.Size] = (
             {name: p.shape for name, p in like.named_parameters()}
             if isinstance(like, nn.Module)
-            else {name: torch.Size(shape) for name, shape in like.items()}
+            else {name: x.shape if isinstance(x, Tensor) else torch.Size(x) for name, x in like.items()}
         )
         generator = torch.Generator().manual_seed(seed)
         out: dict[str, Index] = {}
