@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Delta, Index, Selection
+from sparsekernels.delta import fingerprint
 
 State = dict[str, Tensor]
 
@@ -161,6 +162,55 @@ def test_another_model_is_refused_and_left_alone(how: str) -> None:
     with pytest.raises(ValueError, match=REFUSED[how]):
         delta.apply(model)
     assert same(model.state_dict(), before)
+
+
+def test_any_selected_weight_counts() -> None:
+    """Each byte of each of them is in the fingerprint."""
+    delta, _ = trained(mixed(zoo()))
+    model = zoo()
+    for name, index in mixed(zoo()).items():
+        weight = model.get_parameter(name).detach().view(-1)
+        for at in index.to_elements().positions.tolist():
+            bits = weight.view(torch.uint8)[4 * at : 4 * at + 4]
+            for byte in range(4):
+                bits[byte] ^= 1
+                with pytest.raises(ValueError, match=f"another base: '{name}'"):
+                    delta.apply(model)
+                bits[byte] ^= 1
+    assert same(model.state_dict(), zoo().state_dict())
+    delta.apply(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1,), (2,), (7, 3), (100_003,)])
+def test_fingerprint_covers_all_of_it(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    values = torch.randn(shape).to(dtype)
+    raw = values.view(-1).view(torch.uint8)
+    size = len(raw)
+    assert fingerprint(values) == fingerprint(values.clone())
+    changed = []
+    for byte in sorted({0, size // 4, size // 2 - 1, size // 2, 3 * size // 4, size - 2, size - 1}):
+        raw[byte] ^= 1
+        changed.append(fingerprint(values))
+        raw[byte] ^= 1
+    changed += [fingerprint(values), fingerprint(values.view(1, *shape)), fingerprint(values.view(torch.uint8))]
+    assert len(set(changed)) == len(changed)
+
+
+@pytest.mark.parametrize("change", ["apply", "revert"])
+def test_a_backward_over_weights_that_changed_meanwhile_raises(change: str) -> None:
+    """It would mix the activations of one model with the weights of another."""
+    delta, _ = trained(Selection.random(zoo(), 0.1, names=["down.weight"]))
+    model = zoo()
+    if change == "revert":
+        applied = delta.apply(model)
+    loss = model(ids(4, 7)).square().sum()
+    if change == "apply":
+        delta.apply(model)
+    else:
+        applied.revert()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_unselected_weights_may_differ() -> None:

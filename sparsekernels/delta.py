@@ -202,7 +202,6 @@ def _write(weights: Mapping[str, nn.Parameter], changes: Mapping[str, Change], v
     with torch.no_grad():
         for name, weight in weights.items():
             scatter_(weight.detach(), changes[name].index.to(weight.device), values[name].to(weight.device))
-            torch.autograd.graph.increment_version(weight)
 
 
 def _is_whole(index: Index) -> bool:
