@@ -149,6 +149,34 @@ def test_a_folder_taken_away_before_it_is_locked(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == [tmp_path / "s"]
 
 
+def test_a_lock_that_was_replaced_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking, one save removed the file and another made it anew: the lock of the old is free."""
+    folder = tmp_path / ".s.abcd_123.partial"
+    folder.mkdir()
+    (folder / files.LOCK).touch()
+    (folder / files.CONTENT).touch()
+    flock = files.fcntl.flock
+
+    def replaced(lock: int, how: int) -> None:
+        (folder / files.LOCK).unlink()
+        (folder / files.LOCK).touch()
+        flock(lock, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", replaced)
+    for wait in (True, False):
+        with pytest.raises(FileNotFoundError, match="another file"):
+            files._locked(folder, wait)
+    files._remove_leftovers(tmp_path / "s")
+    assert (folder / files.CONTENT).exists()
+
+
+@pytest.mark.parametrize("name", [files.LOCK, files.CONTENT])
+def test_a_file_that_is_called_like_those_of_the_folder(name: str, tmp_path: Path) -> None:
+    Selection({"a": Index.full((2,))}).save(tmp_path / name)
+    assert list(Selection.load(tmp_path / name)) == ["a"]
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves work; what a killed one left stays, for it cannot be told from one that is under way."""
 

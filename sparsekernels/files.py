@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows: what a killed save leaves behind stays there
     fcntl = None  # type: ignore[assignment]
 
-LOCK = "lock"  # a file in a folder of `replacing`; who writes there holds its lock
+CONTENT, LOCK = "content", "lock"  # files in a folder of `replacing`; who writes there holds the lock of the second
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     _remove_leftovers(path)
     folder, lock = _locked_folder(path)
     try:
-        partial = folder / path.name
+        partial = folder / CONTENT
         yield partial
         # The lock was made like any new file, so it has the mode that one should have; safetensors gives its own 0600.
         os.chmod(partial, os.fstat(lock).st_mode & 0o777)
@@ -61,26 +61,28 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def _locked_folder(path: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        with suppress(FileNotFoundError):
-            lock = _locked(folder, wait=True)
-            if (folder / LOCK).exists():
-                return folder, lock
-            os.close(lock)
-        # Another save took the folder for a leftover, before it was locked.
+        with suppress(FileNotFoundError):  # another save took the folder for a leftover, before it was locked
+            return folder, _locked(folder, wait=True)
 
 
 def _locked(folder: Path, wait: bool) -> int:
-    """A descriptor that holds the lock of the folder until it is closed; OSError if it is taken, and wait is false."""
+    """A descriptor that holds the lock of the folder until it is closed.
+
+    Raises:
+        FileNotFoundError: the folder was removed meanwhile. Another OSError: the lock is taken, and wait is false.
+    """
     lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
     try:
-        # Not lockf: its locks are per process, and two threads may save.
         if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if not wait:
-            os.close(lock)
-            raise
-        # A file system without locks. Nobody else can take it either, so nothing is removed.
+            # Without locks in the file system nobody can take it, so nothing is removed. Not lockf: its locks are per
+            # process, and two threads may save.
+            with suppress(OSError) if wait else nullcontext():
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+            raise FileNotFoundError(f"{folder / LOCK} is another file now")
+    except BaseException:
+        os.close(lock)
+        raise
     return lock
 
 
