@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gating import measure
 from models import batch, transformer
 from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ def compressed(model: nn.Module, granularity: str = "row+column") -> sk.methods.
     with torch.no_grad():
         for logits in gates._logits():
             logits.uniform_(-1.0, 0.6)
+    measure(gates)
     gates.settle()
     return gates.compress()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gating import measure, outputs
 from models import batch, transformer
 from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
@@ -33,12 +34,6 @@ def train(model: nn.Module, gates: sk.methods.gates.Gates, kind: str, steps: int
         gates.step()
         removed.append(gates.removed())
     return removed
-
-
-def outputs(model: nn.Module, kind: str) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(**batch(kind, seed=9)).logits
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -178,6 +173,7 @@ def test_stop_and_go_on() -> None:
 def test_a_failed_compress_leaves_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     model = transformer("bert")
     gates = sk.methods.gates.attach(model, 0.3, 10)
+    measure(gates)
     gates.settle()
     before, expected = snapshot(model), outputs(model, "bert")
 
@@ -251,7 +247,7 @@ def test_price_is_the_lowest_that_is_enough() -> None:
         return 1 - float(stays.float().mean())
 
     for share, price_, stays in ((0.0, 0.1, [1, 1, 1, 1]), (0.3, 0.5, [1, 0, 1, 0]), (1.0, float("inf"), [0, 0, 0, 0])):
-        found, mask = price(scores, removed, share)
+        found, mask = price(scores, scores.argsort(), removed, share)
         assert found == pytest.approx(price_)
         assert mask.tolist() == [bool(x) for x in stays]
 
@@ -324,6 +320,7 @@ def test_compressing_under_autocast_rounds_nothing() -> None:
 def test_compressed_once() -> None:
     model = transformer("bert")
     gates = sk.methods.gates.attach(model, 0.3, 12, granularity="mlp")
+    measure(gates)
     gates.settle()
     gates.compress()
     with pytest.raises(ValueError, match="compressed already"):
@@ -340,6 +337,7 @@ def test_after_restore_nothing_works() -> None:
     with pytest.raises(RuntimeError, match="no gates any more"):
         gates.load_state_dict(state)
     settled = sk.methods.gates.attach(transformer("bert"), 0.3, 12)
+    measure(settled)
     settled.settle()
     with pytest.raises(ValueError, match="not settled"):
         settled.load_state_dict(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,40 +46,69 @@ class Importance:
 
     def __init__(self, elements: Tensor) -> None:
         self.elements = elements  # [gates]: what goes with each gate, if nothing else does
-        self.squares = torch.zeros_like(elements)
+        self.squares = torch.full_like(elements, torch.inf)  # until a backward has reached the gate
         self.seen = torch.zeros_like(elements)
 
     def add(self, gradients: Tensor) -> None:
-        """Take in the gradients by the values of the gates, 0 for those that were drawn closed, of one step."""
-        known = (gradients != 0) & gradients.isfinite()
-        squares = self.squares * DECAY + (1 - DECAY) * gradients.square()
-        self.squares = torch.where(known, squares, self.squares)
-        self.seen = torch.where(known, self.seen * DECAY + (1 - DECAY), self.seen)
+        """Add one step's gradients by the values of the gates: 0 for those drawn closed, NaN where no backward came."""
+        reached = gradients.isfinite()
+        squares = self.squares.masked_fill(reached & self.squares.isinf(), 0)
+        drawn = reached & (gradients != 0)
+        self.squares = torch.where(drawn, squares * DECAY + (1 - DECAY) * gradients.square(), squares)
+        self.seen = torch.where(drawn, self.seen * DECAY + (1 - DECAY), self.seen)
 
     def values(self) -> Tensor:
-        """[gates]; 0 for a gate that never had a gradient."""
+        """[gates]; infinite for those never measured, 0 for those whose gradients all were."""
         return self.squares / self.seen.clamp_min(1e-30) / self.elements
 
 
-def price(scores: Tensor, removed: Callable[[Tensor], float], share: float) -> tuple[float, Tensor]:
-    """The lowest price at which enough is given up: gates with a score below it close.
+def closing_order(scores: Tensor, layers: Tensor, first: Tensor | None = None) -> Tensor:
+    """The gates in the order in which they close: by score, those never measured last.
+
+    Gates with equal scores take turns: at any point every layer has closed the same share of those that it has, in
+    their order within it, so that no tie decides over a whole layer. Ours.
+
+    Args:
+        scores ([gates], >= 0): infinite if never measured.
+        layers ([gates], integers): what each gate belongs to.
+        first ([gates], bool): those that close before all other measured ones.
+    """
+    score, layer = scores.numpy(), layers.numpy()
+    order = np.lexsort((score, layer))
+    new = np.ones(len(order), np.bool_)
+    new[1:] = (np.diff(layer[order]) != 0) | (score[order[1:]] != score[order[:-1]])
+    starts, tie = np.flatnonzero(new), np.cumsum(new) - 1
+    counts = np.diff(starts, append=len(order))
+    turn = np.empty(len(order))
+    turn[order] = (np.arange(len(order)) - starts[tie] + 0.5) / counts[tie]
+    later = np.zeros(len(order), np.bool_) if first is None else ~first.numpy()
+    return torch.from_numpy(np.lexsort((turn, score, later, np.isinf(score))))
+
+
+def price(scores: Tensor, order: Tensor, removed: Callable[[Tensor], float], share: float) -> tuple[float, Tensor]:
+    """Close as few gates as remove the share, in this order; those never measured stay open in any case.
 
     Args:
         scores ([gates], >= 0).
+        order ([gates]): as `closing_order` gives it.
         removed: of a mask of open gates, the share of the elements that goes; grows as gates close.
         share: that is to go, at least.
 
     Returns:
-        The price, and the mask [gates] of what stays open.
+        The price, which is the score of the first gate that stays open, infinite if none does; and the mask [gates] of
+        those that do. Where the share is out of reach, the price is infinite, too.
     """
-    order = scores.sort().values
-    low, high = 0, len(order)  # so many gates close
+
+    def stays(closed: int) -> Tensor:
+        mask = torch.ones(len(order), dtype=torch.bool)
+        mask[order[:closed]] = False
+        return mask
+
+    low, high = 0, int(scores.isfinite().sum())
     while low < high:
         middle = (low + high) // 2
-        threshold = order[middle] if middle < len(order) else order.new_tensor(torch.inf)
-        if removed(scores >= threshold) < share:
+        if removed(stays(middle)) < share:
             low = middle + 1
         else:
             high = middle
-    threshold = order[low] if low < len(order) else order.new_tensor(torch.inf)
-    return float(threshold), scores >= threshold
+    return float(scores[order[low]]) if low < len(order) else torch.inf, stays(low)

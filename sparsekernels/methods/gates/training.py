@@ -18,7 +18,7 @@ from ...ops import gate_values
 from .parts import OPEN, RATES, SHUT, Found, Vector, Wrong
 from .rounding import Dimensions
 from .saving import COMPRESSED, save_pretrained
-from .schedule import Importance, Schedule, price
+from .schedule import Importance, Schedule, closing_order, price
 
 EVERY = 10  # steps between two looks at the price
 
@@ -79,6 +79,7 @@ class Gates:
         self._vectors, self._planner, self._dimensions = vectors, planner, dimensions
         self._gating, self._found = gating, found
         self._importance = Importance(elements)
+        self._vector_of = torch.arange(len(vectors)).repeat_interleave(torch.tensor([v.count for v in vectors]))
         self._weights = torch.zeros_like(elements)
         self._fixed: list[Tensor] = []
 
@@ -144,15 +145,22 @@ class Gates:
         """Go on by a step of the schedule; call it after `optimizer.step()`, once each.
 
         It takes in what backward left of the gates' gradients, keeps logits within their range, looks every 10 steps
-        which price removes the share that is wanted by now, counted as `compress` will, and settles in the end.
+        which price removes the share that is wanted by now, counted as `compress` will, and settles in the end. Gates
+        that no gradient ever reached stay open: nothing is known of their importance.
+
+        Raises:
+            RuntimeError: no gradient reached any gate since the last step, as in eval mode or without backward: nothing
+                has changed then. Or the share that is wanted by now is out of reach without gates that no gradient ever
+                reached: the step counts, and gates close as before it.
         """
         self._check_in_use()
-        self.steps += 1
         if self.settled:
+            self.steps += 1
             for logits, fixed in zip(self._logits(), self._fixed, strict=True):
                 logits.copy_(fixed)  # an optimizer's momentum goes on for a while
             return
         self._importance.add(self._take_gradients())
+        self.steps += 1
         kind = self._gating.kind
         for logits in self._logits():
             logits.clamp_(SHUT[kind], OPEN[kind])
@@ -162,11 +170,10 @@ class Gates:
             wanted = self.schedule.wanted(self.steps)
             if wanted > 0:
                 scores = self._importance.values()
-                rounded = self._dimensions.rounding(scores)
-                self.price, stays = price(scores, lambda stays: self._removed(rounded(stays)), wanted)
-                share = (self.price - scores) / (self.price + scores).clamp_min(1e-38)
-                share = torch.where(rounded(stays), -share.abs(), share)
-                self._weights = share if stays.any() else torch.ones_like(scores)  # the price is infinite
+                self.price, stays = self._choose(scores, None, wanted)
+                # Of two that are infinite the quotient is NaN, and its limit 1.
+                share = ((self.price - scores) / (self.price + scores).clamp_min(1e-38)).abs().nan_to_num(1.0)
+                self._weights = torch.where(stays, -share, share)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -175,16 +182,13 @@ class Gates:
         Those that are shut already come first, then those of least importance; what is shut beyond that share opens
         again, and so does what makes the sizes that are left multiples of 8, or of less where there were fewer than
         128. Noise ends, and gates train no more. `step` does it in time; what else trains goes on adapting to it.
+
+        Raises:
+            RuntimeError: the share is out of reach without gates that no gradient ever reached. Nothing has changed.
         """
         self._check_in_use()
         closed = torch.cat([gate_values(x, kind=self._gating.kind, noise=1.0)[0] for x in self._logits()]).cpu() == 0
-        first = self._importance.values().argsort(stable=True)
-        first = first[(~closed[first]).to(torch.uint8).argsort(stable=True)]
-        place = torch.empty(len(first))
-        place[first] = torch.arange(len(first), dtype=place.dtype)
-        rounded = self._dimensions.rounding(place)
-        _, stays = price(place, lambda stays: self._removed(rounded(stays)), self.schedule.target)
-        stays = rounded(stays)
+        _, stays = self._choose(self._importance.values(), closed, self.schedule.target)
         kind = self._gating.kind
         for vector, logits in zip(self._vectors, self._logits(), strict=True):
             part = slice(vector.start, vector.start + vector.count)
@@ -321,21 +325,52 @@ class Gates:
     def _removed(self, is_open: Tensor) -> float:
         return self._planner.count(*self._masks(is_open)) / self._planner.total
 
+    def _choose(self, scores: Tensor, first: Tensor | None, share: float) -> tuple[float, Tensor]:
+        """The price at which the share is removed, and the mask [gates] of what stays open, sizes rounded."""
+        order = closing_order(scores, self._vector_of, first)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        rounded = self._dimensions.rounding(place)
+        found, stays = price(scores, order, lambda stays: self._removed(rounded(stays)), share)
+        stays = rounded(stays)
+        if (reach := self._removed(stays)) < share:
+            self._check_measured(~scores.isinf())
+            unknown = {self._vectors[i].layer for i in self._vector_of[scores.isinf()].unique()}
+            raise RuntimeError(
+                f"no gradient has reached the gates of {len(unknown)} layers, {min(unknown)!r} among them; the others "
+                f"can remove {reach:.1%}, and {share:.1%} are to be gone by now: restore(), and attach() with targets "
+                "that every training step runs"
+            )
+        return found, stays
+
+    def _check_measured(self, reached: Tensor) -> None:
+        if not reached.any():
+            raise RuntimeError(
+                "no gradient reached any gate, so their importance is unknown: call model.train() before the forward "
+                "(from_pretrained returns a model in eval mode), and backward() before step()"
+            )
+
     def _take_gradients(self) -> Tensor:
-        """[gates], on the CPU: gradients by the values of gates since the last call, averaged over processes."""
-        found = []
+        """[gates], on the CPU: gradients by the values of gates since the last call, averaged over processes.
+
+        NaN for those that no backward reached, in any of them.
+        """
+        found, reached = [], []
         for vector in self._vectors:
             probe = self._layers[vector.layer].probes.get(vector.side)
             gradient = None if probe is None else probe.grad
             found.append(torch.zeros(vector.count) if gradient is None else gradient)
+            reached.append(float(gradient is not None))
             if probe is not None:
                 probe.grad = None
         device = self._logits()[0].device
-        flat = torch.cat([x.to(device, torch.float32) for x in found])
+        flat = torch.cat([x.to(device, torch.float32) for x in (*found, torch.tensor(reached))])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
-        return flat.cpu()
+        gradients, share = flat.cpu().split([len(self._vector_of), len(reached)])
+        self._check_measured(share)
+        return gradients.masked_fill(share[self._vector_of] == 0, torch.nan)
 
     def _fix(self) -> None:
         self.settled = self._gating.settled = True

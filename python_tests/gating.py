@@ -1,0 +1,22 @@
+"""What tests of gates share: gates whose importance is known without training, and what a model gives."""
+
+from __future__ import annotations
+
+import torch
+from models import batch
+from torch import Tensor, nn
+
+import sparsekernels as sk
+
+
+def measure(gates: sk.methods.gates.Gates, seed: int = 0) -> None:
+    """Give every gate an importance, at random, as steps of training do."""
+    importance = gates._importance
+    generator = torch.Generator().manual_seed(seed)
+    importance.squares = torch.rand(len(importance.squares), generator=generator) * importance.elements
+    importance.seen = torch.ones_like(importance.squares)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, kind: str) -> Tensor:
+    return model.eval()(**batch(kind, seed=9)).logits
