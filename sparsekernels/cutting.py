@@ -71,6 +71,16 @@ class Planner:
         self._attentions = [a for a in attentions if self._has(a.query, a.key, a.value, Part(a.output))]
         self._mlps = [mlp for mlp in mlps if self._has(*mlp.inputs, Part(mlp.output))]
 
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Neither cut nor count these from now on, nor take as one the structures that they are part of."""
+        gone = set(names) & set(self._cuttable)
+        for outputs, inputs, bias in (self._sizes[name] for name in gone):
+            self.total -= outputs * (inputs + bias)
+        self._cuttable = [name for name in self._cuttable if name not in gone]
+        self.uncut = [name for name in self.names if name not in set(self._cuttable)]
+        self._attentions = [a for a in self._attentions if self._has(a.query, a.key, a.value, Part(a.output))]
+        self._mlps = [mlp for mlp in self._mlps if self._has(*mlp.inputs, Part(mlp.output))]
+
     def _has(self, *parts: Part) -> bool:
         return {part.module for part in parts} <= set(self._cuttable)
 

@@ -22,12 +22,15 @@ class Gating:
     Attributes:
         kind, noise: as in `sk.ops.gate_values`.
         probing: whether backward also leaves dL/dz of every open gate in `probes` of its layer.
+        watching: whether training notes in `LayerGates.used_outside` that a layer's weight or bias was used outside its
+            module's forward, where no gate reaches. For that, reading it there gives an alias instead of the Parameter.
         settled: gates have no noise and a gradient of zero, in train mode too; in eval mode there never is noise.
     """
 
     kind: Kind
     noise: float
     probing: bool = False
+    watching: bool = False
     settled: bool = False
 
 
@@ -130,6 +133,33 @@ def _matrix(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+class _Watched(torch.autograd.Function):
+    """A parameter as it is; a backward that reaches it is noted."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, token: Tensor, gates: LayerGates) -> Tensor:
+        ctx.gates = gates
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        ctx.gates.used_outside = True
+        return grads[0] if ctx.needs_input_grad[0] else None, None, None
+
+
+def _watched(name: str) -> property:
+    """The parameter of a gated layer, as others than its forward get it."""
+
+    def read(layer: Any) -> Tensor | None:
+        parameter, gates = layer._parameters[name], layer.gates
+        if parameter is None or not (layer.training and gates.gating.watching and torch.is_grad_enabled()):
+            return parameter
+        # A frozen weight needs company to have a backward.
+        return _Watched.apply(parameter, parameter.new_zeros(()).requires_grad_(), gates)  # type: ignore[no-any-return]
+
+    return property(read)
+
+
 class LayerGates(nn.Module):
     """The gates of one layer and its low-rank factors; a submodule `gates` of the layer.
 
@@ -140,6 +170,8 @@ class LayerGates(nn.Module):
         gating: what the gates are like. column_group: neighbouring columns that share a gate.
         lora_scale: what B A is multiplied by. transposed: the weight is [N, M].
         probes: by name of the gates, tensors whose .grad is dL/dz after a backward, if `gating.probing`.
+        used_outside: whether a backward met the weight or bias outside the layer's forward, while `gating.watching`.
+        left_out: whether the layer computes what it would without gates and low-rank factors.
     """
 
     rows: nn.Parameter | None
@@ -151,10 +183,14 @@ class LayerGates(nn.Module):
         super().__init__()
         self.gating, self.column_group, self.lora_scale, self.transposed = gating, column_group, lora_scale, transposed
         self.probes: dict[str, Tensor] = {}
+        self.used_outside = self.left_out = False
 
     def apply_to(self, layer: nn.Module, input: Tensor) -> Tensor:
         """The forward of the gated layer."""
-        weight: Any = layer.weight
+        weight: Any = layer._parameters["weight"]
+        bias = layer._parameters["bias"]
+        if self.left_out:
+            return _linear(input, weight, bias, self.transposed)
         noisy = layer.training and not self.gating.settled
         # From torch's generator: a forward that checkpointing runs again starts from the same state of it.
         key = torch.randint(2**63 - 1, (1,), device=input.device) if noisy else None
@@ -165,7 +201,7 @@ class LayerGates(nn.Module):
         probes = [self._probe(name, part) if layer.training else None for name, part in zip(SIDES, parts, strict=False)]
         with torch.autocast(device, enabled=False):
             y: Tensor = _Gated.apply(
-                input.to(dtype), weight, layer.bias, *parts, *probes, key,
+                input.to(dtype), weight, bias, *parts, *probes, key,
                 self.transposed, self.gating, self.column_group, self.lora_scale,
             )  # fmt: skip
         return y
@@ -195,6 +231,8 @@ class GatedLinear(nn.Linear):
     """An `nn.Linear` under gates. Made by `gate` from an existing module."""
 
     gates: LayerGates
+    weight = _watched("weight")  # type: ignore[assignment]
+    bias = _watched("bias")  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
         return self.gates.apply_to(self, input)
@@ -202,9 +240,10 @@ class GatedLinear(nn.Linear):
 
 @cache
 def _gated_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return (
-        GatedLinear if kind is nn.Linear else type(f"Gated{kind.__name__}", (kind,), {"forward": GatedLinear.forward})
-    )
+    if kind is nn.Linear:
+        return GatedLinear
+    own = {name: vars(GatedLinear)[name] for name in ("forward", "weight", "bias")}
+    return type(f"Gated{kind.__name__}", (kind,), own)
 
 
 def gate(

@@ -51,6 +51,11 @@ def attach(
     gradients, clip those of the other parameters: the penalty moves all gates at once, and its gradient is large. An
     operation that changes the output of a gated layer in place raises in backward, for the output is kept.
 
+    A layer whose weight or bias is also used outside its module's forward, as by a Mamba mixer, cannot be cut. Whether
+    one is shows in the first step, up to the first `Gates.step`: it is then left as it is, without gates, and no longer
+    counted in the share; if `targets` names it, `step` raises. Uses in eval mode or under no_grad, or in later steps
+    only, are not seen.
+
     Args:
         model: any torch model; changed in place, undone by `restore()`.
         target: share of the parameters of the targets (weights and biases) that is to be removed, in (0, 1).
@@ -108,7 +113,7 @@ def attach(
     dimensions = Dimensions(vectors, places.attentions, places.mlps)
     parameters = dict(model.named_parameters())
     dense = set(matching(parameters, head, "head") if head is not None else default_head(model))
-    gating = Gating(kind, noise, probing=True)
+    gating = Gating(kind, noise, probing=True, watching=True)
     if len({p.device for p in parameters.values()}) > 1:
         raise ValueError("the model lies on several devices; gates need it on one")
     _check_reach(planner, vectors, target)
@@ -137,7 +142,8 @@ def attach(
             module = model.get_submodule(name)
             gate(module, gating, **sides, lora_rank=lora_rank, lora_scale=lora_scale)
             layers[name] = module.gates
-    return Gates(model, layers, vectors, planner, dimensions, elements, gating, Schedule(steps, target), found, dense)  # type: ignore[arg-type]
+    schedule, named = Schedule(steps, target), targets is not None
+    return Gates(model, layers, vectors, planner, dimensions, elements, gating, schedule, found, dense, named)  # type: ignore[arg-type]
 
 
 def _layers(model: nn.Module, targets: Iterable[str] | None) -> list[str]:

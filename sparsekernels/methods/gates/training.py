@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,12 +72,14 @@ class Gates:
         schedule: Schedule,
         found: Mapping[str, Found],
         head: set[str],
+        named: bool,
     ) -> None:
         self.model, self.schedule = model, schedule
         self.steps, self.price, self.settled = 0, 0.0, False
         self._layers, self._head = dict(layers), head
         self._vectors, self._planner, self._dimensions = vectors, planner, dimensions
-        self._gating, self._found = gating, found
+        self._gating, self._found, self._named = gating, found, named
+        self._left_out: set[str] = set()
         self._importance = Importance(elements)
         self._vector_of = torch.arange(len(vectors)).repeat_interleave(torch.tensor([v.count for v in vectors]))
         self._weights = torch.zeros_like(elements)
@@ -149,6 +151,7 @@ class Gates:
         that no gradient ever reached stay open: nothing is known of their importance.
 
         Raises:
+            ValueError: a layer that `targets` names is also used outside its module's forward. Nothing has changed.
             RuntimeError: no gradient reached any gate since the last step, as in eval mode or without backward: nothing
                 has changed then. Or the share that is wanted by now is out of reach without gates that no gradient ever
                 reached: the step counts, and gates close as before it.
@@ -279,6 +282,7 @@ class Gates:
             "weights": self._weights.clone(),
             "squares": self._importance.squares.clone(),
             "seen": self._importance.seen.clone(),
+            "left_out": sorted(self._left_out),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -292,6 +296,10 @@ class Gates:
             raise ValueError(f"state is no state_dict() of {len(self._importance.squares)} gates, as the model has")
         if self.settled and not state["settled"]:
             raise ValueError("state is of gates that have not settled, these have; attach() anew and load into that")
+        if not set(state["left_out"]) <= set(self._layers):
+            raise ValueError("state is of other gates: it leaves out layers that these do not have")
+        self._check_left_out(state["left_out"])
+        self._leave_out(state["left_out"])
         self.steps, self.price = int(state["steps"]), float(state["price"])
         self._weights = state["weights"].clone()
         self._importance.squares, self._importance.seen = state["squares"].clone(), state["seen"].clone()
@@ -353,7 +361,7 @@ class Gates:
     def _take_gradients(self) -> Tensor:
         """[gates], on the CPU: gradients by the values of gates since the last call, averaged over processes.
 
-        NaN for those that no backward reached, in any of them.
+        NaN for those that no backward reached, in any of them, and those of layers that are left out.
         """
         found, reached = [], []
         for vector in self._vectors:
@@ -363,14 +371,34 @@ class Gates:
             reached.append(float(gradient is not None))
             if probe is not None:
                 probe.grad = None
+        used = [float(gates.used_outside and not gates.left_out) for gates in self._layers.values()]
         device = self._logits()[0].device
-        flat = torch.cat([x.to(device, torch.float32) for x in (*found, torch.tensor(reached))])
+        flat = torch.cat([x.to(device, torch.float32) for x in (*found, torch.tensor(reached), torch.tensor(used))])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
-        gradients, share = flat.cpu().split([len(self._vector_of), len(reached)])
+        gradients, share, outside = flat.cpu().split([len(self._vector_of), len(reached), len(used)])
+        left_out = [name for name, each in zip(self._layers, outside, strict=True) if each]
+        self._check_left_out(left_out)
         self._check_measured(share)
-        return gradients.masked_fill(share[self._vector_of] == 0, torch.nan)
+        self._leave_out(left_out)
+        self._gating.watching = False
+        kept = torch.tensor([vector.layer not in self._left_out for vector in self._vectors])
+        return gradients.masked_fill(~(share.bool() & kept)[self._vector_of], torch.nan)
+
+    def _check_left_out(self, names: Sequence[str]) -> None:
+        if names and (self._named or self._left_out.union(names) == set(self._layers)):
+            raise ValueError(
+                f"targets: {names[0]!r} is also used outside its module's forward, where no gate reaches and a smaller "
+                "weight would not fit; restore(), and attach() without it"
+            )
+
+    def _leave_out(self, names: Sequence[str]) -> None:
+        """Let layers compute what they would without gates, as if they never had been targets."""
+        self._left_out.update(names)
+        self._planner.leave_out(names)
+        for name in names:
+            self._layers[name].left_out = True
 
     def _fix(self) -> None:
         self.settled = self._gating.settled = True
