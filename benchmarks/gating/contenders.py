@@ -178,12 +178,13 @@ def compressed(gates: sk.methods.gates.Gates, loaded: Loaded, config: Config, fo
     model, test = gates.model.eval(), loaded.batches(config, "test")
     inputs = [{name: x for name, x in batch.items() if name != "labels"} for batch in test]
     gated = [model(**each).logits for each in inputs]
-    small = gates.compress()
-    after = [model(**each).logits for each in inputs]
+    small: Any = gates.compress()
+    after = [small(**each).logits for each in inputs]
     gap = max(float((x - y).abs().max() / x.abs().max()) for x, y in zip(gated, after, strict=True))
     if folder is not None:
         small.save_pretrained(folder)
-    return {"removed": small.removed, "weights": sum(p.numel() for p in model.parameters()), "gap": gap}
+    removed = small.cuts.removed / small.cuts.total
+    return {"removed": removed, "weights": sum(p.numel() for p in model.parameters()), "gap": gap}
 
 
 def latencies(

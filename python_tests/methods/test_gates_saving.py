@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import sparsekernels as sk
 
 
-def compressed(model: nn.Module, granularity: str = "row+column") -> sk.methods.gates.Compressed:
+def compressed(model: nn.Module, granularity: str = "row+column") -> nn.Module:
     """Without training, gates spread at random."""
     torch.manual_seed(0)
     gates = sk.methods.gates.attach(model, 0.3, 10, granularity=granularity)
@@ -35,17 +37,39 @@ def outputs(model: nn.Module, kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["bert", "bert-mlm", "gpt2", "llama"])
 def test_round_trip(tmp_path: Path, kind: str, granularity: str) -> None:
     small = compressed(transformer(kind), granularity)
-    expected = outputs(small.model, kind)
+    expected = outputs(small, kind)
     small.save_pretrained(tmp_path / "model")
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert {"config.json", "cuts.safetensors", "model.safetensors"} <= set(names)
     assert not any(name.startswith(".") for name in names)
     loaded = sk.methods.gates.load(tmp_path / "model")
     assert torch.equal(outputs(loaded, kind), expected)
-    assert_same(loaded, snapshot(small.model))
+    assert loaded.cuts.removed == small.cuts.removed
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(outputs(sk.methods.gates.load(tmp_path / "again"), kind), expected)
+    assert_same(loaded, snapshot(small))
     into = transformer(kind)
     assert sk.methods.gates.load(tmp_path / "model", into) is into
     assert torch.equal(outputs(into, kind), expected)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_what_compress_returns_is_the_model(kind: str, way: str, tmp_path: Path) -> None:
+    """It can be called, copied, pickled and saved, and each copy saves itself."""
+    model = transformer(kind)
+    small = compressed(model)
+    assert small is model
+    assert 0.3 <= small.cuts.removed / small.cuts.total < 0.4
+    expected = outputs(small, kind)
+    other = copy.deepcopy(small) if way == "deepcopy" else pickle.loads(pickle.dumps(small))
+    with torch.no_grad():
+        next(small.parameters()).add_(1)
+    other.save_pretrained(tmp_path)
+    assert torch.equal(outputs(sk.methods.gates.load(tmp_path), kind), expected)
+    assert not torch.equal(outputs(small, kind), expected)
+    with pytest.raises(ValueError, match="compressed already"):
+        sk.methods.gates.attach(other, 0.3, 10)
 
 
 class Plain(nn.Module):
@@ -68,7 +92,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         sk.methods.gates.load(tmp_path)
     loaded = sk.methods.gates.load(tmp_path, Plain().bfloat16())
-    assert torch.equal(loaded(x), small.model(x))
+    assert torch.equal(loaded(x), small(x))
     assert loaded.blocks[1].bias is None
 
 

@@ -6,6 +6,6 @@ et al., arXiv 1712.01312). Ours: what decides which gates close, and when (`sche
 
 from .attaching import attach
 from .saving import load
-from .training import Compressed, Gates
+from .training import Gates
 
-__all__ = ["Compressed", "Gates", "attach", "load"]
+__all__ = ["Gates", "attach", "load"]

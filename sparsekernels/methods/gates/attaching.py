@@ -17,7 +17,7 @@ from ...pairs import kind_of
 from ...structures import structures, weight_size
 from .parts import OPEN, Found, Vector
 from .rounding import Dimensions
-from .saving import COMPRESSED
+from .saving import is_compressed
 from .schedule import Schedule
 from .training import Gates
 
@@ -42,6 +42,7 @@ def attach(
 
         gates = sk.methods.gates.attach(model, target=0.3, steps=len(loader))
         optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
+        model.train()
         for batch in loader:
             (model(**batch).loss + gates.penalty()).backward()
             optimizer.step(); optimizer.zero_grad(); gates.step()
@@ -103,8 +104,10 @@ def attach(
     refuse_sparsified(model)
     if any(isinstance(module, LayerGates) for module in model.modules()):
         raise ValueError("the model has gates already; call restore() or compress() on its Gates first")
-    if COMPRESSED in model.__dict__:
+    if is_compressed(model):
         raise ValueError("the model is compressed already: its cuts could not be saved along with new ones")
+    if hasattr(model, "cuts"):
+        raise ValueError("the model has an attribute `cuts` of its own, which compress() would replace; rename it")
     names = _layers(model, targets)
     planner = Planner(model, names)
     places = _Places(model, names)

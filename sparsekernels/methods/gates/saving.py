@@ -18,12 +18,33 @@ from torch import nn
 from ...cutting import Cut, Cuts, cut
 from ...files import load_tensors, reading, save_tensors
 
-COMPRESSED = "_compressed_by_gates"  # an attribute of a model that was
 CUTS, WEIGHTS, CONFIG = "cuts.safetensors", "model.safetensors", "config.json"
 SIDES = ("inputs", "columns", "outputs", "rows")
 
 
-def save_pretrained(model: nn.Module, cuts: Cuts, folder: str | Path) -> None:
+def mark_compressed(model: nn.Module, cuts: Cuts) -> None:
+    """Give a model that was cut its `cuts` and its `save_pretrained`."""
+    # Beside what nn.Module registers, and over the method of its class, which knows nothing of cuts.
+    model.__dict__.update(cuts=cuts, save_pretrained=SavePretrained(model))
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether `compress` or `load` returned it."""
+    return isinstance(model.__dict__.get("cuts"), Cuts)
+
+
+class SavePretrained:
+    """The `save_pretrained` of one model; an object that refers to it, so that a copy of the model has its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, folder: str | Path) -> None:
+        """Write the model into a folder, for `load`: config.json (of transformers models), weights, cuts."""
+        _write(self.model, self.model.__dict__["cuts"], folder)
+
+
+def _write(model: nn.Module, cuts: Cuts, folder: str | Path) -> None:
     """Write config.json, model.safetensors and cuts.safetensors into a folder, which is made if it is not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +79,7 @@ def save_pretrained(model: nn.Module, cuts: Cuts, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load a compressed model that `Compressed.save_pretrained` wrote; in eval mode if it is made here.
+    """Load a compressed model that its `save_pretrained` wrote; in eval mode if it is made here.
 
     Args:
         folder: where it lies.
@@ -97,7 +118,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{name!r} is {list(shapes[name])} in {folder / WEIGHTS}, {list(tensor.shape)} in the model"
             )
     cut(model, cuts)
-    model.__dict__[COMPRESSED] = True
+    mark_compressed(model, cuts)
     missing, unexpected = load_model(model, str(folder / WEIGHTS), strict=False)
     if missing or unexpected:
         wrong = ", ".join([*missing, *unexpected][:3])

@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...cutting import Cuts, Planner, cut
+from ...cutting import Planner, cut
 from ...gated_linear import Gating, LayerGates, put_back, ungate
 from ...ops import gate_values
 from .parts import OPEN, RATES, SHUT, Found, Vector, Wrong
 from .rounding import Dimensions
-from .saving import COMPRESSED, save_pretrained
+from .saving import mark_compressed
 from .schedule import Importance, Schedule, closing_order, price
 
 EVERY = 10  # steps between two looks at the price
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What `compress` returns.
-
-    Attributes:
-        model: the smaller model; all of its modules are plain but for `CompactLinear`.
-        cuts: where it was cut; `cuts.removed` of `cuts.total` parameters of the gated layers are gone.
-    """
-
-    model: nn.Module
-    cuts: Cuts
-
-    @property
-    def removed(self) -> float:
-        """The share of the gated layers' parameters that is gone."""
-        return self.cuts.removed / self.cuts.total
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model into a folder, for `load`: config.json (of transformers models), weights, cuts.
-
-        Each file is written atomically.
-        """
-        save_pretrained(self.model, self.cuts, folder)
 
 
 class Gates:
@@ -215,8 +188,12 @@ class Gates:
     # The ways out.
 
     @torch.no_grad()
-    def compress(self) -> Compressed:
+    def compress(self) -> nn.Module:
         """Cut closed gates out, fold the others into the weights: the model, changed in place, is smaller and plain.
+
+        Returns it, with two attributes more, which copies and pickles of it keep. `cuts` says where it was cut:
+        `cuts.removed` of `cuts.total` parameters of the gated layers are gone. `save_pretrained(folder)`, in place of
+        that of transformers if there is one, writes a folder for `load`.
 
         Neurons and heads go as a whole; rows and columns that go by themselves leave a `CompactLinear`. In evaluation
         the outputs are those of the gated model, but for rounding. Gates that have not settled are taken as they are.
@@ -250,8 +227,8 @@ class Gates:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._found[name].trained if name in self._found else True)
         self._layers = {}
-        self.model.__dict__[COMPRESSED] = True
-        return Compressed(self.model, cuts)
+        mark_compressed(self.model, cuts)
+        return self.model
 
     def restore(self) -> nn.Module:
         """Give the model back as it was found: no gates, all parameters bit for bit. Returns it."""
