@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .narrowing import Cut, Cuts, cut
+from .narrowing import Cut, Cuts, PreparedCut, cut, prepare_cut
 from .pairs import kind_of
 from .structures import Attention, Mlp, Part, structures
 
-__all__ = ["Cut", "Cuts", "Planner", "cut"]
+__all__ = ["Cut", "Cuts", "Planner", "PreparedCut", "cut", "prepare_cut"]
 
 Mask = npt.NDArray[np.bool_]  # and not of torch: a call takes a microsecond, and every module a dozen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ class Cut:
         outputs: those that it still gives.
         rows: those of `outputs` that it computes; the rest is 0. None: all of them.
         shape: (M, N) of the module as it was.
+
+    Raises:
+        ValueError: positions that are not int64, sorted, unique and in range, or not among those left.
     """
 
     inputs: Tensor | None
@@ -32,6 +36,14 @@ class Cut:
     outputs: Tensor | None
     rows: Tensor | None
     shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for size, left, used in ((self.shape[1], "inputs", "columns"), (self.shape[0], "outputs", "rows")):
+            for side in (left, used):
+                _check_positions(side, getattr(self, side), size)
+            outer, inner = getattr(self, left), getattr(self, used)
+            if outer is not None and inner is not None and not bool(torch.isin(inner, outer).all()):
+                raise ValueError(f"{used} must be among {left}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +81,47 @@ def cut(model: nn.Module, cuts: Cuts, weight_of: WeightOf | None = None) -> None
     Cost: a copy of all that stays of the modules that lose something, while they are still there.
 
     Raises:
-        ValueError: a module is missing, or is not of the size that it had; weight_of returned another shape.
+        ValueError: a module is missing, or is not of the size that it had, or lacks an attribute that would follow;
+            weight_of returned another shape.
     """
+    prepare_cut(model, cuts, weight_of).install()
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCut:
+    """What `cut` will put into the model, whose modules are still whole.
+
+    Attributes:
+        values: by name of a module, what its attributes become. made: by name, what takes the place of a module.
+    """
+
+    model: nn.Module
+    values: dict[str, dict[str, Any]]
+    made: dict[str, nn.Module]
+
+    def install(self) -> None:
+        """Cut the model. Nothing raises."""
+        for name, changed in self.values.items():
+            for key, value in changed.items():
+                setattr(self.model.get_submodule(name), key, value)
+        for name, module in self.made.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """That of the model once it is cut; in another order."""
+        state: dict[str, Tensor] = self.model.state_dict()
+        for name, changed in self.values.items():
+            state.update({f"{name}.{key}": x for key, x in changed.items() if isinstance(x, nn.Parameter)})
+        for name, module in self.made.items():
+            for key in [key for key in state if key.startswith(f"{name}.")]:
+                del state[key]
+            state.update(module.state_dict(prefix=f"{name}."))
+        return state
+
+
+def prepare_cut(model: nn.Module, cuts: Cuts, weight_of: WeightOf | None = None) -> PreparedCut:
+    """All of `cut` that may raise; the model is unchanged until `install`."""
     made: dict[str, nn.Module] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, each in cuts.modules.items():
@@ -97,14 +148,19 @@ def cut(model: nn.Module, cuts: Cuts, weight_of: WeightOf | None = None) -> None
                 out_features=outputs,
             ).train(module.training)
     for name, numbers in cuts.attributes.items():
-        values.setdefault(name, {}).update(_attributes(_module(model, name), numbers))
-    # Nothing raises from here on.
-    for name, changed in values.items():
-        for key, value in changed.items():
-            setattr(model.get_submodule(name), key, value)
-    for name, module in made.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        values.setdefault(name, {}).update(_attributes(name, _module(model, name), numbers))
+    return PreparedCut(model, values, made)
+
+
+def _check_positions(side: str, positions: Tensor | None, size: int) -> None:
+    if positions is None:
+        return
+    if positions.dtype != torch.int64 or positions.dim() != 1:
+        raise ValueError(f"{side} must be int64 [any], got {positions.dtype} of {list(positions.shape)}")
+    if len(positions) and (
+        int(positions[0]) < 0 or int(positions[-1]) >= size or not bool((positions[1:] > positions[:-1]).all())
+    ):
+        raise ValueError(f"{side} must be sorted, unique and lie in [0, {size})")
 
 
 def _module(model: nn.Module, name: str) -> Any:
@@ -186,8 +242,15 @@ class _View:
         return getattr(self._config, name)
 
 
-def _attributes(module: Any, numbers: Mapping[str, int]) -> dict[str, Any]:
+def _attributes(name: str, module: Any, numbers: Mapping[str, int]) -> dict[str, Any]:
     """The module's own numbers, and views of the objects that it shares with others."""
+    for key, number in numbers.items():
+        try:
+            now = attrgetter(key)(module)
+        except AttributeError:
+            now = None
+        if type(now) is not int or not 0 < number <= now:
+            raise ValueError(f"cuts: {name!r} has {now} as its {key}, which cannot become {number}")
     values: dict[str, Any] = {key: number for key, number in numbers.items() if "." not in key}
     for key in {key.partition(".")[0] for key in numbers} - set(values):
         seen = {name.partition(".")[2]: number for name, number in numbers.items() if name.startswith(f"{key}.")}

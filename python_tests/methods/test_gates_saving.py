@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from gating import measure
 from models import batch, transformer
 from reduced_models import assert_same, snapshot
@@ -40,8 +41,7 @@ def test_round_trip(tmp_path: Path, kind: str, granularity: str) -> None:
     expected = outputs(small, kind)
     small.save_pretrained(tmp_path / "model")
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
-    assert {"config.json", "cuts.safetensors", "model.safetensors"} <= set(names)
-    assert not any(name.startswith(".") for name in names)
+    assert names == ["config.json", "model.safetensors"]
     loaded = sk.methods.gates.load(tmp_path / "model")
     assert torch.equal(outputs(loaded, kind), expected)
     assert loaded.cuts.removed == small.cuts.removed
@@ -89,7 +89,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     small = compressed(Plain().bfloat16())
     x = torch.randn(3, 12).bfloat16()
     small.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(ValueError, match="holds no configuration: give load"):
         sk.methods.gates.load(tmp_path)
     loaded = sk.methods.gates.load(tmp_path, Plain().bfloat16())
     assert torch.equal(loaded(x), small(x))
@@ -99,38 +99,86 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file"):
         sk.methods.gates.load(tmp_path / "nowhere")
-    compressed(transformer("bert")).save_pretrained(tmp_path)
-    other = transformer("llama")
-    before = snapshot(other)
-    with pytest.raises(ValueError, match="no module"):
-        sk.methods.gates.load(tmp_path, other)
-    assert_same(other, before)
-    weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    model = transformer("bert")
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="damaged"):
-        sk.methods.gates.load(tmp_path, model)
-    assert_same(model, before)
-    second = compressed(transformer("bert"))
-    second.save_pretrained(tmp_path / "second")
-    weights.write_bytes((tmp_path / "second" / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="two saves"):
-        sk.methods.gates.load(tmp_path, model)
+    small = compressed(transformer("bert"))
+    for module in small.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight)
+    small.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+
+    def refused(model: nn.Module, message: str) -> None:
+        before, classes = snapshot(model), [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=message):
+            sk.methods.gates.load(tmp_path, model)
+        assert_same(model, before)
+        assert [type(module) for module in model.modules()] == classes
+        assert not hasattr(model, "cuts")
+
+    refused(transformer("llama"), "no module")
     other = transformer("bert")
     other.classifier = nn.Linear(16, 5)
-    before_other = snapshot(other)
-    with pytest.raises(ValueError, match=r"'classifier.weight' is"):
-        sk.methods.gates.load(tmp_path / "second", other)
-    assert_same(other, before_other)
-    weights.unlink()
+    refused(other, r"'classifier.weight' is \[3, 16\]")
+    other = transformer("bert")
+    other.classifier = nn.Linear(16, 3, bias=False)
+    refused(other, r"should not hold 'classifier.bias'")
+    other = transformer("bert")
+    other.classifier.register_buffer("more", torch.zeros(3))
+    refused(other, r"lacks 'classifier.more'")
+    other = transformer("bert")
+    other.classifier.weight = nn.Parameter(torch.zeros(3, 16, dtype=torch.int64), requires_grad=False)
+    refused(other, "is torch.float32 in")
+    other = transformer("bert")
+    norms = [m for m in other.modules() if isinstance(m, nn.LayerNorm)]
+    norms[1].weight = norms[0].weight
+    refused(other, "are one tensor in the model, and two in")
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(transformer("bert"), "damaged")
+    at = whole.index(b"weight") + len(whole) // 2
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    refused(transformer("bert"), "checksum is that of other contents")
+    sk.Selection.random({"a": (3, 4)}, 0.5).save(path)
+    refused(transformer("bert"), "not a compressed model")
+    path.unlink()
     with pytest.raises(FileNotFoundError, match="model"):
-        sk.methods.gates.load(tmp_path, model)
-    assert_same(model, before)
-    (tmp_path / "cuts.safetensors").write_bytes(whole)
-    with pytest.raises(ValueError, match="not a cuts"):
-        sk.methods.gates.load(tmp_path)
+        sk.methods.gates.load(tmp_path, transformer("bert"))
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    with torch.device("meta"):
+        hollow = transformer("bert")
+    with pytest.raises(ValueError, match="meta device"):
+        sk.methods.gates.load(tmp_path, hollow)
+
+
+def test_bf16_is_loaded_into_fp32(tmp_path: Path) -> None:
+    """As torch's load_state_dict does."""
+    small = compressed(transformer("bert").bfloat16())
+    small.save_pretrained(tmp_path)
+    loaded = sk.methods.gates.load(tmp_path, transformer("bert"))
+    assert_same(loaded.bfloat16(), snapshot(small))
+    assert next(sk.methods.gates.load(tmp_path).parameters()).dtype == torch.bfloat16
+
+
+def test_what_others_see_in_the_folder(tmp_path: Path) -> None:
+    """Files beside the model stay, and config.json is what transformers reads."""
+    (tmp_path / "tokenizer.json").write_text("mine")
+    small = compressed(transformer("llama"))
+    small.save_pretrained(tmp_path)
+    small.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.architectures == ["LlamaForCausalLM"]
+    ours, theirs = config.to_dict(), small.config.to_dict()
+    assert {key for key in theirs if ours[key] != theirs[key]} <= {"architectures", "dtype", "_name_or_path"}
+
+
+def test_as_the_trainer_saves(tmp_path: Path) -> None:
+    small = compressed(transformer("bert"))
+    small.save_pretrained(tmp_path / "none", state_dict=small.state_dict(), is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    zeros = {name: torch.zeros_like(x) if x.is_floating_point() else x for name, x in small.state_dict().items()}
+    small.save_pretrained(tmp_path, state_dict=zeros, is_main_process=True)
+    assert_same(sk.methods.gates.load(tmp_path), zeros)
 
 
 def test_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +189,7 @@ def test_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.M
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("sparsekernels.methods.gates.saving.save_model", fail)
+    monkeypatch.setattr("sparsekernels.methods.gates.saving.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         small.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import tempfile
-import uuid
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from ...cutting import Cut, Cuts, cut
-from ...files import load_tensors, reading, save_tensors
+from ...cutting import Cut, Cuts, PreparedCut, prepare_cut
+from ...files import check_names, described, load_tensors, reading, replacing
 
-CUTS, WEIGHTS, CONFIG = "cuts.safetensors", "model.safetensors", "config.json"
+KIND = "compressed model"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SIDES = ("inputs", "columns", "outputs", "rows")
+CUT = "sparsekernels.cut.{}.{}"  # name of the positions of a module, by its number, on one side
+PLAN = {
+    "modules": {str: {"shape": [int], "sides": [str]}},
+    "attributes": {str: {str: int}},
+    "total": int,
+    "removed": int,
+    "shared": {str: str},
+    "config": (str, type(None)),
+}
 
 
 def mark_compressed(model: nn.Module, cuts: Cuts) -> None:
@@ -39,43 +47,42 @@ class SavePretrained:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __call__(self, folder: str | Path) -> None:
-        """Write the model into a folder, for `load`: config.json (of transformers models), weights, cuts."""
-        _write(self.model, self.model.__dict__["cuts"], folder)
+    def __call__(
+        self, folder: str | Path, is_main_process: bool = True, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the model into a folder, for `load`, over one that is there; other files in the folder stay.
 
+        All that `load` reads lies in model.safetensors: weights, cuts and configuration. So one rename replaces the
+        old model by the new one, on any POSIX file system, and whatever stops a save leaves either of them whole.
+        config.json, of models that have a config, is a copy for tools that look into such folders.
 
-def _write(model: nn.Module, cuts: Cuts, folder: str | Path) -> None:
-    """Write config.json, model.safetensors and cuts.safetensors into a folder, which is made if it is not there."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
-            config: Any = copy.deepcopy(model.config)
-            config.architectures = [type(model).__name__]
-            config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-            config.save_pretrained(partial)
-        mark = {"sparsekernels": uuid.uuid4().hex}  # of a save: what two of them left is not mixed up
-        save_model(model, str(Path(partial) / WEIGHTS), mark)
-        tensors = {
-            f"{i}.{side}": getattr(part, side)
-            for i, part in enumerate(cuts.modules.values())
-            for side in SIDES
-            if getattr(part, side) is not None
-        }
-        plan = {
-            "modules": [[name, *part.shape] for name, part in cuts.modules.items()],
-            "attributes": cuts.attributes,
-            "total": cuts.total,
-            "removed": cuts.removed,
-            "model": type(model).__name__,
-        }
-        save_tensors(
-            Path(partial) / CUTS,
-            tensors,
-            {"sparsekernels": "cuts", "cuts": json.dumps(plan), "weights": mark["sparsekernels"]},
-        )
-        for path in Path(partial).iterdir():
-            os.replace(path, folder / path.name)
+        Args:
+            folder: made if it is not there.
+            is_main_process: False: write nothing.
+            state_dict: of the model, if it has to be gathered first; transformers' Trainer gives one. None: its own.
+
+        Cost: a checksum of every byte, and a flush to the disk. No copy of tensors on the CPU that are contiguous.
+        """
+        if not is_main_process:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        cuts: Cuts = self.model.__dict__["cuts"]
+        tensors, shared = _distinct(self.model.state_dict() if state_dict is None else state_dict)
+        modules = {}
+        for i, (name, part) in enumerate(cuts.modules.items()):
+            positions = {side: x for side in SIDES if (x := getattr(part, side)) is not None}
+            tensors.update({CUT.format(i, side): x for side, x in positions.items()})
+            modules[name] = {"shape": list(part.shape), "sides": list(positions)}
+        config = _config(self.model)
+        about = {"total": cuts.total, "removed": cuts.removed, "shared": shared, "config": config}
+        plan = json.dumps({"modules": modules, "attributes": cuts.attributes, **about})
+        metadata = {"format": "pt", "sparsekernels": KIND, "plan": plan, "checksum": checksum(tensors, plan)}
+        if config is not None:
+            with replacing(folder / CONFIG) as partial:
+                partial.write_text(config)
+        with replacing(folder / WEIGHTS) as partial:
+            save_file(tensors, partial, metadata)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -84,57 +91,131 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     Args:
         folder: where it lies.
         model: one of the original architecture, cut in place and filled; its weights do not matter. None: made from
-            config.json, which transformers models have.
+            the configuration in the file, which transformers models have.
 
     Raises:
         FileNotFoundError: no such folder or file. ValueError: a damaged file, one of something else, or a model of
-            another architecture; the model is unchanged then, unless it lacks
-            some of the weights only.
+            another architecture or on the meta device; the model is unchanged then, for all is checked first.
     """
-    folder = Path(folder)
-    tensors, metadata = load_tensors(folder / CUTS, "cuts")
-    with reading(folder / CUTS):
-        plan = json.loads(metadata["cuts"])
-        modules = {
-            name: Cut(**{side: tensors.get(f"{i}.{side}") for side in SIDES}, shape=(m, n))
-            for i, (name, m, n) in enumerate(plan["modules"])
-        }
-        cuts = Cuts(modules, plan["attributes"], plan["total"], plan["removed"])
-    if not (folder / WEIGHTS).exists():
-        raise FileNotFoundError(f"no file {folder / WEIGHTS}")
-    try:
-        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
-            mark = (file.metadata() or {}).get("sparsekernels")
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or truncated: {error}") from error
-    if mark != metadata["weights"]:
-        raise ValueError(f"{folder / CUTS} and {WEIGHTS} are of two saves; save the model again")
+    path = Path(folder) / WEIGHTS
+    tensors, metadata = load_tensors(path, KIND)
+    plan = described(path, metadata.get("plan"), PLAN)
+    if metadata.get("checksum") != checksum(tensors, metadata["plan"]):
+        raise ValueError(f"{path} is damaged: its checksum is that of other contents")
+    with reading(path):
+        cuts = _cuts(plan, tensors)
+        state = {name: x for name, x in tensors.items() if not name.startswith(CUT.partition("{")[0])}
+        state.update({name: state[first] for name, first in plan["shared"].items()})
     if model is None:
-        model = _made(folder).eval()
-    for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] not in modules and shapes.get(name, tensor.shape) != tensor.shape:
-            raise ValueError(
-                f"{name!r} is {list(shapes[name])} in {folder / WEIGHTS}, {list(tensor.shape)} in the model"
-            )
-    cut(model, cuts)
+        model = _made(path, plan["config"]).eval()
+    elif any(p.is_meta for p in model.parameters()):
+        raise ValueError("model is on the meta device, which holds no weights; call to_empty(device=...) on it first")
+    prepared = prepare_cut(model, cuts)
+    _check_fits(path, state, prepared)
+    prepared.install()
+    with torch.no_grad():
+        for name, own in model.state_dict().items():
+            own.copy_(state[name])
     mark_compressed(model, cuts)
-    missing, unexpected = load_model(model, str(folder / WEIGHTS), strict=False)
-    if missing or unexpected:
-        wrong = ", ".join([*missing, *unexpected][:3])
-        raise ValueError(f"{folder / WEIGHTS} and the model do not hold the same tensors: {wrong}")
     return model
 
 
-def _made(folder: Path) -> nn.Module:
-    """A model as config.json describes it, with any weights."""
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"no file {folder / CONFIG}: give load() a model of the original architecture")
+def checksum(tensors: Mapping[str, Tensor], plan: str) -> str:
+    """CRC-32 of all that a file holds: names, dtypes, shapes and bytes of tensors, and the plan."""
+
+    def of(item: tuple[str, Tensor]) -> str:
+        name, x = item
+        data: Any = x.reshape(-1).view(torch.uint8).numpy()  # flat first: of a scalar there is no view
+        return f"{name} {x.dtype} {list(x.shape)} {zlib.crc32(data)}"
+
+    with ThreadPoolExecutor() as pool:  # it holds no lock while it reads
+        lines = list(pool.map(of, sorted(tensors.items())))
+    return f"{zlib.crc32(json.dumps([plan, *lines]).encode()):08x}"
+
+
+def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, those that are one only once, and the other names of these."""
+    names: dict[tuple[Any, ...], str] = {}
+    shared = {}
+    for name, x in state.items():
+        first = names.setdefault((*_place(x), name if x.numel() == 0 else ""), name)
+        if first != name:
+            shared[name] = first
+    storages: set[int] = set()
+    tensors = {}
+    for name in state.keys() - shared.keys():
+        x = state[name].detach().cpu().contiguous()
+        # safetensors refuses tensors that overlap, as parts of one storage may.
+        tensors[name] = x.clone() if x.untyped_storage().data_ptr() in storages else x
+        storages.add(x.untyped_storage().data_ptr())
+    return tensors, shared
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.device, x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
+def _config(model: nn.Module) -> str | None:
+    """The text of config.json, of a model that has a config of transformers."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return None
+    about = json.loads(config.to_json_string())
+    about["architectures"] = [type(model).__name__]
+    about["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    return json.dumps(about, indent=2, sort_keys=True) + "\n"
+
+
+def _cuts(plan: Any, tensors: Mapping[str, Tensor]) -> Cuts:
+    modules = {}
+    expected: set[str] = set()
+    for i, (name, about) in enumerate(plan["modules"].items()):
+        names = {side: CUT.format(i, side) for side in about["sides"]}
+        expected.update(names.values())
+        m, n = about["shape"]
+        modules[name] = Cut(**{side: tensors[names[side]] if side in names else None for side in SIDES}, shape=(m, n))
+    for name in tensors:
+        if name.startswith(CUT.partition("{")[0]) and name not in expected:
+            raise ValueError(f"it should not hold {name!r}")
+    if not 0 <= plan["removed"] <= plan["total"]:
+        raise ValueError(f"{plan['removed']} of {plan['total']} parameters removed")
+    return Cuts(modules, plan["attributes"], plan["total"], plan["removed"])
+
+
+def _check_fits(path: Path, state: Mapping[str, Tensor], prepared: PreparedCut) -> None:
+    """Raise ValueError unless the tensors of a file are what the model will hold, once it is cut."""
+    expected = prepared.state_dict()
+    check_names(path, state, expected)
+    places: dict[tuple[Any, ...], str] = {}
+    for name, own in expected.items():
+        x = state[name]
+        if x.shape != own.shape:
+            raise ValueError(f"{name!r} is {list(x.shape)} in {path}, and would be {list(own.shape)} in the model")
+        if x.dtype != own.dtype and not (x.is_floating_point() and own.is_floating_point()):
+            raise ValueError(f"{name!r} is {x.dtype} in {path}, {own.dtype} in the model")
+        first = places.setdefault(_place(own), name) if own.numel() else name
+        if state[first] is not x and not torch.equal(state[first], x):
+            raise ValueError(f"{first!r} and {name!r} are one tensor in the model, and two in {path}")
+    for module, made in prepared.made.items():
+        for name, positions in made.named_buffers(prefix=module):
+            if not torch.equal(positions.cpu(), state[name]):
+                raise ValueError(f"{path} is damaged: {name!r} is not what the cuts make of it")
+
+
+def _made(path: Path, config: str | None) -> nn.Module:
+    """A model as the configuration describes it, with any weights."""
+    if config is None:
+        raise ValueError(f"{path} holds no configuration: give load() a model of the original architecture")
     import transformers
 
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
-    architecture = (config.architectures or [""])[0]
-    made = getattr(transformers, architecture, None)
-    if made is None:
-        raise ValueError(f"{folder / CONFIG} names {architecture!r}, which transformers does not have; give a model")
-    return made._from_config(config, dtype=config.dtype or torch.float32)  # type: ignore[no-any-return]
+    try:
+        about = json.loads(config)
+        architecture = about["architectures"][0]
+        settings = transformers.CONFIG_MAPPING[about["model_type"]].from_dict(about)
+        made: Any = getattr(transformers, architecture)
+        return made._from_config(settings, dtype=settings.dtype or torch.float32)  # type: ignore[no-any-return]
+    except Exception as error:  # transformers raises what it likes of a configuration
+        raise ValueError(
+            f"the configuration in {path} makes no model of transformers, give load() one: {type(error).__name__} "
+            f"{error}"
+        ) from error
