@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
@@ -17,6 +14,7 @@ from tqdm.auto import tqdm
 from .autograd import refuse_sparsified
 from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
 from .names import matching, own_names
+from .own_forward import listed, warn
 from .per_sample import Collector, Misfit, Trust
 from .selection import Index, Selection
 
@@ -103,7 +101,9 @@ def fisher_diagonal(
     indices = _indices(model, selection, names)
     totals = {name: zeros_for(model.get_parameter(name), index) for name, index in indices.items()}
     batches = list(samples)
-    norms = accumulate(model, batches, indices, totals, prepare(model, batches, indices, loss, labels), progress)
+    plan = prepare(model, batches, indices, loss, labels)
+    say_slow(plan.trust.fallback)
+    norms = accumulate(model, batches, indices, totals, plan, progress)
     return (totals, norms) if return_norms else totals
 
 
@@ -128,7 +128,9 @@ def squared_gradient_norms(
     """
     indices = _indices(model, selection, names)
     batches = list(samples)
-    return accumulate(model, batches, indices, {}, prepare(model, batches, indices, loss, labels), progress)
+    plan = prepare(model, batches, indices, loss, labels)
+    say_slow(plan.trust.fallback)
+    return accumulate(model, batches, indices, {}, plan, progress)
 
 
 def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str] | None) -> dict[str, Index | None]:
@@ -169,7 +171,7 @@ class Plan:
 def prepare(
     model: nn.Module, batches: Sequence[Batch], indices: Mapping[str, Index | None], loss: Loss | None, labels: str
 ) -> Plan:
-    """Check the loss and the model on the first batch; warn of parameters that will be slow."""
+    """Check the loss and the model on the first batch."""
     if not batches:
         raise ValueError("samples holds no batch")
     if torch.is_inference_mode_enabled():
@@ -182,7 +184,6 @@ def prepare(
         twin = rows_of(first, torch.tensor([0, 0]), sizes[0])
         if not collector.check(lambda: plan.terms.terms(model, twin, 2), _length(twin)):
             raise ValueError("loss: no gradient of it reaches any of the chosen parameters")
-    _say(plan.trust.fallback)
     return plan
 
 
@@ -212,7 +213,7 @@ def accumulate(
                         bar.update(size)
                 return torch.cat(norms)
             except Misfit:
-                _say({name: why for name, why in plan.trust.fallback.items() if name not in known})
+                say_slow({name: why for name, why in plan.trust.fallback.items() if name not in known})
                 for total in totals.values():
                     total.zero_()
 
@@ -231,20 +232,11 @@ def _one_batch(collector: Collector, terms: PerSampleLoss, batch: Batch, size: i
     return norms
 
 
-def _say(fallback: Mapping[str, str]) -> None:
-    """Warn, at the line of the user that called into this package."""
-    if not fallback:
-        return
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(str(Path(__file__).parent)):
-        level, frame = level + 1, frame.f_back
-    listed = "; ".join(f"{name} ({why})" for name, why in list(fallback.items())[:5])
-    more = f" and {len(fallback) - 5} more" if len(fallback) > 5 else ""
-    warnings.warn(
-        f"fisher: {len(fallback)} parameters take one backward a sample, exact but slow: {listed}{more}",
-        RuntimeWarning,
-        stacklevel=level,
-    )
+def say_slow(fallback: Mapping[str, str]) -> None:
+    """Warn of parameters that take a backward for each sample, and why."""
+    if fallback:
+        named = listed(f"{name} ({why})" for name, why in fallback.items())
+        warn(f"fisher: {len(fallback)} parameters take one backward a sample, exact but slow: {named}")
 
 
 def _length(batch: Batch) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .evaluating import evaluating, only_trainable
 from .ops import fisher_squares_, gather
+from .own_forward import OwnForward
 from .pairs import Pair, add_squares_, kind_of, pair_of
 from .selection import Index
 
@@ -71,9 +72,11 @@ class Target:
 class Trust:
     """What checks found: parameters that need a backward for each sample and why, modules that were checked.
 
-    expand: whether positions that all samples share may be given to each of them.
+    outside: parameters that are used outside the forward of their module. expand: whether positions that all samples
+    share may be given to each of them.
     """
 
+    outside: set[str] = field(default_factory=set)
     fallback: dict[str, str] = field(default_factory=dict)
     seen: set[nn.Module] = field(default_factory=set)
     expand: bool = True
@@ -124,6 +127,7 @@ class Collector:
                 self.fallback.setdefault(target.name, f"{type(owner).__name__} is not split by sample")
         self._catching = self._recomputing = self._checking = self._expanded = False
         self._inputs: dict[nn.Module, Tensor] = {}
+        self._uses: OwnForward | None = None
 
     @property
     def fallback(self) -> dict[str, str]:
@@ -178,6 +182,8 @@ class Collector:
         try:
             self._catching = True
             for term, last in _with_last(terms()):
+                if self._uses is not None:
+                    self.trust.outside |= self._uses.outside(term)
                 self._recomputing = True  # whatever runs forward from here on is checkpointing
                 if term.requires_grad:
                     term.sum().backward(retain_graph=not last)
@@ -217,7 +223,8 @@ class Collector:
         """Compare with autograd on a batch that is one sample twice; parameters that disagree go to the fallback.
 
         For each parameter the norms of both samples must be equal, and a quarter of that of the whole gradient. Whole
-        gradients exist one at a time. Returns whether any parameter had a gradient.
+        gradients exist one at a time. What is used outside its module's forward goes there too, however small its
+        gradient is. Returns whether any parameter had a gradient.
         """
         expected: dict[str, float] = {}
 
@@ -241,23 +248,24 @@ class Collector:
                 target.index = target.total = None
                 target.parameter.requires_grad_(True)
                 hooks.append(target.parameter.register_post_accumulate_grad_hook(partial(freed, target)))
-            while True:
-                expected.clear()
-                for target in targets:
-                    target.norms = target.parameter.new_zeros(
-                        2, dtype=torch.promote_types(target.parameter.dtype, torch.float32)
-                    )
-                try:
-                    self._run(terms, 2, length)
-                    break
-                except Misfit:
-                    continue  # with one parameter less to check
-                except Exception:
-                    if not self._expanded or not self.trust.expand:
-                        raise
-                    self.trust.expand = False  # the model does not bear positions that are given to each sample
+            with OwnForward(self.model, {target.name: target.parameter for target in targets}) as self._uses:
+                while True:
+                    expected.clear()
+                    for target in targets:
+                        target.norms = target.parameter.new_zeros(
+                            2, dtype=torch.promote_types(target.parameter.dtype, torch.float32)
+                        )
+                    try:
+                        self._run(terms, 2, length)
+                        break
+                    except Misfit:
+                        continue  # with one parameter less to check
+                    except Exception:
+                        if not self._expanded or not self.trust.expand:
+                            raise
+                        self.trust.expand = False  # the model does not bear positions that are given to each sample
         finally:
-            self._checking = False
+            self._checking, self._uses = False, None
             for table in tables:
                 table.sparse = False  # type: ignore[assignment]
             for hook in hooks:
@@ -269,6 +277,8 @@ class Collector:
         negligible = 1e-10 * max(expected.values(), default=0.0)
         for target in targets:
             assert target.norms is not None
+            if target.name in self.trust.outside:
+                self.fallback.setdefault(target.name, "used outside its module's forward")
             own = expected.get(target.name, 0.0)
             allowed = (AGREES_HALF if rounds else AGREES.get(target.parameter.dtype, AGREES_HALF)) * own + negligible
             if target.name not in self.fallback and float((target.norms - own).abs().max()) > allowed:

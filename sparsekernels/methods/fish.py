@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..fisher import Labels, Plan, accumulate, prepare, zeros_for
+from ..fisher import Labels, Plan, accumulate, prepare, say_slow, zeros_for
 from ..losses import Batch, Loss, batch_size, rows_of
 from ..names import default_head, groups, matching
 from ..ops import topk
+from ..own_forward import refuse_outside, say_left_out
 from ..selection import Index, Selection
 
 MAX_FISHER_BYTES = 4 << 30
@@ -41,7 +42,8 @@ def fish(
         density: share of all parameters of the model that train, head included, in (0, 1].
         num_samples: the first so many samples are used; None for all.
         targets: patterns (as in `fnmatch`) of the parameters that compete; default: all but the head, embeddings,
-            biases and norms too.
+            biases and norms too, except what is used outside the forward of its module as well, where `sparsify`
+            cannot train it. A warning names those.
         head: patterns of parameters to train densely; default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
         max_fisher_bytes: targets are worked through in groups whose Fisher diagonals fit in this, each group with its
@@ -50,19 +52,21 @@ def fish(
 
     Returns:
         Selection with elements of the targets, and the head as all of its rows. `.report` holds the number of
-        "samples", and "carried", the share of the Fisher information of all targets that the selection carries.
+        "samples", "carried", the share of the Fisher information of all targets that the selection carries, and
+        "left_out", what was left out of the default targets, since it is used outside the forward of its module.
 
     Raises:
-        ValueError: density out of (0, 1] or used up by the head, patterns that match nothing, and all that
-            `fisher_diagonal` raises.
+        ValueError: density out of (0, 1] or used up by the head, patterns that match nothing, targets that are named
+            and used outside the forward of their module, and all that `fisher_diagonal` raises.
 
     Source: paper and the authors' code (global top-k, budget, eval mode, density, 1024 samples). Ours: groups.
     """
     batches = take(samples, num_samples)
-    search = Search.start(model, batches, density, targets, head, loss, labels, max_fisher_bytes, progress)
+    search = Search.start("fish", model, batches, density, targets, head, loss, labels, max_fisher_bytes, progress)
     chosen, carried = search.top(batches, search.everything, search.k)
     selection = search.selection(chosen)
-    selection.report = {"samples": sum(batch_size(batch, i) for i, batch in enumerate(batches)), "carried": carried}
+    count = sum(batch_size(batch, i) for i, batch in enumerate(batches))
+    selection.report = {"samples": count, "carried": carried, "left_out": search.left_out}
     return selection
 
 
@@ -86,7 +90,8 @@ def take(samples: Iterable[Batch], limit: int | None) -> list[Batch]:
 class Search:
     """What FISH and IRD share: the budget, and the best k entries of a set by Fisher information.
 
-    everything: name -> None (the whole tensor) for each target. k: entries to select among them.
+    everything: name -> None (the whole tensor) for each target. k: entries to select among them. left_out: names that
+    are no targets by default, since they are used outside the forward of their module.
     """
 
     model: nn.Module
@@ -96,10 +101,12 @@ class Search:
     max_bytes: int
     plan: Plan
     progress: bool
+    left_out: list[str]
 
     @classmethod
     def start(
         cls,
+        method: str,
         model: nn.Module,
         batches: Sequence[Batch],
         density: float,
@@ -126,9 +133,15 @@ class Search:
                 f"density {density} of {total:,} weights leaves none beside the {charged:,} of the head, which train "
                 "densely; raise density, or name less as head"
             )
-        everything: dict[str, Index | None] = dict.fromkeys(chosen)
-        plan = prepare(model, batches, everything, loss, labels)
-        return cls(model, everything, dense, k, max_fisher_bytes, plan, progress)
+        plan = prepare(model, batches, dict.fromkeys(chosen), loss, labels)
+        left_out = [name for name in chosen if name in plan.trust.outside]
+        everything: dict[str, Index | None] = dict.fromkeys(name for name in chosen if name not in plan.trust.outside)
+        if targets is not None or not everything:
+            refuse_outside(left_out, "targets")
+        k = min(k, sum(parameters[name].numel() for name in everything))
+        say_left_out(method, left_out)
+        say_slow({name: why for name, why in plan.trust.fallback.items() if name in everything})
+        return cls(model, everything, dense, k, max_fisher_bytes, plan, progress, left_out)
 
     def numel(self, name: str, index: Index | None) -> int:
         return self.model.get_parameter(name).numel() if index is None else index.numel

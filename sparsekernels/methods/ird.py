@@ -48,7 +48,7 @@ def ird(
         "samples": numbers of the samples that were kept, ascending, counted through the batches;
         "history": a dict for the beginning and for each iteration: the numbers of "samples" and "parameters", and what
         those kept carry: "carried_by_samples", a share of the squared norms, and "carried_by_parameters", a share of
-        the Fisher information.
+        the Fisher information; "left_out": as in `fish`.
 
     Raises:
         ValueError: factors out of range, and all that `fish` raises.
@@ -65,7 +65,7 @@ def ird(
     if min_samples < 1:
         raise ValueError(f"min_samples must be at least 1, got {min_samples}")
     batches = list(samples)
-    search = Search.start(model, batches, density, targets, head, loss, labels, max_fisher_bytes, False)
+    search = Search.start("ird", model, batches, density, targets, head, loss, labels, max_fisher_bytes, False)
     kept_samples = torch.arange(sum(batch_size(batch, number) for number, batch in enumerate(batches)))
     among: dict[str, Index | None] = search.everything
     size = sum(search.numel(name, index) for name, index in among.items())
@@ -97,7 +97,7 @@ def ird(
             )
             bar.update()
     selection = search.selection({name: _positions(model, name, index) for name, index in among.items()})
-    selection.report = {"samples": kept_samples.tolist(), "history": history}
+    selection.report = {"samples": kept_samples.tolist(), "history": history, "left_out": search.left_out}
     return selection
 
 

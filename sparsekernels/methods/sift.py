@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..evaluating import only_trainable
 from ..losses import default_loss
 from ..names import default_head, default_targets, groups, matching
+from ..own_forward import OwnForward, refuse_outside, say_left_out
 from ..selection import Index, Selection, count_for
 
 SHARES = tuple(10 ** (-4 + i / 8) for i in range(33))  # 0.01 % to 100 %, eight points a decade
@@ -45,7 +46,8 @@ def sift(
             mappings are moved to the device of the model.
         density: share of each target in (0, 1].
         targets: patterns (as in `fnmatch`) of parameter names; default: every weight of two or more dimensions inside
-            the numbered blocks, that is attention and MLP projections, without embeddings, norms and the head.
+            the numbered blocks, that is attention and MLP projections, without embeddings, norms, the head, and what
+            is used outside the forward of its module as well, where `sparsify` cannot train it. A warning names those.
         head: patterns of parameters to train densely; default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
         num_batches: how many batches to sum over.
@@ -58,11 +60,12 @@ def sift(
     Returns:
         Selection with the targets as elements and the head as all of its rows. `.report["curve"]` is a list of
         (share, carried): the largest `share` of each target's entries carries `carried` of the L2 norm of the gradient
-        of all targets, to the resolution of 1/128 in magnitude.
+        of all targets, to the resolution of 1/128 in magnitude. `.report["left_out"]`: what was left out of the default
+        targets, since it is used outside the forward of its module.
 
     Raises:
         ValueError: density or num_batches out of range, patterns that match nothing, fewer batches than asked,
-            a target that gets no gradient, or NaN in one.
+            a target that gets no gradient, that is named and used outside the forward of its module, or NaN in one.
 
     Source: paper, section 3, and the authors' code (rule for k, targets, one batch). Ours: pooler counts as head.
     """
@@ -80,6 +83,7 @@ def sift(
         raise ValueError(f"num_batches is {num_batches}, but batches holds only {len(first)}")
 
     found: dict[str, Index] = {}
+    outside: set[str] = set()
     curve = GradientCurve()
 
     def take(name: str, grad: Tensor) -> None:
@@ -91,14 +95,19 @@ def sift(
         for group in (
             groups({name: names[name].nbytes for name in chosen}, max_gradient_bytes) if num_batches > 1 else [chosen]
         ):
-            _gradients(model, {name: names[name] for name in group}, first, loss or default_loss, take)
-    missing = [name for name in chosen if name not in found]
+            outside |= _gradients(model, {name: names[name] for name in group}, first, loss or default_loss, take)
+    missing = [name for name in chosen if name not in found and name not in outside]
     if missing:
         raise ValueError(f"targets that got no gradient: {', '.join(missing[:5])}; leave them out of targets")
+    left_out = [name for name in chosen if name in outside]
+    chosen = [name for name in chosen if name in found]
+    if targets is not None or not chosen:
+        refuse_outside(left_out, "targets")
+    say_left_out("sift", left_out)
     selection = Selection(
         {name: found[name] for name in chosen} | {name: Index.full(names[name].shape) for name in dense}
     )
-    selection.report["curve"] = curve.points(SHARES)
+    selection.report = {"curve": curve.points(SHARES), "left_out": left_out}
     return selection
 
 
@@ -108,9 +117,21 @@ def _gradients(
     batches: list[Any],
     loss: Loss,
     take: Callable[[str, Tensor], None],
-) -> None:
-    """Call take(name, gradient summed over the batches) for each parameter; with one batch, as soon as it is there."""
+) -> set[str]:
+    """Call take(name, gradient summed over the batches) for each parameter; with one batch, as soon as it is there.
+
+    Not for those that are used outside their module's forward: their names are returned.
+    """
     taken: set[str] = set()
+    outside: set[str] = set()
+
+    def hand_over(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if name not in uses.own:  # where checkpointing hides the graph, that at least can be told
+            outside.add(name)
+        if name not in outside:
+            take(name, parameter.grad)
+        parameter.grad = None
 
     def hook(name: str) -> Callable[[Tensor], None]:
         def freed(parameter: Tensor) -> None:
@@ -119,27 +140,27 @@ def _gradients(
                     f"the gradient of {name!r} comes in pieces; use checkpointing with use_reentrant=False"
                 )
             taken.add(name)
-            assert parameter.grad is not None
-            take(name, parameter.grad)
-            parameter.grad = None
+            hand_over(name, parameter)
 
         return freed
 
-    with only_trainable(model, parameters.values()), torch.enable_grad():
+    with only_trainable(model, parameters.values()), torch.enable_grad(), OwnForward(model, parameters) as uses:
         hooks = []
         if len(batches) == 1:
             hooks = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in parameters.items()]
         try:
             for batch in batches:
-                loss(model, batch).backward()
+                value = loss(model, batch)
+                outside |= uses.outside(value)
+                value.backward()
         finally:
             for handle in hooks:
                 handle.remove()
         if len(batches) > 1:
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
-                    take(name, parameter.grad)
-                    parameter.grad = None
+                    hand_over(name, parameter)
+    return outside
 
 
 class GradientCurve:
