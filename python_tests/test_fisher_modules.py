@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fishing import (
     QUIET,
     assert_close,
@@ -214,6 +215,46 @@ def test_modules_used_in_unusual_ways(how: str, slow: str | None) -> None:
     else:
         found = silently(fisher_diagonal, net, [batch], loss=squares)
     assert_close(found, fisher(grads))
+
+
+def assert_each_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """By the norm of each tensor itself, however small beside the others."""
+    for name, x in expected.items():
+        assert float((found[name].double() - x).norm()) <= 1e-4 * float(x.norm()), name
+
+
+class Faint(Reused):
+    """A branch whose gradients are a millionth of the others'."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.how == "outside its module":
+            y = nn.functional.linear(x, self.linear.weight, self.linear.bias)
+        elif self.how == "by both":
+            y = self.linear(x) + nn.functional.linear(x, self.linear.weight)
+        else:
+            y = self.linear(x).add_(1).relu_()
+        return self.last((x + 1e-6 * y).tanh().mean(1))
+
+
+@pytest.mark.parametrize("how", ["outside its module", "by both", "in place"])
+def test_a_small_gradient_is_right_too(how: str) -> None:
+    net, tokens = Faint(how), ids(5, 7)
+    with pytest.warns(RuntimeWarning, match="linear.weight"):
+        found = fisher_diagonal(net, [{"input_ids": tokens}], loss=squares, names=["linear.*", "last.*"], **QUIET)
+    expected = fisher(each(net, tokens))
+    assert_each_close(found, {name: expected[name] for name in found})
+
+
+def test_a_mixer_that_reads_the_weights_of_its_modules() -> None:
+    """Mamba's dt_proj has gradients that are a millionth of the largest, and its forward is never run."""
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2, state_size=4, **special)
+    net, batch = transformers.MambaForCausalLM(config), ragged("gpt2", (9, 9, 9))
+    with pytest.warns(RuntimeWarning, match=r"12 parameters take one backward a sample"):
+        found = fisher_diagonal(net, [batch], **QUIET)
+    assert_each_close(found, fisher(gradients(net, [batch])))
 
 
 def test_as_many_tokens_as_samples_do_not_deceive() -> None:

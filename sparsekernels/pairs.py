@@ -76,6 +76,21 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
         return one - zero  # type: ignore[no-any-return]
 
 
+def uncancelled(pairs: Sequence[Pair]) -> float:
+    """The squared norm that the gradient of a sample would have, in the mean, if its tokens' parts were orthogonal."""
+    total = 0.0
+    for pair in pairs:
+        if pair.kind == "vector":
+            parts = pair.left.double() if pair.right is None else pair.left.double() * pair.right
+        else:
+            parts = torch.linalg.vector_norm(pair.left, dim=-1, dtype=torch.float64)
+            if pair.kind == "matrix":
+                assert pair.right is not None
+                parts = parts * torch.linalg.vector_norm(pair.right, dim=-1, dtype=torch.float64)
+        total += float(torch.linalg.vector_norm(parts, dtype=torch.float64)) ** 2 / len(pair.left)
+    return total
+
+
 def add_squares_(
     pairs: Sequence[Pair], shape: torch.Size, total: Tensor | None, norms: Tensor | None, index: Index | None
 ) -> None:

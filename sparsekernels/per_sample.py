@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from .evaluating import evaluating, only_trainable
 from .ops import fisher_squares_, gather
 from .own_forward import OwnForward
-from .pairs import Pair, add_squares_, kind_of, pair_of
+from .pairs import Pair, add_squares_, kind_of, pair_of, uncancelled
 from .selection import Index
 
 AGREES = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, of squared norms
 AGREES_HALF = 0.05  # the whole gradient that is compared with is rounded to half precision
+# Where what tokens add cancels out, as for the bias of keys, the rest is rounding. Relative to what would be without.
+ROUNDING = {torch.float64: 1e-24, torch.float32: 1e-10}
+ROUNDING_HALF = 1e-4
 
 Terms = Callable[[], Iterable[Tensor]]  # runs the model; each term is [B], and their squares add up
 
@@ -65,6 +68,7 @@ class Target:
         self.name, self.parameter, self.index, self.total = name, parameter, index, total
         self.norms: Tensor | None = None
         self.calls = 0
+        self.uncancelled = 0.0
         self.pairs: list[Pair] = []
 
 
@@ -252,6 +256,7 @@ class Collector:
                 while True:
                     expected.clear()
                     for target in targets:
+                        target.uncancelled = 0.0
                         target.norms = target.parameter.new_zeros(
                             2, dtype=torch.promote_types(target.parameter.dtype, torch.float32)
                         )
@@ -273,14 +278,14 @@ class Collector:
             for target, (target.index, target.total) in zip(targets, kept, strict=True):
                 target.parameter.requires_grad_(False)
                 target.parameter.grad = None
-        rounds = torch.is_autocast_enabled(self.device.type)
-        negligible = 1e-10 * max(expected.values(), default=0.0)
+        autocast = torch.is_autocast_enabled(self.device.type)
         for target in targets:
             assert target.norms is not None
             if target.name in self.trust.outside:
                 self.fallback.setdefault(target.name, "used outside its module's forward")
+            dtype = torch.bfloat16 if autocast else target.parameter.dtype
             own = expected.get(target.name, 0.0)
-            allowed = (AGREES_HALF if rounds else AGREES.get(target.parameter.dtype, AGREES_HALF)) * own + negligible
+            allowed = AGREES.get(dtype, AGREES_HALF) * own + ROUNDING.get(dtype, ROUNDING_HALF) * target.uncancelled
             if target.name not in self.fallback and float((target.norms - own).abs().max()) > allowed:
                 self.fallback[target.name] = "what its module sees is not all of its gradient"
         return bool(expected)
@@ -356,6 +361,8 @@ class Collector:
     def _finish(self, target: Target) -> None:
         pairs, target.pairs = target.pairs, []
         if pairs:
+            if self._checking:
+                target.uncancelled += uncancelled(pairs)
             add_squares_(pairs, target.parameter.shape, target.total, target.norms, target.index)
 
 
