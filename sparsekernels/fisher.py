@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .autograd import refuse_sparsified
 from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
-from .names import matching, own_names
+from .names import base_parameters, matching, own_names
 from .own_forward import listed, warn
 from .per_sample import Collector, Misfit, Trust
 from .selection import Index, Selection
@@ -79,7 +79,8 @@ def fisher_diagonal(
         labels: "given", or "expected" for classifiers: sum over classes y of p(y|x) times the square of the gradient of
             log p(y|x); labels are not used then.
         selection: restrict to these positions.
-        names: patterns (as in `fnmatch`) of parameter names; default: all floating-point ones, or the selection's.
+        names: patterns (as in `fnmatch`) of parameter names; default: all floating-point ones, whatever requires_grad
+            says, without the adapters of PEFT (name these, "*lora_*", to have theirs); or the selection's.
         return_norms: also return the squared gradient norm of each sample over the same positions.
         progress: show a progress bar.
 
@@ -145,7 +146,8 @@ def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str]
         own = own_names(model, selection)
         return {own[name]: index.to(parameters[name].device) for name, index in selection.items()}
     floating = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    chosen = floating if names is None else matching(floating, names, "names")
+    base = set(base_parameters(model))
+    chosen = [n for n in floating if n in base] if names is None else matching(floating, names, "names")
     if not chosen:
         raise ValueError("names: no parameter is left")
     return dict.fromkeys(chosen)

@@ -38,13 +38,34 @@ def groups(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
     yield group
 
 
+def base_parameters(model: nn.Module) -> list[str]:
+    """The parameters of the model itself, whatever requires_grad says: without the adapters that PEFT added.
+
+    A copy that PEFT trains of a whole module (modules_to_save) stands in for that module, where it is in use.
+    """
+    added: list[str] = []
+    for path, module in model.named_modules():
+        parts = list(getattr(module, "adapter_layer_names", ()))
+        if hasattr(module, "peft_config") and hasattr(module, "prompt_encoder"):
+            parts.append("prompt_encoder")
+        if "modules_to_save" in parts:
+            used = () if module.disable_adapters else module.active_adapters
+            copies = [name for name in module.modules_to_save if name in used]
+            unused = [f"modules_to_save.{name}" for name in module.modules_to_save if name not in copies]
+            parts = [*unused, "original_module"] if copies else unused
+        added += [f"{path}.{part}." if path else f"{part}." for part in parts]
+    return [name for name, _ in model.named_parameters() if not f"{name}.".startswith(tuple(added))]
+
+
 def default_targets(model: nn.Module) -> list[str]:
     """Attention and MLP projections: weights of two or more dimensions inside numbered blocks, embeddings excluded."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    base = set(base_parameters(model))
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2
+        if name in base
+        and parameter.dim() >= 2
         and parameter.is_floating_point()
         and id(parameter) not in embeddings
         and any(part.isdigit() for part in name.split("."))
@@ -73,7 +94,7 @@ def embedding_weight(model: nn.Module, name: str | None = None, argument: str = 
 
 def default_head(model: nn.Module) -> list[str]:
     """The parameters of a task head, which starts from random weights and trains densely."""
-    return [name for name, _ in model.named_parameters() if in_head(name)]
+    return [name for name in base_parameters(model) if in_head(name)]
 
 
 def in_head(name: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..fisher import Labels, Plan, accumulate, prepare, say_slow, zeros_for
 from ..losses import Batch, Loss, batch_size, rows_of
-from ..names import default_head, groups, matching
+from ..names import base_parameters, default_head, groups, matching
 from ..ops import topk
 from ..own_forward import refuse_outside, say_left_out
 from ..selection import Index, Selection
@@ -39,11 +39,11 @@ def fish(
 
     Args:
         model, samples, labels, loss: as in `sparsekernels.fisher_diagonal`.
-        density: share of all parameters of the model that train, head included, in (0, 1].
+        density: share of all parameters of the model that train, head included, in (0, 1]. Adapters do not count.
         num_samples: the first so many samples are used; None for all.
         targets: patterns (as in `fnmatch`) of the parameters that compete; default: all but the head, embeddings,
-            biases and norms too, except what is used outside the forward of its module as well, where `sparsify`
-            cannot train it. A warning names those.
+            biases and norms too, frozen ones as well, without the adapters of PEFT, and without what is used outside
+            the forward of its module as well, where `sparsify` cannot train it. A warning names the latter.
         head: patterns of parameters to train densely; default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
         max_fisher_bytes: targets are worked through in groups whose Fisher diagonals fit in this, each group with its
@@ -121,9 +121,10 @@ class Search:
             raise ValueError(f"density must lie in (0, 1], got {density}")
         parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         dense = default_head(model) if head is None else matching(parameters, head, "head")
-        chosen = list(parameters) if targets is None else matching(parameters, targets, "targets")
+        base = [name for name in base_parameters(model) if name in parameters]
+        chosen = base if targets is None else matching(parameters, targets, "targets")
         chosen = [name for name in chosen if name not in set(dense)]
-        total = sum(p.numel() for p in parameters.values())
+        total = sum(parameters[name].numel() for name in {*base, *dense})
         charged, available = sum(parameters[n].numel() for n in dense), sum(parameters[n].numel() for n in chosen)
         k = min(int(total * density) - charged, available)
         if not chosen:

@@ -46,8 +46,9 @@ def sift(
             mappings are moved to the device of the model.
         density: share of each target in (0, 1].
         targets: patterns (as in `fnmatch`) of parameter names; default: every weight of two or more dimensions inside
-            the numbered blocks, that is attention and MLP projections, without embeddings, norms, the head, and what
-            is used outside the forward of its module as well, where `sparsify` cannot train it. A warning names those.
+            the numbered blocks, that is attention and MLP projections, frozen ones as well, without embeddings, norms,
+            the head, adapters of PEFT, and what is used outside the forward of its module as well, where `sparsify`
+            cannot train it. A warning names the latter.
         head: patterns of parameters to train densely; default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
         num_batches: how many batches to sum over.
