@@ -18,7 +18,7 @@ from ...losses import Batch, Loss, batch_size, default_loss, to_device
 from ...matrices import Matrix, matrices
 from .changes import product
 from .decompositions import Decompositions
-from .ranking import RHOS, Ranking, Reduction, Score, rank, targets
+from .ranking import RHOS, NoGradient, Ranking, Reduction, Score, rank, targets
 from .reducing import Reduced, pieces, reduce
 
 Evaluate = Callable[[nn.Module], float]
@@ -88,15 +88,27 @@ def adapt(
     with trial, bar:
         before = best = trial.start()
         for _ in range(min(rounds, len(left))):
-            ranking = rank(model, batches, names=left, progress=False, **options)
             backwards += 1
+            try:
+                ranking = rank(model, batches, names=left, progress=False, **options)
+            except NoGradient:
+                if first is None:
+                    raise
+                break  # what was reduced cuts the others off
             first = first or ranking
             candidates = list(ranking) if 1 in blocks else []
             if splits or clusters:
                 chosen = [reduction.matrix for reduction in ranking.best()[:tried]]
-                again = rank(model, batches, names=chosen, blocks=splits, clusters=clusters, progress=False, **options)
                 backwards += 1
-                candidates = sorted([*candidates, *again], key=lambda reduction: -(reduction.predicted or 0.0))
+                try:
+                    again = rank(
+                        model, batches, names=chosen, blocks=splits, clusters=clusters, progress=False, **options
+                    )
+                except NoGradient:  # in these, the best: all else is predicted to make the model worse
+                    if not candidates:
+                        break
+                else:
+                    candidates = sorted([*candidates, *again], key=lambda reduction: -(reduction.predicted or 0.0))
             if not candidates:
                 raise ValueError("blocks and clusters leave nothing to try: no matrix has so many rows")
             measured = [trial.measure(reduction, best) for reduction in candidates[:tried]]

@@ -80,6 +80,10 @@ class Ranking:
         return list(found.values())
 
 
+class NoGradient(ValueError):
+    """The loss does not depend on any of the matrices."""
+
+
 def rank(
     model: nn.Module,
     samples: Iterable[Batch],
@@ -124,8 +128,9 @@ def rank(
     small rho only so many triplets are computed, by a randomised method, see `factorize`.
 
     Raises:
-        ValueError: numbers out of range, an unknown score, names that match nothing, weights that are not finite, and
-            all that `singular_value_gradients` raises.
+        ValueError: numbers out of range, an unknown score, names that match nothing, weights that are not finite, a
+            loss whose gradient is zero in all matrices, as that of a contrastive loss of one sample is, and all that
+            `singular_value_gradients` raises.
 
     Source: scoring matrices by the gradients of their singular values, from about 100 samples, is the idea of Sreeram
     et al. (arXiv 2510.20800); splitting rows too. Sign and aggregation could not be read: the scores are ours, and so
@@ -152,6 +157,8 @@ def rank(
     derivatives, mean = singular_value_gradients(
         model, samples, flat, per_sample=score == "second", loss=loss, progress=progress
     )
+    if not any(bool(x.any()) for of in derivatives.values() for x in (of.inner, *of.values)):
+        raise NoGradient(_flat(score))
     reductions = []
     for label, matrix in found.items():
         values = iter(derivatives[matrix].values)
@@ -162,6 +169,13 @@ def rank(
                 reductions.append(Reduction(label, rho, split.blocks, split.clustered, predicted))
     reductions.sort(key=lambda reduction: -(reduction.predicted or 0.0))
     return Ranking(reductions, score, mean, found, cache)
+
+
+def _flat(score: Score) -> str:
+    message = "samples: the gradient of the loss is zero in all of the matrices, so nothing tells one from another"
+    if score == "second":
+        return f'{message}; "second" takes the loss of each sample alone: pass score="gain" if it compares samples'
+    return f"{message}; a loss that compares samples needs several in a batch"
 
 
 def targets(model: nn.Module, names: Iterable[str] | None) -> dict[str, Matrix]:
