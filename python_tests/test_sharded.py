@@ -28,6 +28,22 @@ def refused(call: Callable[[], Any], words: str = SHARDED) -> None:
         call()
 
 
+def squares(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch["input_ids"]).square().flatten(1).sum(1)
+
+
+BATCHES = [{"input_ids": torch.arange(4)}]
+METHODS: list[Callable[[nn.Module], Any]] = [
+    lambda m: sk.methods.sift(m, BATCHES, loss=lambda m, b: squares(m, b).sum(), targets=["1.weight"], head=()),
+    lambda m: sk.fisher_diagonal(m, BATCHES, loss=squares, names=["1.weight"]),
+    lambda m: sk.methods.fish(m, BATCHES, 0.5, loss=squares, targets=["1.weight"], head=()),
+    lambda m: sk.matrices(m, ["1.weight"]),  # what singular_value_gradients takes
+    lambda m: sk.methods.laser.rank(m, BATCHES, names=["1.weight"]),
+    lambda m: sk.methods.laser.reduce(m, [sk.methods.laser.Reduction("1.weight", 0.5)]),
+    lambda m: sk.methods.gates.attach(m, 0.3, 20, targets=["1.weight"]),
+]
+
+
 def sharding(rank: int, world: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -66,6 +82,8 @@ def refuses_before(model: nn.Module, selection: Selection) -> None:
     refused(lambda: sk.sparsify(model, selection))
     refused(lambda: selection.param_groups(model))
     refused(lambda: sk.SparseAdamW([group]))
+    for method in METHODS:
+        refused(lambda method=method: method(model))
 
 
 def test_sharded_models_are_refused(tmp_path: Path) -> None:
@@ -97,6 +115,10 @@ def test_quantised_weights_are_refused() -> None:
     words = "is Wrapped: quantised .* without quantisation"
     refused(lambda: sk.sparsify(model, Selection({"0.weight": index})), words)
     refused(lambda: sk.SparseAdamW([{"params": [model[0].weight], "indices": [index]}]), words)
+    model = net()
+    model[1].weight = nn.Parameter(Wrapped(torch.ones(8, 8, dtype=torch.int8)), requires_grad=False)
+    for method in METHODS:
+        refused(lambda method=method: method(model), words)
 
 
 def test_weights_without_values_are_refused() -> None:

@@ -17,6 +17,7 @@ from .names import base_parameters, matching, own_names
 from .own_forward import listed, warn
 from .per_sample import Collector, Misfit, Trust
 from .selection import Index, Selection
+from .supported import refuse_unsupported_of
 
 Labels = Literal["given", "expected"]
 
@@ -178,6 +179,7 @@ def prepare(
         raise ValueError("samples holds no batch")
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients within torch.inference_mode(); leave it first")
+    refuse_unsupported_of(model, indices)
     sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
     plan = Plan(PerSampleLoss(loss, labels), Trust())
     with Collector(model, indices, trust=plan.trust) as collector, torch.enable_grad():

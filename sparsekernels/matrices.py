@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .low_rank import LowRankLinear
 from .names import default_targets
+from .supported import refuse_unsupported_of
 
 Rows = slice | Tensor
 
@@ -111,18 +112,21 @@ def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
         or of integers.
 
     Raises:
-        ValueError: a pattern matches nothing, or nothing but parameters that hold no matrix.
+        ValueError: a pattern matches nothing, or nothing but parameters that hold no matrix; a parameter is sharded or
+            quantised.
     """
     parameters = {name: p for name, p in model.named_parameters() if _holds_matrices(model, name, p)}
     kinds = _kinds(parameters)
     found = {m.label: m for name, p in parameters.items() for m in _inside(model, name, p, kinds[name])}
     if names is None:
         targets = set(default_targets(model))
-        return {label: m for label, m in found.items() if m.parameter in targets and min(m.shape) > 1}
-    spoken = _spoken(model, found)
-    chosen: set[str] = set()
-    for pattern in [names] if isinstance(names, str) else names:
-        chosen.update(_matching(pattern, spoken, model))
+        chosen = {label for label, m in found.items() if m.parameter in targets and min(m.shape) > 1}
+    else:
+        spoken = _spoken(model, found)
+        chosen = set()
+        for pattern in [names] if isinstance(names, str) else names:
+            chosen.update(_matching(pattern, spoken, model))
+    refuse_unsupported_of(model, {m.parameter for label, m in found.items() if label in chosen})
     return {label: m for label, m in found.items() if label in chosen}
 
 

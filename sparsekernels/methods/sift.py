@@ -15,6 +15,7 @@ from ..losses import default_loss
 from ..names import default_head, default_targets, groups, matching
 from ..own_forward import OwnForward, refuse_outside, say_left_out
 from ..selection import Index, Selection, count_for
+from ..supported import refuse_unsupported_of
 
 SHARES = tuple(10 ** (-4 + i / 8) for i in range(33))  # 0.01 % to 100 %, eight points a decade
 CURVE_CHUNK = 1 << 22  # elements whose buckets exist at a time
@@ -66,7 +67,8 @@ def sift(
 
     Raises:
         ValueError: density or num_batches out of range, patterns that match nothing, fewer batches than asked,
-            a target that gets no gradient, that is named and used outside the forward of its module, or NaN in one.
+            a target that gets no gradient, that is named and used outside the forward of its module, or NaN in one;
+            parameters that are sharded or quantised.
 
     Source: paper, section 3, and the authors' code (rule for k, targets, one batch). Ours: pooler counts as head.
     """
@@ -77,6 +79,7 @@ def sift(
     chosen = [name for name in chosen if name not in set(dense)]
     if not chosen:
         raise ValueError("targets: the model has no weights in numbered blocks; name the targets yourself")
+    refuse_unsupported_of(model, [*chosen, *dense])
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
     first = list(itertools.islice(batches, num_batches))

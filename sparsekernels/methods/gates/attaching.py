@@ -15,6 +15,7 @@ from ...names import default_head, default_targets, matching
 from ...ops.gates.checks import Kind
 from ...pairs import kind_of
 from ...structures import structures, weight_size
+from ...supported import refuse_unsupported_of
 from .parts import OPEN, Found, Vector
 from .rounding import Dimensions
 from .saving import is_compressed
@@ -102,6 +103,7 @@ def attach(
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 or more, got {lora_rank}")
     refuse_sparsified(model)
+    refuse_unsupported_of(model)
     if any(isinstance(module, LayerGates) for module in model.modules()):
         raise ValueError("the model has gates already; call restore() or compress() on its Gates first")
     if is_compressed(model):
