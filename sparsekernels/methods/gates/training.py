@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...cutting import Planner, cut
 from ...gated_linear import Gating, LayerGates, put_back, ungate
 from ...ops import gate_values
+from .measuring import check_measured, take_gradients
 from .parts import OPEN, RATES, SHUT, Found, Vector, Wrong
 from .rounding import Dimensions
 from .saving import mark_compressed
@@ -319,7 +320,7 @@ class Gates:
         found, stays = price(scores, order, lambda stays: self._removed(rounded(stays)), share)
         stays = rounded(stays)
         if (reach := self._removed(stays)) < share:
-            self._check_measured(~scores.isinf())
+            check_measured(~scores.isinf())
             unknown = {self._vectors[i].layer for i in self._vector_of[scores.isinf()].unique()}
             raise RuntimeError(
                 f"no gradient has reached the gates of {len(unknown)} layers, {min(unknown)!r} among them; the others "
@@ -328,40 +329,16 @@ class Gates:
             )
         return found, stays
 
-    def _check_measured(self, reached: Tensor) -> None:
-        if not reached.any():
-            raise RuntimeError(
-                "no gradient reached any gate, so their importance is unknown: call model.train() before the forward "
-                "(from_pretrained returns a model in eval mode), and backward() before step()"
-            )
-
     def _take_gradients(self) -> Tensor:
-        """[gates], on the CPU: gradients by the values of gates since the last call, averaged over processes.
-
-        NaN for those that no backward reached, in any of them, and those of layers that are left out.
-        """
-        found, reached = [], []
-        for vector in self._vectors:
-            probe = self._layers[vector.layer].probes.get(vector.side)
-            gradient = None if probe is None else probe.grad
-            found.append(torch.zeros(vector.count) if gradient is None else gradient)
-            reached.append(float(gradient is not None))
-            if probe is not None:
-                probe.grad = None
-        used = [float(gates.used_outside and not gates.left_out) for gates in self._layers.values()]
-        device = self._logits()[0].device
-        flat = torch.cat([x.to(device, torch.float32) for x in (*found, torch.tensor(reached), torch.tensor(used))])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(flat)
-            flat /= torch.distributed.get_world_size()
-        gradients, share, outside = flat.cpu().split([len(self._vector_of), len(reached), len(used)])
+        """[gates], on the CPU: gradients by the values of gates since the last call; what `Importance.add` takes."""
+        gradients, reached, outside = take_gradients(self._layers, self._vectors, self._logits()[0].device)
         left_out = [name for name, each in zip(self._layers, outside, strict=True) if each]
         self._check_left_out(left_out)
-        self._check_measured(share)
+        check_measured(reached)
         self._leave_out(left_out)
         self._gating.watching = False
         kept = torch.tensor([vector.layer not in self._left_out for vector in self._vectors])
-        return gradients.masked_fill(~(share.bool() & kept)[self._vector_of], torch.nan)
+        return gradients.masked_fill(~(reached & kept)[self._vector_of], torch.nan)
 
     def _check_left_out(self, names: Sequence[str]) -> None:
         if names and (self._named or self._left_out.union(names) == set(self._layers)):
