@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,24 @@ def save_for_ever(load: Callable[[Path], Any], versions: list[Path], target: Pat
             version.save(target)
 
 
-def kills(load: Callable[[Path], Any], versions: list[Path], target: Path, longest: float) -> Iterator[int]:
-    """Start `save_for_ever` and kill it after up to `longest` seconds, KILLS times; yields after each."""
+def start(load: Callable[[Path], Any], versions: list[Path], target: Path) -> BaseProcess:
+    """`save_for_ever` in a process of its own, under way."""
     # A server that imports once and forks: a fork of this process would inherit the locks of its threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, load.__module__])
+    here, there = context.Pipe()
+    process = context.Process(target=save_for_ever, args=(load, versions, target, there), daemon=True)
+    process.start()
+    there.close()
+    assert here.recv()
+    return process
+
+
+def kills(load: Callable[[Path], Any], versions: list[Path], target: Path, longest: float) -> Iterator[int]:
+    """Kill `save_for_ever` after up to `longest` seconds, KILLS times; yields after each."""
     rng = random.Random(0)
     for number in range(KILLS):
-        here, there = context.Pipe()
-        process = context.Process(target=save_for_ever, args=(load, versions, target, there), daemon=True)
-        process.start()
-        there.close()
-        assert here.recv()
+        process = start(load, versions, target)
         time.sleep(rng.uniform(0, longest))
         process.kill()
         process.join()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from killing import kills
+from killing import kills, start
 from safetensors.torch import save_file
 from torch import nn
 
@@ -89,6 +89,21 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one(kind: str, tmp_path: P
     make(1, target)
     assert version(files.load_tensors(target, kind), whole) == 1
     assert list(folder.iterdir()) == [target]
+
+
+def test_loading_while_another_process_saves_gives_one_or_the_other(tmp_path: Path) -> None:
+    """A file that is opened twice, once for its header and once for its data, may be two files."""
+    target, versions = tmp_path / "file", [tmp_path / "a", tmp_path / "b"]
+    for number, path in enumerate(versions):
+        Selection.random({"w": (50,)}, 0.2 + 0.5 * number).save(path)
+    whole = [files.load_tensors(path, "selection") for path in versions]
+    Selection.load(versions[0]).save(target)
+    saver = start(Selection.load, versions, target)
+    found = [version(files.load_tensors(target, "selection"), whole) for _ in range(200)]
+    assert saver.is_alive()
+    saver.kill()
+    saver.join()
+    assert set(found) == {0, 1}
 
 
 def test_two_saves_at_once_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file")
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with open(path, "rb") as opened, safe_open(_once(path, opened.fileno()), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("sparsekernels") != kind:
                 found = metadata.get("sparsekernels", "no sparsekernels file")
@@ -119,6 +119,12 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except (SafetensorError, TypeError) as error:  # TypeError: a size of 2^63 or more beside one of 0
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
+
+
+def _once(path: str | Path, opened: int) -> str:
+    """A name for an open file. By its path safe_open would open it twice, and it may be replaced in between."""
+    name = f"/dev/fd/{opened}"
+    return name if os.path.exists(name) else str(path)
 
 
 def described(path: str | Path, text: str | None, schema: Any) -> Any:
