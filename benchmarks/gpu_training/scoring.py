@@ -125,4 +125,4 @@ def ks_lottery(samples: Samples) -> Run:
             if not bool((selection.report["statistics"] > 0).any()):
                 raise WrongResult("tuning moved no row")
 
-    return Run(lambda: sk.methods.ks_lottery(tuned), check)
+    return Run(lambda: sk.methods.ks_lottery(tuned, fallback_density=0), check)

@@ -59,7 +59,8 @@ class Ticket:
     def draw(cls, embed: Any, alpha: float) -> Ticket:
         """Test the rows of an embed-tuned model."""
         found = {
-            correction: sk.methods.ks_lottery(embed, alpha=alpha, correction=correction) for correction in CORRECTIONS
+            correction: sk.methods.ks_lottery(embed, alpha=alpha, correction=correction, fallback_density=0)
+            for correction in CORRECTIONS
         }
         report = found[None].report
         counts = {correction or "none": sum(map(len, rows.values())) for correction, rows in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -80,9 +81,45 @@ def test_rows_that_stayed_have_p_one() -> None:
 
 def test_no_row_is_an_empty_selection() -> None:
     before, _ = tables()
-    ticket = ks_lottery(before, before.clone(), name=NAME)
+    with pytest.warns(RuntimeWarning, match="No row changed; the ticket is empty"):
+        ticket = ks_lottery(before, before.clone(), name=NAME)
     assert len(ticket) == 0
     assert len(ticket.report["pvalues"]) == ROWS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("correction", [None, "bonferroni", "bh"])
+def test_where_no_row_is_significant_the_ticket_goes_by_size(correction: Any, dtype: torch.dtype) -> None:
+    """The rows of smallest p; of those that share one, as most do, the ones that moved further; none that stayed."""
+    before = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    after = before.to(torch.float32, copy=True)
+    after[30:] += 0.01 * torch.arange(1, 21)[:, None] % 0.07
+    after[7] = before[7].float().flip(0)
+    statistics, pvalues = expected(before.float(), after)
+    distance = (after - before.float()).norm(dim=1)
+    order = sorted(range(50), key=lambda row: (-float(statistics[row]), -float(distance[row]), row))
+    assert len(set(pvalues.tolist())) < 10
+    for density in (0.02, 0.1, 0.3, 1.0):
+        with pytest.warns(RuntimeWarning, match=r"none of 50 rows of 'embed\.weight' has p < 1e-09") as said:
+            ticket = ks_lottery(before, after, 1e-9, correction, fallback_density=density, name=NAME)
+        moved = [row for row in order[: min(int(density * 50) + 1, 50)] if statistics[row] > 0]
+        assert rows(ticket) == sorted(moved)
+        assert ticket.report["significant"] == 0
+        assert torch.equal(ticket.report["pvalues"], ks_lottery(before, after, name=NAME).report["pvalues"])
+        assert said[0].filename == __file__
+    assert len(moved) == int((statistics > 0).sum()) < 20
+
+
+def test_the_papers_rule_by_itself() -> None:
+    """Without a fallback the ticket is what is significant, nothing else; with one too, where anything is."""
+    before, after = tables()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        empty = ks_lottery(before, after, 1e-60, fallback_density=0, name=NAME)
+        assert len(empty) == empty.report["significant"] == 0
+        few = ks_lottery(before, after, 1e-20, fallback_density=1.0, name=NAME)
+    assert 0 < len(rows(few)) == few.report["significant"] < 10
+    assert rows(few) == (few.report["pvalues"] < 1e-20).nonzero().reshape(-1).tolist()
 
 
 def test_a_bf16_table_is_compared_with_fp32_values() -> None:
@@ -192,6 +229,8 @@ def test_bad_input_is_refused() -> None:
         ((before, after, 0.0), {}, r"alpha must lie in \(0, 1\), got 0.0"),
         ((before, after, 1.0), {}, "alpha must lie"),
         ((before, after, 0.05, "holm"), {}, "correction must be None"),
+        ((before, after), {"fallback_density": 1.5}, r"fallback_density must lie in \[0, 1\], got 1.5"),
+        ((before, after), {"fallback_density": -0.1}, r"fallback_density must lie in \[0, 1\], got -0.1"),
         ((before,), {}, "after is missing"),
         ((before, after[:-1]), {}, "must share shape"),
         ((before, before), {}, "one table in memory"),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..names import embedding_weight
 from ..ops import ks_2samp, topk
-from ..selection import Index, Selection
+from ..own_forward import warn
+from ..selection import Index, Selection, count_for
 from ..slot import Slot
 from ..sparsify import SparseModel
 
@@ -43,12 +44,15 @@ def ks_lottery(
     alpha: float = 0.05,
     correction: Correction | None = None,
     *,
+    fallback_density: float = 0.02,
     name: str | None = None,
 ) -> Selection:
     """Select the rows of an embedding table that a two-sample Kolmogorov-Smirnov test tells from what they were.
 
     For each row: the D numbers before and the D numbers after are two samples; the test is two-sided and exact. The
-    winning ticket is the rows with p < alpha.
+    winning ticket is the rows with p < alpha. Where there are none, as on most models tuned at the usual rates (the
+    narrower the table, the larger a change must be), it is the rows of smallest p-value, up to a size, and a warning
+    says so.
 
     Args:
         before: the table before tuning, [V, D]; a model, whose input embedding is meant; or the SparseModel that
@@ -58,28 +62,34 @@ def ks_lottery(
         alpha: rows with a p-value below it are selected, in (0, 1).
         correction: how p-values are adjusted for the V tests made at once: "bonferroni", "bh" (Benjamini-Hochberg), or
             None, as in the paper: then alpha * V rows would be selected by chance, were the samples independent.
+        fallback_density: size of the ticket where no row has p < alpha, a share of all rows in [0, 1]:
+            k = min(int(fallback_density * V) + 1, V), of rows with equal p-values those that moved further, and none
+            that did not change. 0 is the paper's rule: the ticket may be empty.
         name: the parameter that the Selection names. Needed where both tables are tensors; elsewhere the default is the
             table that the SparseModel trains, or the model's input embedding.
 
     Returns:
-        Selection of rows, empty if there are none. `.report` holds "pvalues" and "statistics", float64 [V] on the CPU,
-        and "adjusted" under a correction.
+        Selection of rows, empty if no row changed. `.report` holds "pvalues" and "statistics", float64 [V] on the CPU,
+        "adjusted" under a correction, and "significant", the number of rows with p < alpha: 0 tells that the ticket is
+        one by size.
 
     A row that was not trained, or only permuted, has statistic 0 and p-value 1. The test compares distributions, not
     positions: see `by_shift` for those.
 
     Raises:
-        ValueError: alpha or correction is none of the above, tables that are empty or do not fit each other, NaN (the
-            row is named). RuntimeError: the SparseModel was restored or merged.
+        ValueError: alpha, correction or fallback_density is none of the above, tables that are empty or do not fit each
+            other, NaN (the row is named). RuntimeError: the SparseModel was restored or merged.
 
     Cost: one pass over both tables, and what `sparsekernels.ops.ks_2samp` costs.
 
-    Source: test and alpha are the paper's, as quoted by others. Ours: corrections, through scipy.
+    Source: test and alpha are the paper's, as quoted by others. Ours: corrections, through scipy, and a ticket by size.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
     if correction not in (None, "bh", "bonferroni"):
         raise ValueError(f'correction must be None, "bh" or "bonferroni", got {correction!r}')
+    if not 0 <= fallback_density <= 1:
+        raise ValueError(f"fallback_density must lie in [0, 1], got {fallback_density}")
     tables = tables_of(before, after, name)
     found = [ks_2samp(x, y, method="exact") for x, y in tables.parts(_common(tables))]
     p = torch.cat([part.pvalue for part in found]).cpu()
@@ -91,7 +101,23 @@ def ks_lottery(
         from scipy.stats import false_discovery_control
 
         p = report["adjusted"] = torch.from_numpy(false_discovery_control(p.numpy(), method="bh"))
-    return _selection(tables.name, (p < alpha).nonzero().reshape(-1), tables.before.shape, report)
+    rows = (p < alpha).nonzero().reshape(-1)
+    report["significant"] = len(rows)
+    if not len(rows) and fallback_density:
+        rows = _least_alike(tables, report["statistics"], count_for(len(p), None, fallback_density))
+        taken = (
+            f"The ticket is the {len(rows)} rows of smallest p" if len(rows) else "No row changed; the ticket is empty"
+        )
+        smallest = f"none of {len(p)} rows of {tables.name!r} has p < {alpha:g}, the smallest is {float(p.min()):.3g}"
+        warn(f"ks_lottery: {smallest}. {taken}. Tune longer or at a larger lr")
+    return _selection(tables.name, rows, tables.before.shape, report)
+
+
+def _least_alike(tables: Tables, statistics: Tensor, k: int) -> Tensor:
+    """The k rows of largest statistic, ties to those that moved further, ascending; none that did not change."""
+    order = _shifts(tables).argsort(descending=True, stable=True)
+    order = order[statistics[order].argsort(descending=True, stable=True)][:k]
+    return order[statistics[order] > 0].sort().values
 
 
 def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | None = None) -> Selection:
@@ -109,8 +135,7 @@ def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | N
             RuntimeError: the SparseModel was restored or merged.
     """
     tables = tables_of(before, after, name)
-    wide = torch.promote_types(_common(tables), torch.float32)
-    shifts = torch.cat([(y - x).norm(dim=1) for x, y in tables.parts(wide)]).cpu()
+    shifts = _shifts(tables)
     tables.refuse_nan(shifts)
     return _selection(tables.name, _largest(shifts, k), tables.before.shape, {"shifts": shifts})
 
@@ -226,6 +251,12 @@ def _same_memory(x: Tensor, y: Tensor) -> bool:
 def _common(tables: Tables) -> torch.dtype:
     """fp32 at least where the two differ: what training left of a bf16 table is no bf16 any more."""
     return torch.promote_types(tables.before.dtype, tables.after.dtype)
+
+
+def _shifts(tables: Tables) -> Tensor:
+    """How far each row moved, [V] on the CPU."""
+    wide = torch.promote_types(_common(tables), torch.float32)
+    return torch.cat([(y - x).norm(dim=1) for x, y in tables.parts(wide)]).cpu()
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
