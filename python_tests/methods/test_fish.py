@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sparsekernels import Selection, fisher_diagonal, squared_gradient_norms
 from sparsekernels.methods import fish, ird
+from sparsekernels.methods.fish import take
 
 QUIET = {"progress": False}
 HEAD = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"]
@@ -96,6 +98,37 @@ def test_number_of_samples_targets_and_no_head(net: Any, batches: Any) -> None:
     assert_largest(mask, torch.cat([x.flatten() for x in scores.values()]), k)
     assert set(found) <= set(scores)
     assert found.report["samples"] == 7
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes", "asked"),
+    [
+        (1, [1], 1),
+        (4, [4], 1),
+        (5, [5], 1),
+        (6, [5, 1], 2),
+        (7, [5, 2], 2),
+        (8, [5, 3], 2),
+        (9, [5, 3, 1], 3),
+        (13, [5, 3, 5], 3),
+        (14, [5, 3, 5], 3),
+        (None, [5, 3, 5], 3),
+    ],
+)
+def test_the_first_so_many_samples(batches: Any, limit: Any, sizes: list[int], asked: int) -> None:
+    """Up to the limit and not one beyond it, without asking for a batch that is not needed."""
+    given: list[int] = []
+
+    def stream() -> Iterator[dict[str, Tensor]]:
+        for number, batch in enumerate(batches):
+            given.append(number)
+            yield batch
+
+    taken = take(stream(), limit)
+    assert [len(batch["input_ids"]) for batch in taken] == sizes
+    assert len(given) == asked
+    for batch, whole in zip(taken, batches, strict=False):
+        assert all(torch.equal(x, whole[key][: len(x)]) for key, x in batch.items())
 
 
 def test_expected_labels_need_no_labels(net: Any, batches: Any) -> None:

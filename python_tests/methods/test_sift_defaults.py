@@ -85,6 +85,19 @@ def test_patterns(targets: Any, head: Any, expected: list[str]) -> None:
     assert all(found[name].rows for name in in_head)
 
 
+def test_the_head_does_not_compete() -> None:
+    """A target that is in the head too trains densely: it has no part in the curve, and its gradient is not taken."""
+    model, taken = Zoo(), []
+    model.head.weight.register_hook(taken.append)
+    others = ["embed.weight", "norm.weight", "up.weight", "down.weight", "conv.weight", "experts.weight"]
+    found = run(model, targets="*.weight", head="head.*")
+    assert found.report == run(model, targets=others, head=()).report
+    assert found.report["curve"] != run(model, targets="*.weight", head=()).report["curve"]
+    assert len(taken) == 1  # by the last run, in which it is a target
+    with pytest.raises(ValueError, match="name the targets yourself"):
+        run(model, targets="head.*", head="head.*")
+
+
 def with_nan(name: str) -> Zoo:
     """A model whose gradient is NaN in one tensor alone."""
     model = Zoo()
