@@ -235,6 +235,25 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
         partial_transfer(tuned, rows(1))
 
 
+def test_from_the_first_line_to_the_last_at_the_usual_rate() -> None:
+    """Where a step of 2e-5 makes no row significant."""
+    model, given = llama(), batches()
+    before = state(model)
+    tuned = embed_tune(model, given, progress=False)
+    with pytest.warns(RuntimeWarning, match=r"has p < 0\.05.*The ticket is the 2 rows"):
+        ticket = ks_lottery(tuned)
+    assert (len(ticket[NAME]), ticket.report["significant"]) == (2, 0)
+    reference = predictions(model, given)
+    delta = partial_transfer(tuned, ticket)
+    tuned.restore()
+    assert not changed(before, model)
+    with delta.apply(model):
+        assert changed(before, model) == {NAME}
+        assert certificate(predictions(model, given), reference).count == len(reference)
+    partial_tune(model, ticket, given, progress=False)
+    assert changed(before, model) == {NAME}
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "bert-mlm"])
 def test_predictions_are_those_of_labelled_positions(kind: str) -> None:
     model = transformer(kind)
