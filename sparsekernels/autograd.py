@@ -5,6 +5,8 @@ The autograd functions run the plain dense forward and return the gradient of th
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,15 +150,29 @@ class SparseEmbedding(nn.Embedding):
 
 
 def attach(module: nn.Module) -> list[Any]:
-    """Hooks for a module of any other kind: during its forward the selected parameters are `_Attach`ed views."""
-    return [module.register_forward_pre_hook(_put), module.register_forward_hook(_take, always_call=True)]
+    """Hooks for a module of any other kind: during its forward the selected parameters read as `_Attach`ed views.
+
+    A view lies in the module's __dict__, where Python looks before nn.Module does: the Parameters stay in their place.
+    torch runs no hook after a KeyboardInterrupt. What is left then reads and writes the storage of the Parameter, until
+    the next forward, state_dict, load_state_dict, restore or merge takes it away.
+    """
+    return [
+        module.register_forward_pre_hook(_put),
+        module.register_forward_hook(detach, always_call=True),
+        module.register_state_dict_pre_hook(detach),
+        module.register_load_state_dict_pre_hook(detach),
+    ]
 
 
 def _put(module: Any, *_: Any) -> None:
-    module._sparse_held = {name: module._parameters[name] for name in slots_of(module)}
+    detach(module)  # torch.compile then knows whether there is something left, and drops its graph when there is not
     for name, slot in slots_of(module).items():
-        module._parameters[name] = _attached(slot)
+        module.__dict__[name] = view = _attached(slot)
+        if not torch.compiler.is_compiling():
+            view.__deepcopy__ = partial(copy.deepcopy, slot.weight)  # torch copies no views, and a model may be copied
 
 
-def _take(module: Any, *_: Any) -> None:
-    module._parameters.update(module.__dict__.pop("_sparse_held", {}))
+def detach(module: Any, *_: Any) -> None:
+    """Let every selected parameter of the module read as itself again."""
+    for name in slots_of(module):
+        module.__dict__.pop(name, None)

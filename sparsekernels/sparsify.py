@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, is_sparsified, slots_of
+from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, detach, is_sparsified, slots_of
 from .replicas import Replicas
 from .selection import Index, Selection
 from .slot import SLOT, VALUES, CompactParameter, Holders, Slot, compact_copy, warn_untrained
@@ -224,6 +224,7 @@ class _Found:
         for module, attribute in slot.holders:
             if module not in self.modules:
                 continue
+            detach(module)
             slots_of(module).pop(attribute, None)
             if not slots_of(module):
                 module.__class__, hooks = self.modules.pop(module)
