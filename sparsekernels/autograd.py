@@ -144,8 +144,8 @@ class SparseEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         slot = slots_of(self)["weight"]
-        slot.sync_()
-        result: Tensor = _Embedding.apply(input, self.weight, slot.values, slot.positions, slot.rows, self.padding_idx)
+        values, positions = slot.sync_()
+        result: Tensor = _Embedding.apply(input, self.weight, values, positions, slot.rows, self.padding_idx)
         return result
 
 
@@ -167,7 +167,8 @@ def attach(module: nn.Module) -> list[Any]:
 def _put(module: Any, *_: Any) -> None:
     detach(module)  # torch.compile then knows whether there is something left, and drops its graph when there is not
     for name, slot in slots_of(module).items():
-        module.__dict__[name] = view = _attached(slot)
+        view: Any = _attached(slot)
+        module.__dict__[name] = view
         if not torch.compiler.is_compiling():
             view.__deepcopy__ = partial(copy.deepcopy, slot.weight)  # torch copies no views, and a model may be copied
 
