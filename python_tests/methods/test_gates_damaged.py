@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gating import measure, outputs
+from gated_models import measure, outputs
 from killing import kills
 from models import transformer
 from mutating import MUTATIONS, mutate

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from gating import measure
+from gated_models import measure
 from models import batch, transformer
 from reduced_models import assert_same, snapshot
 from torch import Tensor, nn

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gating import measure, outputs
+from gated_models import measure, outputs
 from models import batch, transformer
 from reduced_models import assert_same, snapshot
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from gating import measure
+from gated_models import measure
 from models import batch, ids, transformer
 from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
