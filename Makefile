@@ -4,7 +4,7 @@
 #   PIP_FLAGS=...            more flags for pip. torch from PyPI comes with 3 GB of CUDA libraries; without a GPU, use
 #                            PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   SPARSEKERNELS_BUILD=...  what to build: see setup.py
-#   ARGS=...                 more arguments for the program run by `demo`, `ks-lottery`, `test`, `bench` or `gpu-train`, and for the tests of `gpu`
+#   ARGS=...                 more arguments for the program run by `demo`, `ks-lottery`, `test`, `fuzz`, `bench` or `gpu-train`, and for the tests of `gpu`
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ks-lottery test lint format bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
+.PHONY: help demo ks-lottery test lint format fuzz bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -36,6 +36,9 @@ lint: $(VENV)/packages  ## ruff and mypy
 format: $(VENV)/packages  ## mend the formatting and what ruff can mend
 	$(RUN) -m ruff check --quiet --fix .
 	$(RUN) -m ruff format --quiet .
+
+fuzz: $(VENV)/packages  ## throw 12,000 hostile calls at the raw CPU ops, under address and undefined-behaviour sanitizers
+	$(RUN) .ci/fuzz_ops.py $(ARGS)
 
 bench: $(VENV)/native  ## time every kernel beside what a user would call instead
 	$(RUN) -m pytest benchmarks/kernels --benchmark-only --benchmark-columns=median,iqr,rounds \

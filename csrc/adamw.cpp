@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "common.h"
+#include "positions.h"
 
 namespace sk {
 namespace {
@@ -17,7 +18,7 @@ float number(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(
       tensor.numel() == 1 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float, name,
       " must be a 0-d fp32 CPU tensor");
-  return *static_cast<const float*>(tensor.const_data_ptr());
+  return *data<float>(tensor, name);
 }
 
 AdamwOptions make_options(
@@ -47,13 +48,20 @@ void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxim
   STD_TORCH_CHECK(maxima == 0 || maxima == count, "max_exp_avg_sqs must be empty or have one entry for each parameter");
 }
 
+// Where the moments lie, of which the first says dtype and size.
+void* state_of(const Tensor& exp_avg, const Tensor& state, const char* name) {
+  check_same(exp_avg, state, name);
+  void* at = state.mutable_data_ptr();
+  check_memory(state, at, state.element_size(), name);
+  return at;
+}
+
 // Fills what both forms share: moments, positions, and the scalars of the step.
-template <typename T>
+template <typename T, typename W>
 cpu::AdamwTask make_task(
     const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& dense,
-    const Tensor& positions, const AdamwOptions& options, const std::vector<int64_t>& rounding, size_t number) {
-  check_same(exp_avg, exp_avg_sq, "exp_avg_sq");
-  if (maximum) check_same(exp_avg, *maximum, "max_exp_avg_sq");
+    const Tensor& positions, const AdamwOptions& options, const std::vector<int64_t>& rounding, size_t number,
+    Apart& apart) {
   STD_TORCH_CHECK(dense.is_contiguous(), "dense parameters must be contiguous");
   const int64_t count = positions.numel();
   const int64_t numel = exp_avg.numel();
@@ -61,25 +69,30 @@ cpu::AdamwTask make_task(
   task.numel = numel;
   task.width = count == 0 ? 1 : numel / count;
   STD_TORCH_CHECK(task.width * count == numel, "the state does not fit its positions");
-  task.exp_avg = exp_avg.mutable_data_ptr();
-  task.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
-  task.maximum = maximum ? maximum->mutable_data_ptr() : nullptr;
-  task.dense = dense.mutable_data_ptr();
-  task.positions = positions.const_data_ptr();
+  task.exp_avg = state_of(exp_avg, exp_avg, "exp_avg");
+  task.exp_avg_sq = state_of(exp_avg, exp_avg_sq, "exp_avg_sq");
+  task.maximum = maximum ? state_of(exp_avg, *maximum, "max_exp_avg_sq") : nullptr;
+  task.dense = mutable_data<W>(dense, "weights");
   with_positions(positions, [&](const auto* index) {
-    check_bounds(index, count, task.width == 0 ? dense.size(0) : dense.numel() / task.width);
+    check_positions(index, count, task.width == 0 ? dense.size(0) : dense.numel() / task.width);
+    task.positions = index;
   });
+  apart.read(positions);
+  apart.written(exp_avg);
+  apart.written(exp_avg_sq);
+  if (maximum) apart.written(*maximum);
+  apart.written(dense);
   STD_TORCH_CHECK(
       step.is_cpu() && step.scalar_type() == ScalarType::Float && step.is_contiguous() &&
           (step.numel() == 1 || (step.dim() == 1 && step.numel() == count)),
       "steps must be fp32 CPU tensors, 0-d or with one entry for each position");
-  const auto* steps = static_cast<const float*>(step.const_data_ptr());
+  const auto* steps = data<float>(step, "steps");
   const bool aged = step.numel() != 1;
   task.ages = aged ? steps : nullptr;
   task.options = &options;
   if (!rounding.empty()) {
     STD_TORCH_CHECK(rounding.size() == 2, "rounding must be empty, or seed and first stream");
-    task.rounding = {uint64_t(rounding[0]), uint32_t(aged ? 0 : *steps), uint32_t(rounding[1] + number), true};
+    task.rounding = {uint64_t(rounding[0]), aged ? 0 : counter_of(*steps), uint32_t(rounding[1] + number), true};
   }
   const auto scalars = adamw_step<T>(aged ? kNoBias : *steps, options);
   if constexpr (std::is_same_v<T, double>) task.step64 = scalars; else task.step32 = scalars;
@@ -116,6 +129,7 @@ void adamw_compact_(
       max_exp_avg_sqs.size());
   const auto options = make_options(lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale);
   std::vector<cpu::AdamwTask> tasks;
+  Apart apart;
   for (size_t i = 0; i < values.size(); ++i) {
     const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
     STD_TORCH_CHECK(values[i].is_contiguous(), "values must be contiguous");
@@ -126,10 +140,11 @@ void adamw_compact_(
       using scalar_t = decltype(zero);
       using T = opmath_t<scalar_t>;
       STD_TORCH_CHECK(values[i].scalar_type() == scalar_type<T>(), "values must be fp32 (fp64 for fp64 weights)");
-      auto task =
-          make_task<T>(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], options, rounding, i);
-      task.values = values[i].mutable_data_ptr();
-      task.grad = grads[i].const_data_ptr();
+      auto task = make_task<T, scalar_t>(
+          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], options, rounding, i, apart);
+      task.values = mutable_data<T>(values[i], "values");
+      task.grad = data<T>(grads[i], "grads");
+      apart.written(values[i]);
       with_kind<T>(positions[i], exp_avgs[i], task, [&](auto index, auto state, auto amsgrad, auto aged) {
         task.run = cpu::adamw_compact<
             T, scalar_t, decltype(state), decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
@@ -137,6 +152,7 @@ void adamw_compact_(
       tasks.push_back(task);
     });
   }
+  apart.check("positions");
   run(tasks, found_inf);
 }
 
@@ -149,6 +165,7 @@ void adamw_gathered_(
       max_exp_avg_sqs.size());
   const auto options = make_options(lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale);
   std::vector<cpu::AdamwTask> tasks;
+  Apart apart;
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
     check_same(params[i], grads[i], "grads");
@@ -156,9 +173,9 @@ void adamw_gathered_(
       using scalar_t = decltype(zero);
       using T = opmath_t<scalar_t>;
       STD_TORCH_CHECK(exp_avgs[i].is_contiguous(), "exp_avgs must be contiguous");
-      auto task =
-          make_task<T>(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], options, rounding, i);
-      task.grad = grads[i].const_data_ptr();
+      auto task = make_task<T, scalar_t>(
+          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], options, rounding, i, apart);
+      task.grad = data<scalar_t>(grads[i], "grads");
       with_kind<T>(positions[i], exp_avgs[i], task, [&](auto index, auto state, auto amsgrad, auto aged) {
         task.run = cpu::adamw_gathered<
             T, scalar_t, decltype(state), decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
@@ -166,6 +183,7 @@ void adamw_gathered_(
       tasks.push_back(task);
     });
   }
+  apart.check("positions");
   run(tasks, found_inf);
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common.h"
+#include "positions.h"
 
 namespace sk {
 namespace {
@@ -24,7 +25,7 @@ Sorted sort_by_row(const int64_t* ids, int64_t count, int64_t rows) {
   std::iota(from.order.begin(), from.order.end(), 0);
   if (std::is_sorted(ids, ids + count)) return from;
   Sorted to = from;
-  for (int shift = 0; (rows - 1) >> shift > 0; shift += kDigit) {
+  for (int shift = 0; shift < 64 && (rows - 1) >> shift > 0; shift += kDigit) {
     int64_t starts[(1 << kDigit) + 1] = {};
     const auto digit = [&](int64_t i) { return (from.ids[i] >> shift) & ((1 << kDigit) - 1); };
     for (int64_t i = 0; i < count; ++i) ++starts[digit(i) + 1];
@@ -42,9 +43,11 @@ Sorted sort_by_row(const int64_t* ids, int64_t count, int64_t rows) {
 void* check_state(const Tensor& state, const Tensor& first, const Tensor& param, int64_t width, const char* name) {
   STD_TORCH_CHECK(
       state.is_contiguous() && state.scalar_type() == first.scalar_type() && state.dim() == param.dim() &&
-          state.size(0) == first.size(0) && state.numel() == state.size(0) * width,
+          state.size(0) == first.size(0) && state.numel() == product(state.size(0), width),
       name, " must be contiguous, of the dtype and size of exp_avg, with rows as long as the parameter's");
-  return state.mutable_data_ptr();
+  void* at = state.mutable_data_ptr();
+  check_memory(state, at, state.element_size(), name);
+  return at;
 }
 
 void adamw_rows_(
@@ -57,20 +60,18 @@ void adamw_rows_(
   const int64_t width = rows == 0 ? 0 : param.numel() / rows;
   STD_TORCH_CHECK(
       grad_values.is_contiguous() && grad_values.scalar_type() == param.scalar_type() &&
-          grad_values.dim() == param.dim() && grad_values.size(0) == count && grad_values.numel() == count * width,
+          grad_values.dim() == param.dim() && grad_values.size(0) == count && grad_values.numel() == product(count, width),
       "grad_values must be contiguous [T, *row] with the dtype of param");
   STD_TORCH_CHECK(
       ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
       "ids must be contiguous int64 with one entry for each row of grad_values");
-  const auto* listed = static_cast<const int64_t*>(ids.const_data_ptr());
+  const auto* listed = data<int64_t>(ids, "ids");
   for (int64_t i = 0; i < count; ++i) {
     STD_TORCH_CHECK(listed[i] >= 0 && listed[i] < rows, "ids has an entry out of range for a table of ", rows, " rows");
   }
   const Sorted sorted = sort_by_row(listed, count, rows);
   const int64_t lines = exp_avg.size(0);
   cpu::AdamwRowsTask task{};
-  task.param = param.mutable_data_ptr();
-  task.grad_values = grad_values.const_data_ptr();
   task.ids = sorted.ids.data();
   task.order = sorted.order.data();
   task.count = count;
@@ -79,7 +80,7 @@ void adamw_rows_(
     STD_TORCH_CHECK(
         slots->scalar_type() == ScalarType::Int && slots->is_contiguous() && slots->numel() == rows,
         "slots must be contiguous int32 with one entry for each row of param");
-    task.slots = static_cast<const int32_t*>(slots->const_data_ptr());
+    task.slots = data<int32_t>(*slots, "slots");
     for (int64_t i = 0; i < count; ++i) {
       const int32_t slot = task.slots[task.ids[i]];
       STD_TORCH_CHECK(slot >= 0 && slot < lines, "slots has an entry out of range for a state of ", lines, " rows");
@@ -93,6 +94,10 @@ void adamw_rows_(
   task.exp_avg = check_state(exp_avg, exp_avg, param, width, "exp_avg");
   task.exp_avg_sq = check_state(exp_avg_sq, exp_avg, param, width, "exp_avg_sq");
   if (max_exp_avg_sq) task.maximum = check_state(*max_exp_avg_sq, exp_avg, param, width, "max_exp_avg_sq");
+  if (slots) {
+    for (const Tensor* each : {&param, &exp_avg, &exp_avg_sq}) check_apart(*slots, *each, "slots");
+    if (max_exp_avg_sq) check_apart(*slots, *max_exp_avg_sq, "slots");
+  }
   task.scales_each = scales.dim() == 2 && scales.size(0) > 1;
   with_floating(param.scalar_type(), "adamw_rows_", [&](auto zero) {
     using W = decltype(zero);
@@ -101,7 +106,9 @@ void adamw_rows_(
         scales.dim() == 2 && scales.size(1) == 2 && scales.is_contiguous() && scales.scalar_type() == scalar_type<T>() &&
             (scales.size(0) == 1 || scales.size(0) == count),
         "scales must be contiguous [1, 2] or [T, 2], fp32 (fp64 for fp64 parameters)");
-    task.scales = scales.const_data_ptr();
+    task.scales = data<T>(scales, "scales");
+    task.param = mutable_data<W>(param, "param");
+    task.grad_values = data<W>(grad_values, "grad_values");
     void (*run)(const cpu::AdamwRowsTask&, int64_t, int64_t) = nullptr;
     if (exp_avg.scalar_type() == scalar_type<T>()) {
       run = task.maximum ? cpu::adamw_rows<T, W, T, true> : cpu::adamw_rows<T, W, T, false>;

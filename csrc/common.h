@@ -11,7 +11,9 @@
 #include <vector>
 
 // One library for every x86-64 machine: the compiler makes three versions, the loader picks the best one that runs here.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// Under a sanitizer one is enough, for it takes long to compile.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_ADDRESS__)
 #define SK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define SK_CLONES
@@ -49,23 +51,43 @@ void with_floating(ScalarType dtype, const char* op, const F& f) {
   }
 }
 
-// Calls f with a typed pointer to positions, int32 or int64.
-template <typename F>
-void with_positions(const Tensor& positions, const F& f) {
-  STD_TORCH_CHECK(positions.dim() == 1 && positions.is_contiguous(), "positions must be contiguous, of one dimension");
-  if (positions.scalar_type() == ScalarType::Int) {
-    f(static_cast<const int32_t*>(positions.const_data_ptr()));
-  } else {
-    STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long, "positions must be int32 or int64");
-    f(static_cast<const int64_t*>(positions.const_data_ptr()));
-  }
+// A product of sizes: tensors without elements may have any.
+inline int64_t product(int64_t a, int64_t b) {
+  int64_t result;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), "sizes of ", a, " and ", b, " are too large");
+  return result;
 }
 
-// Positions are sorted, so the first and the last one tell whether all stay inside.
-template <typename I>
-void check_bounds(const I* positions, int64_t count, int64_t limit) {
-  STD_TORCH_CHECK(
-      count == 0 || (positions[0] >= 0 && positions[count - 1] < limit), "positions out of range for a size of ", limit);
+// Bytes from the first to the last element of a tensor, which need not lie side by side.
+inline int64_t bytes_of(const Tensor& x) {
+  const int64_t numel = x.numel();
+  if (numel == 0 || x.is_contiguous()) return numel * int64_t(x.element_size());
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  return (last + 1) * int64_t(x.element_size());
+}
+
+// A storage can be freed or shrunk under a tensor, which FSDP does to weights, and memory of others can begin anywhere.
+inline void check_memory(const Tensor& x, const void* data, size_t alignment, const char* name) {
+  int64_t held = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &held));
+  const int64_t before = x.storage_offset() * int64_t(x.element_size());
+  STD_TORCH_CHECK(before + bytes_of(x) <= held, name, " has no memory: its storage was freed or made smaller");
+  STD_TORCH_CHECK(uintptr_t(data) % alignment == 0, name, " is not aligned: its memory must begin at a whole element");
+}
+
+// Where elements of type T begin, to be read; to be changed.
+template <typename T>
+const T* data(const Tensor& x, const char* name) {
+  const void* at = x.const_data_ptr();
+  check_memory(x, at, alignof(T), name);
+  return static_cast<const T*>(at);
+}
+template <typename T>
+T* mutable_data(const Tensor& x, const char* name) {
+  void* at = x.mutable_data_ptr();
+  check_memory(x, at, alignof(T), name);
+  return static_cast<T*>(at);
 }
 
 inline void check_same(const Tensor& a, const Tensor& b, const char* what) {

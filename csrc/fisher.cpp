@@ -31,7 +31,7 @@ void fisher_squares_(Tensors totals, Tensors grads) {
           grads[i].is_contiguous() && grads[i].scalar_type() == grads[0].scalar_type(),
           "grads must be contiguous and of one dtype");
       total.push_back(sum_pointer<S>(totals[i], grads[i].numel(), "totals"));
-      grad.push_back(static_cast<const T*>(grads[i].const_data_ptr()));
+      grad.push_back(data<T>(grads[i], "grads"));
       ends.push_back(grads[i].numel() + (i ? ends[i - 1] : 0));
     }
     parallel_for(0, ends.back(), kGrain, [&](int64_t begin, int64_t end) {
@@ -123,9 +123,9 @@ void fisher_embedding_(
   with_floating(grad_output.scalar_type(), "fisher_embedding_", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    S* sum = sum_pointer<S>(total, !positions ? numel : rows ? count * width : count, "total");
+    S* sum = sum_pointer<S>(total, !positions ? numel : rows ? product(count, width) : count, "total");
     S* norm = sum_pointer<S>(norms, samples, "norms");
-    with_selection(positions, kUnknown, [&](const auto* index) {
+    with_selection(positions, any_table(rows ? 1 : width), total, norms, [&](const auto* index) {
       using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
       if (width == 0) return;
       std::vector<Hit> hits;
@@ -133,7 +133,7 @@ void fisher_embedding_(
         hits = index ? find_hits(id, samples * each, index, count, rows ? 1 : width, padding_idx)
                      : hit_all(id, samples * each, table, padding_idx);
       });
-      const T* dy = static_cast<const T*>(grad_output.const_data_ptr());
+      const T* dy = data<T>(grad_output, "grad_output");
       Embedding<T, I>{dy, samples, each, width, rows ? nullptr : index, std::move(hits), sum, norm}.run();
     });
   });
@@ -202,9 +202,10 @@ void fisher_vector_(
     const int64_t count = positions ? positions->numel() : m;
     S* sum = sum_pointer<S>(total, count, "total");
     S* norm = sum_pointer<S>(norms, samples, "norms");
-    const T* dy = static_cast<const T*>(grad_output.const_data_ptr());
-    const T* x = input ? static_cast<const T*>(input->const_data_ptr()) : nullptr;
-    with_selection(positions, m, [&](const auto* index) {
+    const T* dy = data<T>(grad_output, "grad_output");
+    const T* x = input ? data<T>(*input, "input") : nullptr;
+    with_selection(positions, m, total, norms, [&](const auto* index) {
+      if (grad_output.numel() == 0) return;  // of any width, then: nothing is to be made of that size
       using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
       Columns<T, I>{dy, x, samples, each, m, index, count, sum, norm}.run();
     });

@@ -2,7 +2,7 @@
 #pragma once
 #include <optional>
 
-#include "common.h"
+#include "positions.h"
 
 namespace sk {
 
@@ -15,7 +15,7 @@ S* sum_pointer(const MaybeTensor& sum, int64_t numel, const char* name) {
   STD_TORCH_CHECK(
       sum->is_contiguous() && sum->scalar_type() == scalar_type<S>() && sum->numel() == numel, name,
       " must be contiguous, of ", numel, " elements in fp32 (fp64 for fp64 activations)");
-  return static_cast<S*>(sum->mutable_data_ptr());
+  return mutable_data<S>(*sum, name);
 }
 
 inline void check_activations(const Tensor& grad_output, const MaybeTensor& input) {
@@ -30,10 +30,13 @@ inline void check_activations(const Tensor& grad_output, const MaybeTensor& inpu
 
 // Calls f with a typed pointer to positions, null where all are selected; not at all where none is.
 template <typename F>
-void with_selection(const MaybeTensor& positions, int64_t limit, const F& f) {
+void with_selection(
+    const MaybeTensor& positions, int64_t limit, const MaybeTensor& total, const MaybeTensor& norms, const F& f) {
   if (!positions) return f(static_cast<const int64_t*>(nullptr));
+  if (total) check_apart(*positions, *total, "positions");
+  if (norms) check_apart(*positions, *norms, "positions");
   with_positions(*positions, [&](const auto* index) {
-    check_bounds(index, positions->numel(), limit);
+    check_positions(index, positions->numel(), limit);
     if (positions->numel() > 0) f(index);
   });
 }

@@ -219,11 +219,10 @@ void fisher_linear_(
   with_floating(input.scalar_type(), "fisher_linear_", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    S* sum = sum_pointer<S>(total, !positions ? m * n : rows ? count * n : count, "total");
+    S* sum = sum_pointer<S>(total, !positions ? m * n : rows ? product(count, n) : count, "total");
     S* norm = sum_pointer<S>(norms, samples, "norms");
-    const T* dy = static_cast<const T*>(grad_output.const_data_ptr());
-    const T* x = static_cast<const T*>(input.const_data_ptr());
-    with_selection(positions, rows ? m : m * n, [&](const auto* index) {
+    const T *dy = data<T>(grad_output, "grad_output"), *x = data<T>(input, "input");
+    with_selection(positions, rows ? m : m * n, total, norms, [&](const auto* index) {
       if (samples == 0 || each == 0 || m == 0 || n == 0) return;
       using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
       Linear<T, I> linear{dy, x, samples, m, n, index, count, index && rows, sum, norm};

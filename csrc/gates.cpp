@@ -28,7 +28,7 @@ struct Draw {
     STD_TORCH_CHECK(kind >= 0 && kind < kGateKinds, "no kind of gates has the number ", kind);
     if (!key) return;
     STD_TORCH_CHECK(key->numel() == 1 && key->scalar_type() == ScalarType::Long, "key must be int64, of one element");
-    this->key = uint64_t(*static_cast<const int64_t*>(key->const_data_ptr()));
+    this->key = uint64_t(*data<int64_t>(*key, "key"));
   }
 
   template <int number, typename S>
@@ -67,18 +67,13 @@ void with_logits(const Tensor& logits, const char* op, const F& f) {
   if (dtype == ScalarType::Double) f(double{}); else f(float{});
 }
 
-template <typename T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
 std::tuple<Tensor, Tensor> gate_values(Tensor logits, int64_t kind, double noise, MaybeTensor key, int64_t stream) {
   const Draw draw(kind, noise, key);
   const int64_t count = logits.numel();
   Tensor values = torch::stable::new_empty(logits, {count}), slopes = torch::stable::new_empty(logits, {count});
   with_logits(logits, "gate_values", [&](auto zero) {
     using S = decltype(zero);
-    draw(data<S>(logits), count, stream, static_cast<S*>(values.mutable_data_ptr()),
+    draw(data<S>(logits, "logits"), count, stream, static_cast<S*>(values.mutable_data_ptr()),
          static_cast<S*>(slopes.mutable_data_ptr()));
   });
   return {values, slopes};
@@ -99,17 +94,21 @@ std::tuple<Tensor, Tensor> gate_probabilities(Tensors logits, int64_t kind, doub
   Tensor values = torch::stable::new_empty(logits[0], {count}), slopes = torch::stable::new_empty(logits[0], {count});
   with_logits(logits[0], "gate_probabilities", [&](auto zero) {
     using S = decltype(zero);
+    std::vector<const S*> from;
+    for (const Tensor& each : logits) from.push_back(data<S>(each, "logits"));
     S *p = static_cast<S*>(values.mutable_data_ptr()), *d = static_cast<S*>(slopes.mutable_data_ptr());
     parallel_for(0, blocks.back(), kGateGrain, [&](int64_t begin, int64_t end) {
       for (size_t k = 0; k < logits.size(); ++k) {
-        const int64_t from = std::max(begin, blocks[k]) - blocks[k], to = std::min(end, blocks[k + 1]) - blocks[k];
-        if (from >= to) continue;
-        draw.open(data<S>(logits[k]), logits[k].numel(), from, to, p + starts[k], d + starts[k]);
+        const int64_t first = std::max(begin, blocks[k]) - blocks[k], last = std::min(end, blocks[k + 1]) - blocks[k];
+        if (first >= last) continue;
+        draw.open(from[k], logits[k].numel(), first, last, p + starts[k], d + starts[k]);
       }
     });
   });
   return {values, slopes};
 }
+
+bool divides(int64_t count, int64_t group, int64_t size) { return group > 0 && size % group == 0 && count == size / group; }
 
 // A factor for each of `size` rows or columns: gates repeated `group` times, or ones.
 template <typename S>
@@ -120,15 +119,15 @@ Scratch<S> factors(const MaybeTensor& logits, int64_t size, int64_t group, const
     return out;
   }
   STD_TORCH_CHECK(
-      logits->is_contiguous() && logits->scalar_type() == scalar_type<S>() && group > 0 &&
-          logits->numel() * group == size,
+      logits->is_contiguous() && logits->scalar_type() == scalar_type<S>() && divides(logits->numel(), group, size),
       "logits of gates must be contiguous, one for each group, in fp32 (fp64 for fp64 weights)");
+  const S* from = data<S>(*logits, "logits");
   if (group == 1) {
-    draw(data<S>(*logits), size, stream, out.get(), static_cast<S*>(nullptr));
+    draw(from, size, stream, out.get(), static_cast<S*>(nullptr));
     return out;
   }
   auto gates = scratch<S>(logits->numel());
-  draw(data<S>(*logits), logits->numel(), stream, gates.get(), static_cast<S*>(nullptr));
+  draw(from, logits->numel(), stream, gates.get(), static_cast<S*>(nullptr));
   for (int64_t i = 0; i < logits->numel(); ++i) std::fill_n(out.get() + i * group, group, gates[i]);
   return out;
 }
@@ -145,6 +144,7 @@ std::tuple<Tensor, Tensor> gated_weight(
   const Draw draw(kind, noise, key);
   Tensor out = torch::stable::new_empty(weight, {height, width}, dtype);
   Tensor shift = torch::stable::new_empty(weight, {bias ? m : 0}, dtype);
+  if (weight.numel() == 0 && !bias) return {out, shift};  // of any size, then: nothing is to be made of that size
   with_floating(weight.scalar_type(), "gated_weight", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
@@ -154,12 +154,13 @@ std::tuple<Tensor, Tensor> gated_weight(
     with_floating(dtype, "gated_weight", [&](auto other) {
       using O = decltype(other);
       O* to = static_cast<O*>(out.mutable_data_ptr());
+      const T* from = data<T>(weight, "weight");
       parallel_for(0, height, kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-        cpu::scale_rows(data<T>(weight), outer, inner, to, width, begin, end);
+        cpu::scale_rows(from, outer, inner, to, width, begin, end);
       });
       if (!bias) return;
       const S one = S(1);
-      cpu::scale_rows(data<T>(*bias), &one, of_rows.get(), static_cast<O*>(shift.mutable_data_ptr()), m, 0, 1);
+      cpu::scale_rows(data<T>(*bias, "bias"), &one, of_rows.get(), static_cast<O*>(shift.mutable_data_ptr()), m, 0, 1);
     });
   });
   return {out, shift};
@@ -178,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_gradient(
   check_activation(a, a, "a");
   check_activation(b, a, "b");
   const int64_t tokens = a.size(0), width = a.size(1), count = logits.numel();
-  STD_TORCH_CHECK(group > 0 && count * group == width, "logits must hold one gate for each group of columns");
+  STD_TORCH_CHECK(divides(count, group, width), "logits must hold one gate for each group of columns");
   const Draw draw(kind, noise, key);
   Tensor gradient = torch::stable::new_empty(logits, {count}), of_values = torch::stable::new_empty(logits, {count});
   Tensor scaled = torch::stable::new_empty(logits, {width});
@@ -189,13 +190,14 @@ std::tuple<Tensor, Tensor, Tensor> gate_gradient(
     using T = decltype(zero);
     using S = opmath_t<T>;
     const auto parts = scratch<S>(2 * blocks * width);
+    const T *left = data<T>(a, "a"), *right = data<T>(b, "b");
     const int64_t a_stride = a.stride(0), b_stride = b.stride(0), work = cpu::kTokens * std::min(width, cpu::kColumns);
     parallel_for(0, blocks * across, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / across, first = block * cpu::kTokens, column = task % across * cpu::kColumns;
         S* products = parts.get() + 2 * block * width + column;
         cpu::sum_tokens(
-            data<T>(a) + first * a_stride + column, a_stride, data<T>(b) + first * b_stride + column, b_stride,
+            left + first * a_stride + column, a_stride, right + first * b_stride + column, b_stride,
             std::min(cpu::kTokens, tokens - first), std::min(cpu::kColumns, width - column), products, products + width);
       }
     });
@@ -206,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_gradient(
   with_logits(logits, "gate_gradient", [&](auto zero) {
     using S = decltype(zero);
     const auto values = scratch<S>(count), slopes = scratch<S>(count);
-    draw(data<S>(logits), count, stream, values.get(), slopes.get());
+    draw(data<S>(logits, "logits"), count, stream, values.get(), slopes.get());
     S *out = static_cast<S*>(gradient.mutable_data_ptr()), *by_value = static_cast<S*>(of_values.mutable_data_ptr());
     S* sums = static_cast<S*>(scaled.mutable_data_ptr());
     for (int64_t i = 0; i < count; ++i) {

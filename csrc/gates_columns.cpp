@@ -1,21 +1,13 @@
 // take_columns and put_columns: checks, dispatch, CPU registrations.
 #include "common.h"
 #include "cpu/columns.h"
+#include "positions.h"
 #include "scratch.h"
 
 namespace sk {
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // bytes that are worth a thread
-
-// Vectors address memory by it: all columns count, not only the first and the last.
-template <typename I>
-void check_columns(const I* columns, int64_t count, int64_t width) {
-  check_bounds(columns, count, width);
-  for (int64_t k = 1; k < count; ++k) {
-    STD_TORCH_CHECK(columns[k - 1] < columns[k], "columns must be sorted and unique");
-  }
-}
 
 // Calls f with a zero of an unsigned integer of that many bytes.
 template <typename F>
@@ -33,7 +25,8 @@ template <typename F>
 void for_rows(const Tensor& x, const Tensor& columns, int64_t width, Tensor& out, const F& move) {
   const int64_t count = columns.numel();
   with_positions(columns, [&](const auto* index) {
-    check_columns(index, count, width);
+    check_positions(index, count, width);
+    if (x.size(0) == 0 || width == 0) return;  // the other may be of any size
     with_bytes(x.element_size(), [&](auto zero) {
       using U = decltype(zero);
       constexpr int64_t kLanes = 64 / sizeof(U);
@@ -41,7 +34,7 @@ void for_rows(const Tensor& x, const Tensor& columns, int64_t width, Tensor& out
       const auto lanes = scratch<cpu::Lanes>(vectors);
       const bool fast = cpu::compresses();
       if (fast) cpu::find_lanes<kLanes>(index, count, vectors, lanes.get());
-      const auto* from = static_cast<const U*>(x.const_data_ptr());
+      const U* from = data<U>(x, "x");
       auto* to = static_cast<U*>(out.mutable_data_ptr());
       const int64_t grain = kGrain / ((count + width) * int64_t(sizeof(U)) + 1) + 1;
       parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {

@@ -2,6 +2,7 @@
 #include "cpu/gather_scatter.h"
 
 #include "common.h"
+#include "positions.h"
 
 namespace sk {
 namespace {
@@ -23,9 +24,10 @@ Tensor gather(const Tensor& source, const Tensor& positions, bool rows) {
   if (rows) shape.insert(shape.end(), source.sizes().begin() + 1, source.sizes().end());
   Tensor out = torch::stable::new_empty(source, shape);
   with_positions(positions, [&](const auto* index) {
-    check_bounds(index, count, rows ? source.size(0) : source.numel());
-    const auto* from = static_cast<const char*>(source.const_data_ptr());
+    check_positions(index, count, rows ? source.size(0) : source.numel());
+    const auto* from = data<char>(source, "source");
     auto* to = static_cast<char*>(out.mutable_data_ptr());
+    if (bytes == 0) return;
     parallel_for(0, count, kGrain / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
       cpu::gather(from, index, to, bytes, begin, end);
     });
@@ -38,12 +40,14 @@ void scatter_(Tensor target, const Tensor& positions, const Tensor& values, bool
   const int64_t count = positions.numel();
   STD_TORCH_CHECK(
       values.is_contiguous() && values.scalar_type() == target.scalar_type() &&
-          values.numel() * int64_t(values.element_size()) == count * bytes,
+          values.numel() * int64_t(values.element_size()) == product(count, bytes),
       "values do not fit positions and target");
   with_positions(positions, [&](const auto* index) {
-    check_bounds(index, count, rows ? target.size(0) : target.numel());
-    const auto* from = static_cast<const char*>(values.const_data_ptr());
-    auto* to = static_cast<char*>(target.mutable_data_ptr());
+    check_positions(index, count, rows ? target.size(0) : target.numel());
+    check_apart(positions, target, "positions");
+    const auto* from = data<char>(values, "values");
+    auto* to = mutable_data<char>(target, "target");
+    if (bytes == 0) return;
     parallel_for(0, count, kGrain / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
       cpu::scatter(from, index, to, bytes, begin, end);
     });
@@ -54,15 +58,17 @@ void scatter_add_(Tensor target, const Tensor& positions, const Tensor& values, 
   const int64_t count = positions.numel();
   const int64_t width = bytes_per_position(target, rows) / int64_t(target.element_size());
   with_floating(target.scalar_type(), "scatter_add_", [&](auto zero) {
-      using scalar_t = decltype(zero);
+    using scalar_t = decltype(zero);
     using sum_t = opmath_t<scalar_t>;
     STD_TORCH_CHECK(
-        values.is_contiguous() && values.scalar_type() == scalar_type<sum_t>() && values.numel() == count * width,
+        values.is_contiguous() && values.scalar_type() == scalar_type<sum_t>() &&
+            values.numel() == product(count, width),
         "values do not fit positions and target");
     with_positions(positions, [&](const auto* index) {
-      check_bounds(index, count, rows ? target.size(0) : target.numel());
-      const auto* from = static_cast<const sum_t*>(values.const_data_ptr());
-      auto* to = static_cast<scalar_t*>(target.mutable_data_ptr());
+      check_positions(index, count, rows ? target.size(0) : target.numel());
+      check_apart(positions, target, "positions");
+      const auto* from = data<sum_t>(values, "values");
+      auto* to = mutable_data<scalar_t>(target, "target");
       parallel_for(0, count, kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
         cpu::scatter_add(from, index, to, width, begin, end);
       });

@@ -1,9 +1,11 @@
 // Which tokens of a lookup hit selected rows of the table, and in which order their gradients are added.
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "common.h"
+#include "positions.h"
 
 namespace sk {
 
@@ -28,11 +30,15 @@ inline void sort_hits(std::vector<Hit>& hits) {
   }
 }
 
-// The hits in order of position, then of token. `per_row` positions at most lie in a row: 1, or the row's width.
+// Of a table that nothing tells the size of: positions must leave room for the row after theirs.
+inline int64_t any_table(int64_t per_row) { return std::numeric_limits<int64_t>::max() - per_row; }
+
+// The hits in order of position, then of token. Positions have been checked. `per_row` positions at most lie in a row: 1, or the row's width.
 template <typename Id, typename I>
 std::vector<Hit> find_hits(
     const Id* ids, int64_t tokens, const I* index, int64_t count, int64_t per_row, int64_t padding_idx) {
   if (count == 0) return {};
+  STD_TORCH_CHECK(per_row > 0, "rows without elements have no positions");
   const int64_t first_row = index[0] / per_row, last_row = index[count - 1] / per_row;
   std::vector<Hit> hits(tokens);
   parallel_for(0, tokens, 1024, [&](int64_t begin, int64_t end) {
@@ -41,8 +47,8 @@ std::vector<Hit> find_hits(
       hits[t] = {t, 0, 0};
       if (id == padding_idx || id < first_row || id > last_row) continue;
       const I* from = std::lower_bound(index, index + count, id * per_row);
-      const I* to = per_row == 1 ? from + (*from == id)
-                                 : std::lower_bound(from, std::min(from + per_row, index + count), (id + 1) * per_row);
+      const I* most = from + std::min(per_row, count - (from - index));
+      const I* to = per_row == 1 ? from + (*from == id) : std::lower_bound(from, most, (id + 1) * per_row);
       hits[t] = {t, from - index, to - index};
     }
   });

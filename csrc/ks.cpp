@@ -2,6 +2,7 @@
 #include "cpu/ks_16.h"
 
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <tuple>
 
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;         // elements that are worth a thread
 constexpr int64_t kNarrow = (1 << 16) - 1;  // samples whose counts fit 16 bits
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // whose counts fit 32, and their differences 64
 constexpr int64_t kSmall = 1 << 28;         // differences that leave room in 32 bits
 
 // What a thread needs to test rows, one after the other.
@@ -111,7 +113,7 @@ class Tester {
 template <typename T, typename C, typename D>
 void test_rows(const Tensor& x, const Tensor& y, cpu::Steps steps, int64_t* differences, T* locations) {
   const int64_t n = x.size(1), m = y.size(1);
-  const auto *x_rows = static_cast<const T*>(x.const_data_ptr()), *y_rows = static_cast<const T*>(y.const_data_ptr());
+  const T *x_rows = data<T>(x, "x"), *y_rows = data<T>(y, "y");
   parallel_for(0, x.size(0), kGrain / (n + m) + 1, [&](int64_t begin, int64_t end) {
     Tester<T, C, D> tester(n, m, steps);
     for (int64_t row = begin; row < end; ++row) {
@@ -135,6 +137,7 @@ std::tuple<Tensor, Tensor> ks_2samp(Tensor x, Tensor y, int64_t alternative) {
       "x and y must be contiguous, of two dimensions and one dtype, with the same rows");
   const int64_t rows = x.size(0), n = x.size(1), m = y.size(1);
   STD_TORCH_CHECK(n > 0 && m > 0, "x and y must have columns");
+  STD_TORCH_CHECK(std::max(n, m) <= kMost, "samples must have fewer than 2^31 numbers");
   Tensor differences = torch::stable::new_empty(x, {rows}, ScalarType::Long);
   Tensor locations = torch::stable::new_empty(x, {rows});
   const int64_t divisor = std::gcd(n, m);

@@ -2,9 +2,11 @@
 #include "cpu/masked_grad.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "common.h"
 #include "hits.h"
+#include "positions.h"
 #include "scratch.h"
 
 namespace sk {
@@ -68,6 +70,7 @@ Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const 
           grad_output.scalar_type() == input.scalar_type() && grad_output.is_contiguous() && input.is_contiguous(),
       "grad_output [T, M] and input [T, N] must be contiguous and of one dtype");
   const int64_t tokens = input.size(0), m = grad_output.size(1), n = input.size(1), count = positions.numel();
+  STD_TORCH_CHECK(std::max(m, n) <= std::numeric_limits<int32_t>::max(), "rows and columns must be below 2^31");
   Tensor result;
   with_floating(input.scalar_type(), "masked_grad_linear", [&](auto zero) {
     using T = decltype(zero);
@@ -76,13 +79,13 @@ Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const 
     auto row = scratch<int32_t>(count);
     auto column = scratch<int32_t>(count);
     with_positions(positions, [&](const auto* index) {
-      check_bounds(index, count, m * n);
+      check_positions(index, count, m * n);
       split_positions(index, count, n, row.get(), column.get());
     });
+    const T *dy = data<T>(grad_output, "grad_output"), *x = data<T>(input, "input");
     if (count == 0 || tokens == 0) return;
     sum_tokens<S>(
-        static_cast<const T*>(grad_output.const_data_ptr()), static_cast<const T*>(input.const_data_ptr()), tokens, m, n,
-        row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
+        dy, x, tokens, m, n, row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
   });
   return result;
 }
@@ -122,15 +125,15 @@ Tensor masked_grad_embedding(
     std::vector<int64_t> shape{count};
     if (rows) shape.push_back(width);
     result = torch::stable::new_zeros(grad_output, shape, scalar_type<S>());
+    const T* dy = data<T>(grad_output, "grad_output");
     with_positions(positions, [&](const auto* index) {
+      check_positions(index, count, any_table(rows ? 1 : width));
       std::vector<Hit> hits;
       with_positions(ids, [&](const auto* id) {
         hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx);
       });
       parallel_for(0, int64_t(hits.size()), kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-        sum_hits(
-            hits, begin, end, static_cast<const T*>(grad_output.const_data_ptr()), index, width, rows,
-            static_cast<S*>(result.mutable_data_ptr()));
+        sum_hits(hits, begin, end, dy, index, width, rows, static_cast<S*>(result.mutable_data_ptr()));
       });
     });
   });

@@ -18,8 +18,9 @@ using Scratch = std::unique_ptr<S[], Free>;
 // Uninitialized, aligned for whole vectors.
 template <typename S>
 Scratch<S> scratch(int64_t count) {
-  void* p = std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(S) + 63) / 64 * 64);
-  STD_TORCH_CHECK(p != nullptr, "out of memory for ", count * int64_t(sizeof(S)), " bytes of scratch");
+  const int64_t bytes = product(std::max<int64_t>(count, 1), sizeof(S));
+  void* p = std::aligned_alloc(64, (size_t(bytes) + 63) / 64 * 64);
+  STD_TORCH_CHECK(p != nullptr, "out of memory for ", bytes, " bytes of scratch");
   return Scratch<S>(static_cast<S*>(p));
 }
 

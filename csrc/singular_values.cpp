@@ -240,7 +240,7 @@ const S* vectors(const Tensor& x, int64_t dims, int64_t count, const char* name)
   STD_TORCH_CHECK(
       x.dim() == dims && x.is_contiguous() && x.scalar_type() == scalar_type<S>() && x.numel() == count, name,
       " must be contiguous, of ", count, " elements in fp32 (fp64 for fp64 gradients)");
-  return static_cast<const S*>(x.const_data_ptr());
+  return data<S>(x, name);
 }
 
 Tensor singular_value_grad(Tensor grad, Tensor u, Tensor v) {
@@ -251,9 +251,10 @@ Tensor singular_value_grad(Tensor grad, Tensor u, Tensor v) {
   with_floating(grad.scalar_type(), "singular_value_grad", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    const S *left = vectors<S>(u, 3, count * m * rank, "u"), *right = vectors<S>(v, 3, count * n * rank, "v");
+    const S *left = vectors<S>(u, 3, product(product(count, m), rank), "u");
+    const S* right = vectors<S>(v, 3, product(product(count, n), rank), "v");
     if (grad.numel() == 0 || rank == 0) return;
-    const T* g = static_cast<const T*>(grad.const_data_ptr());
+    const T* g = data<T>(grad, "grad");
     of_matrices<T, S>(g, left, right, count, m, n, rank, static_cast<S*>(out.mutable_data_ptr()));
   });
   return out;
@@ -275,10 +276,9 @@ Tensor singular_value_grad_linear(Tensor grad_output, Tensor input, Tensor u, Te
   with_floating(input.scalar_type(), "singular_value_grad_linear", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    const S *left = vectors<S>(u, 2, m * rank, "u"), *right = vectors<S>(v, 2, n * rank, "v");
+    const S *left = vectors<S>(u, 2, product(m, rank), "u"), *right = vectors<S>(v, 2, product(n, rank), "v");
     if (grad_output.numel() == 0 || input.numel() == 0 || rank == 0) return;
-    const T* dy = static_cast<const T*>(grad_output.const_data_ptr());
-    const T* x = static_cast<const T*>(input.const_data_ptr());
+    const T *dy = data<T>(grad_output, "grad_output"), *x = data<T>(input, "input");
     S* to = static_cast<S*>(out.mutable_data_ptr());
     Linear<T>{dy, x, left, right, samples, each, m, n, rank, to}.run(per_sample);
   });

@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> topk(Tensors scores, int64_t k, bool magnitude) {
     Axis<K> axis;
     int64_t end = 0;
     for (const Tensor& s : scores) {
-      axis.data.push_back(static_cast<const K*>(s.const_data_ptr()));
+      axis.data.push_back(data<K>(s, "scores"));
       axis.ends.push_back(end += s.numel());
     }
     check_nan(axis, cpu::infinity_bits<K>(std::is_same_v<decltype(zero), BFloat16>));

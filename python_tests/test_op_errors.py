@@ -189,7 +189,7 @@ def test_adamw_lists_that_do_not_fit(broken: int) -> None:
 
 @pytest.mark.parametrize("bad", ["out of range", "negative", "state", "gradient dtype"])
 def test_adamw_never_writes_outside(bad: str) -> None:
-    """The raw op takes positions on trust in their order, but not in their range."""
+    """The raw op, which trusts no argument."""
     args = lists(1)
     if bad in ("out of range", "negative"):
         args[7] = [torch.tensor([0, 5] if bad == "out of range" else [-1, 2])]

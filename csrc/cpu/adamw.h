@@ -66,7 +66,7 @@ struct AdamwTask {
   // The random bits of one array at a position of the weight, which lies in this slot.
   uint32_t random(int64_t slot, int64_t position, uint32_t array) const {
     Rounding own = rounding;
-    if (ages) own.step = uint32_t(ages[slot]);
+    if (ages) own.step = counter_of(ages[slot]);
     return random_bits(own, position, array);
   }
 };

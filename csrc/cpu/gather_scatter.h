@@ -7,9 +7,18 @@
 
 namespace sk::cpu {
 
+// Elements of any dtype move as integers of their size, which begin where an element does: a unit can be a row of some.
+template <typename U>
+struct Unit {
+  typedef U type __attribute__((aligned(1), may_alias));
+};
+
 // to[i] = from[index[i]], units of U.
 template <typename U, typename I>
-void gather_units(const U* __restrict__ from, const I* index, U* __restrict__ to, int64_t begin, int64_t end) {
+void gather_units(
+    const char* __restrict__ source, const I* index, char* __restrict__ out, int64_t begin, int64_t end) {
+  const auto* from = (const typename Unit<U>::type*)source;
+  auto* to = (typename Unit<U>::type*)out;
   for (int64_t i = begin; i < end; ++i) {
     if (i + kAhead < end) prefetch(from + index[i + kAhead]);
     to[i] = from[index[i]];
@@ -18,21 +27,24 @@ void gather_units(const U* __restrict__ from, const I* index, U* __restrict__ to
 
 // to[index[i]] = from[i], units of U.
 template <typename U, typename I>
-void scatter_units(const U* __restrict__ from, const I* index, U* __restrict__ to, int64_t begin, int64_t end) {
+void scatter_units(
+    const char* __restrict__ values, const I* index, char* __restrict__ target, int64_t begin, int64_t end) {
+  const auto* from = (const typename Unit<U>::type*)values;
+  auto* to = (typename Unit<U>::type*)target;
   for (int64_t i = begin; i < end; ++i) {
     if (i + kAhead < end) prefetch(to + index[i + kAhead]);
     to[index[i]] = from[i];
   }
 }
 
-// Elements of any dtype move as integers of their size; rows as runs of bytes.
+// Longer rows move as runs of bytes.
 template <typename I>
 void gather(const char* from, const I* index, char* to, int64_t bytes, int64_t begin, int64_t end) {
   switch (bytes) {
-    case 1: return gather_units((const uint8_t*)from, index, (uint8_t*)to, begin, end);
-    case 2: return gather_units((const uint16_t*)from, index, (uint16_t*)to, begin, end);
-    case 4: return gather_units((const uint32_t*)from, index, (uint32_t*)to, begin, end);
-    case 8: return gather_units((const uint64_t*)from, index, (uint64_t*)to, begin, end);
+    case 1: return gather_units<uint8_t>(from, index, to, begin, end);
+    case 2: return gather_units<uint16_t>(from, index, to, begin, end);
+    case 4: return gather_units<uint32_t>(from, index, to, begin, end);
+    case 8: return gather_units<uint64_t>(from, index, to, begin, end);
     default:
       for (int64_t i = begin; i < end; ++i) std::memcpy(to + i * bytes, from + int64_t(index[i]) * bytes, bytes);
   }
@@ -41,10 +53,10 @@ void gather(const char* from, const I* index, char* to, int64_t bytes, int64_t b
 template <typename I>
 void scatter(const char* from, const I* index, char* to, int64_t bytes, int64_t begin, int64_t end) {
   switch (bytes) {
-    case 1: return scatter_units((const uint8_t*)from, index, (uint8_t*)to, begin, end);
-    case 2: return scatter_units((const uint16_t*)from, index, (uint16_t*)to, begin, end);
-    case 4: return scatter_units((const uint32_t*)from, index, (uint32_t*)to, begin, end);
-    case 8: return scatter_units((const uint64_t*)from, index, (uint64_t*)to, begin, end);
+    case 1: return scatter_units<uint8_t>(from, index, to, begin, end);
+    case 2: return scatter_units<uint16_t>(from, index, to, begin, end);
+    case 4: return scatter_units<uint32_t>(from, index, to, begin, end);
+    case 8: return scatter_units<uint64_t>(from, index, to, begin, end);
     default:
       for (int64_t i = begin; i < end; ++i) std::memcpy(to + int64_t(index[i]) * bytes, from + i * bytes, bytes);
   }

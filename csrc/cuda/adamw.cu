@@ -265,7 +265,7 @@ Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& 
   entry.width = tensor.width;
   entry.ages = tensor.ages;
   entry.device_step = tensor.device_step;
-  entry.number = tensor.ages || tensor.device_step ? 0 : uint32_t(tensor.step);
+  entry.number = tensor.ages || tensor.device_step ? 0 : counter_of(float(tensor.step));
   entry.stream = tensor.stream;
   if (call.scales) {
     entry.scales = static_cast<const Scales<T>*>(call.scales) + number;

@@ -44,7 +44,7 @@ void scatter_(Tensor target, const Tensor& positions, const Tensor& values, bool
   const int32_t device = device_of(target, "target");
   const Layout layout = layout_of(target, rows);
   const Positions index = positions_of(positions, device, layout.limit);
-  check_values(values, target.scalar_type(), index.count * layout.width, device);
+  check_values(values, target.scalar_type(), product(index.count, layout.width), device);
   const DeviceGuard guard(device);
   const int64_t bytes = layout.width * int64_t(target.element_size());
   const char* error =
@@ -57,7 +57,7 @@ void scatter_add_(Tensor target, const Tensor& positions, const Tensor& values, 
   const Layout layout = layout_of(target, rows);
   const Positions index = positions_of(positions, device, layout.limit);
   const Dtype dtype = dtype_of(target);
-  check_values(values, computed_in(dtype), index.count * layout.width, device);
+  check_values(values, computed_in(dtype), product(index.count, layout.width), device);
   const DeviceGuard guard(device);
   const char* error = launch_scatter_add(
       target.mutable_data_ptr(), values.const_data_ptr(), index, layout.width, dtype, current_stream(device));

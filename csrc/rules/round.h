@@ -56,6 +56,9 @@ struct Rounding {
 
 enum RoundedArray : uint32_t { kWeight, kExpAvg, kExpAvgSq, kMaximum, kRoundedArrays };
 
+// A count of steps, which floats hold, as random bits are drawn from it; 0 for what is no count.
+SK_RULE uint32_t counter_of(float step) { return step >= 0.0f && step < 4294967296.0f ? uint32_t(step) : 0u; }
+
 SK_RULE uint32_t random_bits(const Rounding& rounding, int64_t position, uint32_t array) {
   return philox(rounding.seed, uint64_t(position), rounding.step, rounding.stream * kRoundedArrays + array);
 }
