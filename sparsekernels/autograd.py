@@ -170,7 +170,8 @@ def _put(module: Any, *_: Any) -> None:
         view: Any = _attached(slot)
         module.__dict__[name] = view
         if not torch.compiler.is_compiling():
-            view.__deepcopy__ = partial(copy.deepcopy, slot.weight)  # torch copies no views, and a model may be copied
+            # torch copies no views, and a model may be copied after an interrupt.
+            view.__dict__["__deepcopy__"] = partial(copy.deepcopy, slot.weight)
 
 
 def detach(module: Any, *_: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,12 +29,12 @@ class CompactParameter(nn.Parameter):
         return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
 
 
-def warn_untrained(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -> None:
     """Warn, once for each, of compact Parameters that a step left as they are because they never had a gradient."""
     found = []
     for p in parameters:
         slot = p.__dict__.get(SLOT)
-        if slot is None or slot.warned or p.grad is not None or (optimizer.state.get(p) and p.requires_grad):
+        if slot is None or slot.warned or p.grad is not None or (states.get(p) and p.requires_grad):
             continue
         slot.warned = True
         found.append(slot.label + ("" if p.requires_grad else " (requires_grad is False)"))

@@ -34,7 +34,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if getattr(optimizer, "writes_weights", False):
         return
     for group in optimizer.param_groups:
-        warn_untrained(optimizer, group["params"])
+        warn_untrained(optimizer.state, group["params"])
         for values in group["params"]:
             if SLOT in values.__dict__:
                 # Not sync_(): torch's fused steps change parameters without a new version.

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..selection import Selection
-from ..slot import warn_untrained
 from ..sparsify import STEP_HOOKS
 from . import checkpoint, options
-from .dense import step_dense
-from .ondevice import GIVEN, NOTHING, Scaling, check_capture, numbers, scaling, step_device, takes_scaling
-from .plan import Plan, check_unchanged, checked_indices, fresh_state
+from .batch import Ready, prepared
+from .dense import check_dense, dense_lists, step_dense, step_sparse
+from .interrupts import hold_interrupts, release_interrupts
+from .ondevice import GIVEN, NOTHING, Scaling, check_capture, scaling, takes_scaling
+from .plan import Plan, checked_indices
 from .regroup import reselect_indices
-from .rows import check_rows, step_rows
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -233,142 +233,42 @@ class SparseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        ready: list[Ready] = []
+        others: list[tuple[dict[str, Any], Plan]] = []
         first = 0
         for number, group in enumerate(self.param_groups):
             plan = self._plans.get(number)
             if plan is None or not plan.holds(group, first):
                 plan = self._plans[number] = Plan(group, first)
             first += len(plan.params)
-            check_rows(group, plan, self.state)
-        for number, group in enumerate(self.param_groups):
-            plan = self._plans[number]
-            if plan.compact:
-                self._step_sparse("compact", group, plan, plan.compact, scale)
-            if plan.gathered:
-                self._step_sparse("gathered", group, plan, plan.gathered, scale)
+            for kind in plan.kinds:
+                found = prepared(kind, group, plan, scale, self.state)
+                if found is not None:
+                    ready.append(found)
             if plan.dense:
-                step_dense(self, group, self._step_rows(group, plan), scale)
+                check_dense(group, plan, self.state)
+                others.append((group, plan))
+        if len(ready) == 1 and not others and ready[0][0].native:
+            ready[0][0].step(ready[0], self.state)  # what the op refuses, it refuses before anything changes
+        else:
+            self._step_several(ready, others, scale)
         return loss
+
+    def _step_several(self, ready: list[Ready], others: list[tuple[dict[str, Any], Plan]], scale: Scaling) -> None:
+        native = all(each[0].native for each in ready)
+        for i, each in enumerate(ready):
+            if i or not native:
+                each[0].check(each, self.state)
+        lists = [dense_lists(self, group, plan) for group, plan in others]
+        held = hold_interrupts() if others or not native else None
+        try:
+            for each in ready:
+                each[0].step(each, self.state)
+            for (group, plan), dense in zip(others, lists, strict=True):
+                step_sparse(group, plan, self.state)
+                step_dense(group, *dense, scale)
+        finally:
+            release_interrupts(held)
 
     _uncompiled_step = torch.compiler.disable(step, reason="a step of SparseAdamW is a few native calls, and hooks")
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
-
-    def _step_sparse(
-        self,
-        kind: str,
-        group: dict[str, Any],
-        plan: Plan,
-        params: list[Tensor],
-        scale: Scaling,
-    ) -> None:
-        grads = [p.grad for p in params]
-        complete = all(grad is not None for grad in grads)
-        if not complete:
-            warn_untrained(self, params)
-            params = [p for p in params if p.grad is not None]
-            grads = [p.grad for p in params]
-        if not params:
-            return
-        lists = plan.lists.get(kind) if complete else None
-        if lists is None or not self._current(plan, params, lists):
-            lists = self._lists(kind, group, plan, params)
-            if complete:
-                plan.lists[kind] = lists
-        values, *state, steps, dense, positions, mutated = lists
-        lr, *on_device = numbers(group, params[0], scale)
-        beta1, beta2 = group["betas"]
-        options = (
-            lr,
-            float(beta1),
-            float(beta2),
-            float(group["weight_decay"]),
-            float(group["eps"]),
-            group["maximize"],
-            *on_device,
-            plan.rounding(kind, group),
-        )
-        grads = [grad.contiguous() for grad in grads if grad is not None]
-        _count(steps)
-        recording = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # torch.no_grad() takes ten times as long
-        try:
-            if kind == "compact":
-                torch.ops.sparsekernels.adamw_compact_.default(values, grads, *state, steps, dense, positions, *options)
-            else:
-                torch.ops.sparsekernels.adamw_gathered_.default(values, grads, *state, steps, positions, *options)
-        except BaseException:
-            torch._foreach_sub_(steps, 1)
-            check_unchanged(group, plan, params, self.state)  # names the parameter; the op names the line
-            raise
-        finally:
-            torch._C._set_grad_enabled(recording)
-        if on_device[2] is not None:  # found_inf
-            torch._foreach_sub_(steps, [on_device[2]] * len(steps))
-        # Ops do not bump versions by themselves; a backward over weights that changed since its forward must fail.
-        torch.autograd.graph.increment_version(mutated)
-        if kind == "compact":
-            for p in params:
-                plan.slots[p].written = p._version
-
-    def _current(self, plan: Plan, params: list[Tensor], lists: list[list[Tensor]]) -> bool:
-        """Whether nobody cleared or replaced the state, or exchanged weights by load_state_dict(assign=True)."""
-        for p, m, v, step in zip(params, lists[1], lists[2], lists[4]):  # noqa: B905 - strict costs time here
-            state = self.state[p]
-            if state.get("exp_avg") is not m or state.get("exp_avg_sq") is not v or state.get("step") is not step:
-                return False
-        for p, maximum in zip(params, lists[3]):  # noqa: B905 - lists[3] is empty without amsgrad
-            if self.state[p].get("max_exp_avg_sq") is not maximum:
-                return False
-        for p, weight in zip(params, lists[5]):  # noqa: B905, SIM110 - lists[5] is empty for the gathered kind
-            if plan.slots[p].weight is not weight:
-                return False
-        return True
-
-    def _lists(self, kind: str, group: dict[str, Any], plan: Plan, params: list[Tensor]) -> list[list[Tensor]]:
-        """values, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, dense weights, positions, and all that is mutated."""
-        if group["differentiable"]:
-            raise ValueError("differentiable=True is not possible for compact Parameters or parameters with indices")
-        check_unchanged(group, plan, params, self.state)
-        for p in params:
-            if not self.state[p]:
-                shape = p.shape if kind == "compact" else plan.index[p].compact_shape
-                self.state[p].update(fresh_state(p, shape, group, step_device(p, group)))
-        states = [self.state[p] for p in params]
-        dense: list[Tensor] = []
-        if kind == "compact":
-            slots = [plan.slots[p] for p in params]
-            dense = [slot.weight for slot in slots]
-            positions = [slot.index.positions for slot in slots]
-        else:
-            positions = [plan.index[p].positions for p in params]
-        return [
-            list(params),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
-            dense,
-            positions,
-            [*params, *dense],
-        ]
-
-    @torch.no_grad()
-    def _step_rows(self, group: dict[str, Any], plan: Plan) -> list[Tensor]:
-        """Step the parameters whose gradient is sparse; return the others."""
-        others = []
-        for i, p in enumerate(plan.dense):
-            if p.grad is None or not p.grad.is_sparse:
-                others.append(p)
-                continue
-            stream = plan.first + len(plan.compact) + len(plan.gathered) + i
-            seen = step_rows(p, p.grad, self.state[p], plan.seen.get(p), group, stream)
-            if seen is not None:
-                plan.seen[p] = seen
-        return others
-
-
-def _count(steps: list[Tensor]) -> None:
-    if len(steps) == 1:
-        steps[0].add_(1)  # half the time of _foreach_add_
-    else:
-        torch._foreach_add_(steps, 1)

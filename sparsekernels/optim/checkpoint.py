@@ -9,6 +9,7 @@ Beside what torch saves, a Parameter with positions has, once it was stepped,
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -107,9 +108,10 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
         rows = entry["rows"]
         if rows.dtype.is_floating_point:
             raise ValueError(f"{name}: another optimizer had this state meanwhile; its rows are {rows.dtype} now")
-        if p.dim() == 0 or (len(rows) and int(rows.max()) >= len(p)):
+        sparse_dim = max(0, p.dim() + 1 - entry["exp_avg"].dim()) if "exp_avg" in entry else 1
+        if len(rows) and int(rows.max()) >= math.prod(p.shape[:sparse_dim]):
             raise ValueError(f"{name}: the state_dict was made for a table of more rows than {list(p.shape)}")
-        shape = torch.Size((len(rows), *p.shape[1:]))
+        shape = torch.Size((len(rows), *p.shape[sparse_dim:]))
     for what in (*MOMENTS, MASTER):
         if what in entry and entry[what].shape != shape:
             raise ValueError(
@@ -139,7 +141,7 @@ def _widen(state: dict[str, Any], entry: dict[str, Any], p: Tensor, index: Index
             state[name] = entry[name].to(p.device, dtype, copy=True)
     if index is not None:
         state["step"] = placed_step(torch.as_tensor(entry["step"], dtype=torch.float32), p, group)
-    elif group.get("sparse_state") == "seen" and "rows" not in entry:  # of SparseAdam: a line for every row, in order
+    elif group.get("sparse_state") == "seen" and "rows" not in entry and p.dim():  # of SparseAdam: all rows, in order
         state["rows"] = torch.arange(len(p), device=p.device)
 
 

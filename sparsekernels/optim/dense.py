@@ -1,36 +1,78 @@
-"""Steps of ordinary Parameters with ordinary gradients: those of torch.optim.AdamW."""
+"""Steps of ordinary Parameters: with dense gradients those of torch.optim.AdamW, with sparse ones by rows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 from .ondevice import Scaling
+from .plan import Plan, misfit, name_of
+from .rows import problem_of_rows, step_rows
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
-def step_dense(optimizer: torch.optim.AdamW, group: dict[str, Any], params: list[Tensor], scale: Scaling) -> None:
-    """One step of `params`, by torch's own functions, so that every number and error is torch's."""
-    live: list[Tensor] = []
-    grads: list[Tensor] = []
-    exp_avgs: list[Tensor] = []
-    exp_avg_sqs: list[Tensor] = []
-    max_exp_avg_sqs: list[Tensor] = []
-    steps: list[Tensor] = []
+def check_dense(group: dict[str, Any], plan: Plan, states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Raise ValueError for gradients and state that do not go together, before anything changes."""
+    for p in plan.dense:
+        if p.grad is None:
+            continue
+        state = states.get(p, {})
+        problem = (problem_of_rows if p.grad.is_sparse else _problem)(p, p.grad, state, group)
+        if problem is not None:
+            raise ValueError(f"{name_of(group, p)}: {problem}")
+
+
+def _problem(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str | None:
+    if grad.layout is not torch.strided:
+        return f"its gradient must be dense or COO, got {grad.layout}"
+    if grad.shape != p.shape or grad.dtype != p.dtype or grad.device != p.device:
+        return misfit(p, grad)
+    if group["capturable"] and not group["fused"] and p.device.type not in _get_capturable_supported_devices():
+        return f"capturable=True is not possible on {p.device.type}"
+    if any(name in state for name in ("rows", "row_step", "row_decay")):
+        return (
+            "its gradient is dense, and was sparse before; both can only take turns with sparse_state='all', "
+            "sparse_decay='touched' and sparse_bias_correction='global'"
+        )
+    if "exp_avg" in state and state["exp_avg"].dtype != p.dtype:
+        return f"its gradient is dense, but its moments are {state['exp_avg'].dtype}: it was sparse before"
+    if "exp_avg" in state and state["exp_avg"].shape != p.shape:
+        return f"its state is of shape {list(state['exp_avg'].shape)}; it became a tensor of shape {list(p.shape)}"
+    return None
+
+
+def step_sparse(group: dict[str, Any], plan: Plan, states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """One step of the parameters whose gradient is sparse."""
+    for i, p in enumerate(plan.dense):
+        if p.grad is None or not p.grad.is_sparse:
+            continue
+        stream = plan.first + len(plan.compact) + len(plan.gathered) + i
+        with torch.no_grad():
+            seen = step_rows(p, p.grad, states[p], plan.seen.get(p), group, stream)
+        if seen is not None:
+            plan.seen[p] = seen
+
+
+def dense_lists(optimizer: torch.optim.AdamW, group: dict[str, Any], plan: Plan) -> tuple[Lists, bool]:
+    """Parameters with dense gradients, their gradients and state, as torch makes and refuses them; any complex one."""
+    lists: Lists = ([], [], [], [], [], [])
+    params = [p for p in plan.dense if p.grad is not None and not p.grad.is_sparse]
+    with torch.set_grad_enabled(group["differentiable"]):
+        return lists, optimizer._init_group({**group, "params": params}, *lists)
+
+
+def step_dense(group: dict[str, Any], lists: Lists, has_complex: bool, scale: Scaling) -> None:
+    """One step by torch's own function, so that every number is torch's."""
     beta1, beta2 = group["betas"]
     with torch.set_grad_enabled(group["differentiable"]):
-        has_complex = optimizer._init_group(
-            {**group, "params": params}, live, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
-        )
         adam(
-            live,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
+            *lists,
             amsgrad=group["amsgrad"],
             has_complex=has_complex,
             beta1=beta1,

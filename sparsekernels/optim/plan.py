@@ -13,13 +13,14 @@ from ..slot import SLOT, Slot
 from ..supported import refuse_unsupported
 
 if TYPE_CHECKING:
+    from .batch import Batch
     from .rows import SeenRows
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Plan:
-    """The parameters of one group by kind, and the tensor lists of a step, kept while the group stays as it is."""
+    """The parameters of one group by kind, and what a step makes of them, kept while the group stays as it is."""
 
     def __init__(self, group: dict[str, Any], first: int) -> None:
         self.first = first  # how many parameters the groups before have: the stream of random bits of the first of ours
@@ -32,7 +33,8 @@ class Plan:
         self.compact = list(self.slots)
         self.gathered = list(self.index)
         self.dense = [p for p in params if p not in self.slots and p not in self.index]
-        self.lists: dict[str, list[list[Tensor]]] = {}
+        self.kinds = [kind for kind in ("compact", "gathered") if getattr(self, kind)]
+        self.batches: dict[str, Batch] = {}
         self.seen: dict[Tensor, SeenRows] = {}  # of parameters with sparse gradients
 
     def holds(self, group: dict[str, Any], first: int) -> bool:
@@ -76,26 +78,46 @@ def state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
 def check_unchanged(group: dict[str, Any], plan: Plan, params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
     """Raise ValueError for a parameter that is no more what the optimizer was given: after `p.data = ...`, say."""
     for p in params:
-        problem = _change(p, group, plan.slots.get(p), plan.index.get(p), state.get(p, {}).get("exp_avg"))
+        problem = _change(p, group, plan.slots.get(p), plan.index.get(p), state.get(p) or {})
         if problem is not None:
             raise ValueError(f"{name_of(group, p)} {problem}")
 
 
 def _change(
-    p: Tensor, group: dict[str, Any], slot: Slot | None, index: Index | None, moments: Tensor | None
+    p: Tensor, group: dict[str, Any], slot: Slot | None, index: Index | None, state: Mapping[str, Tensor]
 ) -> str | None:
-    if slot is not None and p.dtype != wide(slot.weight):
-        return f"became {p.dtype}, but compact values must be wide; change the dtype of a model before sparsify"
-    if index is not None and (p.shape != index.shape or not p.is_contiguous()):
+    if slot is not None:
+        weight, index = slot.weight, slot.index
+        if p.dtype != wide(weight):
+            return f"became {p.dtype}, but compact values must be wide; change the dtype of a model before sparsify"
+        if weight.shape != index.shape or not weight.is_contiguous() or weight.device != p.device:
+            found = f"shape {list(weight.shape)} and strides {list(weight.stride())} on {weight.device}"
+            return f"has a weight of {found} by now; its values, on {p.device}, need {list(index.shape)}, contiguous"
+    assert index is not None
+    shape = index.shape if slot is None else index.compact_shape
+    if p.shape != shape or not p.is_contiguous():
         found = f"shape {list(p.shape)} and strides {list(p.stride())}"
-        return f"became a tensor of {found}; its indices were made for a contiguous one of shape {list(index.shape)}"
-    place = slot.index if slot is not None else index
-    if place is not None and place.positions.device != p.device:
-        return f"moved to {p.device}, its positions are on {place.positions.device}; make the optimizer after the move"
-    if moments is not None and (moments.dtype != state_dtype(p, group) or moments.device != p.device):
-        found = f"{p.dtype} on {p.device} after steps with state of {moments.dtype} on {moments.device}"
-        return f"became {found}; save the state_dict before such a change, then make a new optimizer and load it"
+        return f"became a tensor of {found}; its indices were made for a contiguous one of shape {list(shape)}"
+    if index.positions.device != p.device:
+        return f"moved to {p.device}, its positions are on {index.positions.device}; make the optimizer after the move"
+    for name in MOMENTS:
+        moments = state.get(name)
+        if moments is None:
+            continue
+        if moments.dtype != state_dtype(p, group) or moments.device != p.device:
+            found = f"{p.dtype} on {p.device} after steps with state of {moments.dtype} on {moments.device}"
+            return f"became {found}; save the state_dict before such a change, then make a new optimizer and load it"
+        if moments.shape != index.compact_shape:
+            return f"has {name} of shape {list(moments.shape)}; its positions need {list(index.compact_shape)}"
     return None
+
+
+def misfit(p: Tensor, grad: Tensor) -> str:
+    """What an error says of a gradient that does not go with its parameter."""
+    return (
+        f"its gradient is {grad.dtype} of shape {list(grad.shape)} on {grad.device}, and it is {p.dtype} of shape "
+        f"{list(p.shape)} on {p.device}; clear the gradient after such a change"
+    )
 
 
 def fresh_state(

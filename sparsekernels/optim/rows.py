@@ -1,9 +1,10 @@
 """Steps with sparse (COO) gradients, as nn.Embedding(sparse=True) makes them: only the rows they list are touched.
 
-The state of such a Parameter holds, beside "step" and the moments,
+A row is what one entry of the gradient's indices names: p[i] with one sparse dimension, p[i, j] with two, and so on;
+rows are counted flat, in the order of memory. The state of such a Parameter holds, beside "step" and the moments,
 
     rows        [N] int64   the rows seen so far, in the order of the lines of the moments; absent with
-                            sparse_state="all", where line and row are the same
+                            sparse_state="all", where line and row are the same and moments have the Parameter's shape
     row_step    [N or V]    sparse_bias_correction="row": how often each row was stepped
     row_decay   [N or V]    sparse_decay="catch_up": the sum of log(1 - lr * weight_decay) up to the row's last step,
     decay_sum   0-d         and up to the Parameter's; both fp64
@@ -12,37 +13,23 @@ The state of such a Parameter holds, beside "step" and the moments,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import adamw_rows_
-from .plan import Plan, name_of, state_dtype, wide
+from .plan import MOMENTS, misfit, state_dtype, wide
 
-PER_ROW = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "row_step", "row_decay")
-
-
-def check_rows(group: dict[str, Any], plan: Plan, states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Raise for gradients and state that do not go together, before anything changes."""
-    for p in (*plan.compact, *plan.gathered):
-        if p.grad is not None and p.grad.is_sparse:
-            raise ValueError(f"{name_of(group, p)}: its gradient is sparse, but it is stepped at positions of its own")
-    for p in plan.dense:
-        if p.grad is None:
-            continue
-        state = states.get(p, {})
-        problem = _problem(p, p.grad, state, group) if p.grad.is_sparse else _problem_of_dense(p, state)
-        if problem is not None:
-            raise ValueError(f"{name_of(group, p)}: {problem}")
+PER_ROW = (*MOMENTS, "row_step", "row_decay")
 
 
-def _problem(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str | None:
-    if grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
-        return f"a sparse gradient must be COO with one sparse dimension, got {grad.layout}"
+def problem_of_rows(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str | None:
+    """What is wrong with a step of `p` with a sparse gradient; None if nothing is."""
     if not p.is_contiguous() or not p.is_floating_point():
         return "must be floating point and contiguous to be stepped with a sparse gradient"
+    if grad.shape != p.shape or grad.dtype != p.dtype or grad.device != p.device:
+        return misfit(p, grad)
     if group["differentiable"]:
         return "differentiable=True is not possible with a sparse gradient"
     if p.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -51,28 +38,38 @@ def _problem(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, An
         return "sparse_decay='catch_up' needs lr * weight_decay < 1: what is left of a row would be nothing"
     if not state:
         return None
-    missing = [name for name in _fresh(p, group, lines=0) if name not in state and name != "rows"]
+    missing = [name for name in _names(group) if name not in state]
     if missing:
         return f"its state was made with other options, and lacks {', '.join(missing)}; options of a run cannot change"
     moments, dtype = state["exp_avg"], state_dtype(p, group)
     if moments.dtype != dtype or moments.device != p.device:
         found = f"{moments.dtype} on {moments.device}, and would be {dtype} on {p.device}"
         return f"its state is {found} by now; save the state_dict, make a new optimizer and load it there"
-    if moments.shape[1:] != p.shape[1:] or len(moments) != (len(state["rows"]) if "rows" in state else len(p)):
+    return _problem_of_shapes(p, grad.sparse_dim(), state)
+
+
+def _problem_of_shapes(p: Tensor, sparse_dim: int, state: dict[str, Tensor]) -> str | None:
+    moments, lines, before = state["exp_avg"], math.prod(p.shape[:sparse_dim]), sparse_dim
+    whole = p.shape
+    if "rows" in state:
+        lines, before = len(state["rows"]), max(0, p.dim() + 1 - moments.dim())
+        whole = torch.Size((lines, *p.shape[before:]))
+    if moments.shape != whole:
         return f"its state is of shape {list(moments.shape)}; the table changed since"
-    return None
-
-
-def _problem_of_dense(p: Tensor, state: dict[str, Any]) -> str | None:
-    kept = [name for name in ("rows", "row_step", "row_decay") if name in state]
-    if kept:
+    by_row = [len(state[name]) for name in ("row_step", "row_decay") if name in state]
+    divided_anew = before != sparse_dim and (by_row or not _in_order(p, before, state))
+    if divided_anew or any(count != lines for count in by_row):
         return (
-            "its gradient is dense, and was sparse before; both can only take turns with sparse_state='all', "
-            "sparse_decay='touched' and sparse_bias_correction='global'"
+            f"its gradient has {sparse_dim} sparse dimensions, and had another number before; that can only change "
+            "with sparse_state='all', sparse_decay='touched' and sparse_bias_correction='global'"
         )
-    if "exp_avg" in state and state["exp_avg"].dtype != p.dtype:
-        return f"its gradient is dense, but its moments are {state['exp_avg'].dtype}: it was sparse before"
     return None
+
+
+def _in_order(p: Tensor, sparse_dim: int, state: dict[str, Tensor]) -> bool:
+    """Whether the state has a line for every row, in order, as a state of SparseAdam has."""
+    rows = state["rows"]
+    return len(rows) == math.prod(p.shape[:sparse_dim]) and torch.equal(rows, torch.arange(len(rows)).to(rows))
 
 
 class SeenRows:
@@ -82,9 +79,10 @@ class SeenRows:
         self.rows = rows
         self.slots = torch.full((length,), -1, dtype=torch.int32, device=rows.device)
         self.slots[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        self.rooms: dict[str, tuple[Tensor, Tensor]] = {}  # what is longer than the lines in use, and these
 
     def add(self, ids: Tensor, state: dict[str, Tensor]) -> None:
-        """Give every row in `ids` a line; new lines are zero. Amortised: storage grows by doubling."""
+        """Give every row in `ids` a line; new lines are zero. Amortised: room grows by doubling."""
         fresh = ids[self.slots[ids] < 0]
         if not len(fresh):
             return
@@ -93,33 +91,39 @@ class SeenRows:
         after = before + len(fresh)
         for name in PER_ROW:
             if name in state:
-                _grow(state[name], after, len(self.slots))
+                state[name] = self._longer(name, state[name], after)
         self.rows = state["rows"] = torch.cat([state["rows"], fresh])
         self.slots[fresh] = torch.arange(before, after, dtype=torch.int32, device=fresh.device)
 
-
-def _grow(lines: Tensor, count: int, limit: int) -> None:
-    """Lengthen dimension 0 in place, with zeros; shrinking keeps the storage, so room for more stays behind."""
-    before, row = len(lines), lines.shape[1:]
-    room = lines.untyped_storage().nbytes() // max(1, lines.itemsize * row.numel())
-    if count > room:
-        lines.resize_((min(limit, max(count, 2 * room)), *row))
-    lines.resize_((count, *row))
-    lines[before:].zero_()
+    def _longer(self, name: str, lines: Tensor, count: int) -> Tensor:
+        """`lines` and zeros after them. Only room that was made here is written: the state may come from a file."""
+        before = len(lines)
+        room, used = self.rooms.get(name, (lines, lines))
+        if used is not lines or count > len(room):
+            room = lines.new_empty((min(len(self.slots), max(count, 2 * before)), *lines.shape[1:]))
+            room[:before] = lines
+        room[before:count] = 0
+        self.rooms[name] = room, room[:count]
+        return self.rooms[name][1]
 
 
 def step_rows(
     p: Tensor, grad: Tensor, state: dict[str, Tensor], seen: SeenRows | None, group: dict[str, Any], stream: int
 ) -> SeenRows | None:
-    """One step of one Parameter that `check_rows` passed. Returns what `seen` is to be at the next one."""
-    ids, values = grad._indices()[0].contiguous(), grad._values().contiguous()
+    """One step of one Parameter that has no `problem_of_rows`. Returns what `seen` is to be at the next one."""
+    ids, values = _flat(grad), grad._values().contiguous()
+    sparse_dim = grad.sparse_dim()
+    table = p.detach().view(math.prod(p.shape[:sparse_dim]), *p.shape[sparse_dim:])
     if not state:
-        state.update(_fresh(p, group, lines=len(p) if group["sparse_state"] == "all" else 0))
+        state.update(_fresh(p, table.shape, group))
     if "rows" not in state:
         seen = None
     else:
-        if seen is None or seen.rows is not state["rows"] or len(seen.slots) != len(p):
-            seen = SeenRows(state["rows"], len(p))
+        if state["exp_avg"].shape[1:] != table.shape[1:]:  # a line for every row, in order: so they can be divided anew
+            state.update({name: state[name].reshape(table.shape) for name in MOMENTS if name in state})
+            state["rows"] = torch.arange(len(table), device=p.device)
+        if seen is None or seen.rows is not state["rows"] or len(seen.slots) != len(table):
+            seen = SeenRows(state["rows"], len(table))
         seen.add(ids, state)
     slots = seen.slots if seen is not None else None
     by_row = "row_step" in state or "row_decay" in state
@@ -128,10 +132,12 @@ def step_rows(
     scales = _scales(p, lines, step, state, group)
     if values.numel():
         beta1, beta2 = map(float, group["betas"])
-        moments = (state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None)
+        lines_of = {name: state[name].view(-1, *table.shape[1:]) for name in MOMENTS if name in state}
+        maximum = lines_of["max_exp_avg_sq"] if group["amsgrad"] else None
+        moments = lines_of["exp_avg"], lines_of["exp_avg_sq"], maximum
         options = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "maximize": group["maximize"]}
         rounding = (group["seed"], int(step), stream) if group["stochastic_rounding"] else ()
-        adamw_rows_(p.detach(), values, ids, slots, *moments, scales, **options, rounding=rounding)
+        adamw_rows_(table, values, ids, slots, *moments, scales, **options, rounding=rounding)
         torch.autograd.graph.increment_version(p)
     state["step"] = torch.tensor(step, dtype=torch.float32)  # SparseAdam's is a number
     if "row_step" in state:
@@ -140,6 +146,17 @@ def step_rows(
         state["decay_sum"] += math.log1p(-float(group["lr"]) * group["weight_decay"])
         state["row_decay"][lines] = state["decay_sum"]
     return seen
+
+
+def _flat(grad: Tensor) -> Tensor:
+    """The rows that a sparse gradient lists, by their flat numbers."""
+    indices = grad._indices()
+    if grad.sparse_dim() == 0:
+        return indices.new_zeros(indices.shape[1])
+    ids = indices[0]
+    for i in range(1, grad.sparse_dim()):
+        ids = ids * grad.shape[i] + indices[i]
+    return ids.contiguous()
 
 
 def _scales(p: Tensor, lines: Tensor, step: float, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
@@ -160,18 +177,29 @@ def _scales(p: Tensor, lines: Tensor, step: float, state: dict[str, Tensor], gro
     return torch.stack(columns, dim=1)
 
 
-def _fresh(p: Tensor, group: dict[str, Any], lines: int) -> dict[str, Tensor]:
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=p.device)
-
-    state = {"step": torch.zeros((), dtype=torch.float32)}
-    if group["sparse_state"] == "seen":
-        state["rows"] = zeros(0, dtype=torch.int64)
-    for name in PER_ROW[: 3 if group["amsgrad"] else 2]:
-        state[name] = zeros(lines, *p.shape[1:], dtype=state_dtype(p, group))
+def _names(group: dict[str, Any]) -> list[str]:
+    names = ["step", *MOMENTS[: 3 if group["amsgrad"] else 2]]
     if group["sparse_bias_correction"] == "row":
-        state["row_step"] = zeros(lines, dtype=torch.float32)
+        names.append("row_step")
     if group["sparse_decay"] == "catch_up":
-        state["row_decay"] = zeros(lines, dtype=torch.float64)
-        state["decay_sum"] = zeros(dtype=torch.float64)
+        names += ["row_decay", "decay_sum"]
+    return names
+
+
+def _fresh(p: Tensor, table: torch.Size, group: dict[str, Any]) -> dict[str, Tensor]:
+    names, seen = _names(group), group["sparse_state"] == "seen"
+    lines = 0 if seen else table[0]
+    moments = torch.Size((0, *table[1:])) if seen else p.shape
+    shapes: dict[str, tuple[torch.Size, torch.dtype]] = {
+        **dict.fromkeys(MOMENTS, (moments, state_dtype(p, group))),
+        "row_step": (torch.Size((lines,)), torch.float32),
+        "row_decay": (torch.Size((lines,)), torch.float64),
+        "decay_sum": (torch.Size(()), torch.float64),
+    }
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    if seen:
+        state["rows"] = torch.zeros(0, dtype=torch.int64, device=p.device)
+    for name in names[1:]:
+        shape, dtype = shapes[name]
+        state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
     return state
