@@ -1,18 +1,30 @@
-"""Ctrl-C in the middle of a training step: no Parameter is lost, and a parameter group is stepped or is not."""
+"""Ctrl-C in the middle of a training step: no Parameter is lost, and a parameter group is stepped or is not.
+
+SPARSEKERNELS_INTERRUPTS=1000 in the environment throws that many at the transformers, in place of the few of every
+run, and one at every line of a step.
+"""
 
 import copy
+import os
 import pickle
+import random
+import signal
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from interrupting import interrupt, lines_of
-from models import Zoo, full_names, ids
+from models import Zoo, batch, full_names, ids, transformer
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels import Selection
+from sparsekernels import Index, Selection
+from sparsekernels.optim import batch as batches
+
+INTERRUPTS = int(os.environ.get("SPARSEKERNELS_INTERRUPTS", "30"))
 
 
 def everything(model: nn.Module) -> Selection:
@@ -133,3 +145,192 @@ def test_compiled(interrupted: bool) -> None:
         run(torch.ones(5)).sum().backward()
         assert torch.equal(values.grad, torch.ones_like(values))
         assert of_its_own(model)
+
+
+Groups = list[dict[str, Any]]
+
+
+def compact() -> tuple[Groups, list[Tensor]]:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    tuned = sk.sparsify(model, everything(model))
+    first, *rest = tuned.parameters()
+    return [{"params": [first]}, {"params": rest, "weight_decay": 0.1}], list(model.parameters())
+
+
+def indexed() -> tuple[Groups, list[Tensor]]:
+    p = nn.Parameter(torch.randn(6, 4))
+    return [{"params": [p], "indices": [Index(torch.tensor([1, 3]), (6, 4), rows=True)]}], []
+
+
+def rows() -> tuple[Groups, list[Tensor]]:
+    return [{"params": [nn.Parameter(torch.randn(6, 4)) for _ in range(2)], "sparse_decay": "catch_up"}], []
+
+
+def dense() -> tuple[Groups, list[Tensor]]:
+    return [{"params": [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]}], []
+
+
+def mixed() -> tuple[Groups, list[Tensor]]:
+    """Compact Parameters and an ordinary one in one group, two kinds in others."""
+    (first, second), weights = compact()
+    return [{"params": [*first["params"], *dense()[0][0]["params"]]}, second, *indexed()[0], *rows()[0]], weights
+
+
+def give_gradients(optimizer: Any, make: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=generator)
+            if group["sparse_decay"] == "catch_up":
+                chosen = torch.randint(0, 6, (3,), generator=generator)
+                p.grad = torch.sparse_coo_tensor(chosen[None], p.grad[:3], p.shape, check_invariants=True)
+
+
+def made(make: Any) -> tuple[Any, list[Tensor]]:
+    torch.manual_seed(0)
+    groups, weights = make()
+    optimizer = sk.SparseAdamW(groups, lr=0.1)
+    give_gradients(optimizer, make, 1)
+    optimizer.step()
+    give_gradients(optimizer, make, 2)
+    return optimizer, weights
+
+
+def stepped(optimizer: Any) -> list[list[Tensor]]:
+    """For each group all that a step changes, versions included."""
+    found = []
+    for group in optimizer.param_groups:
+        tensors: list[Tensor] = []
+        for p in group["params"]:
+            written = [p] + ([p._sparse_slot.weight] if hasattr(p, "_sparse_slot") else [])
+            tensors += [*written, *optimizer.state[p].values(), torch.tensor([x._version for x in written])]
+        found.append([x.detach().clone() for x in tensors])
+    return found
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["native", "python"])
+@pytest.mark.parametrize("make", [compact, indexed, rows, dense, mixed], ids=lambda make: make.__name__)
+def test_a_group_is_stepped_or_is_not(make: Any, foreign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`foreign`: as where an implementation in Python serves the ops, whose every line could be interrupted."""
+    if foreign:
+        monkeypatch.setattr(batches, "has_native", lambda *_: False)
+    optimizer, _ = made(make)
+    before = stepped(optimizer)
+    lines = lines_of(optimizer.step)
+    after = stepped(optimizer)
+    assert lines > 20, "a poor test"
+    assert not any(same(a, b) for a, b in zip(before, after, strict=True)), "a poor test"
+    outcomes = set()
+    for line in range(1, lines + 1, 1 if INTERRUPTS >= 1000 else 1 + lines // 80):
+        optimizer, weights = made(make)
+        assert interrupt(optimizer.step, line), "an interrupt that came is raised"
+        assert torch.is_grad_enabled()
+        found = stepped(optimizer)
+        outcome = tuple((same(a, x), same(b, x)) for a, b, x in zip(before, after, found, strict=True))
+        assert all(any(each) for each in outcome), line
+        outcomes.add(outcome)
+        for x, expected in zip(weights, copies_of(weights, optimizer), strict=True):
+            assert torch.equal(x, expected), "weights are those of the values"
+    assert len(outcomes) > 1, "a poor test"
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def copies_of(weights: list[Tensor], optimizer: Any) -> list[Tensor]:
+    """The weights after a write of all compact values into them."""
+    copies = {id(x): x.detach().clone() for x in weights}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if hasattr(p, "_sparse_slot"):
+                slot = p._sparse_slot
+                sk.ops.scatter_(copies[id(slot.weight)], slot.index, p.detach())
+    return list(copies.values())
+
+
+def test_an_interrupt_of_another_thread_or_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another handler gets the signal once the step is whole; a thread that cannot be interrupted just steps."""
+    optimizer, _ = made(dense)
+    seen: list[list[list[Tensor]]] = []
+    ours = signal.signal(signal.SIGINT, lambda *_: seen.append(stepped(optimizer)))
+    try:
+        assert not interrupt(optimizer.step, lines_of(made(dense)[0].step) - 20)
+        assert callable(signal.getsignal(signal.SIGINT))
+        assert len(seen) == 1
+        assert same(seen[0][0], stepped(optimizer)[0])
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    before = stepped(optimizer)
+    thread = threading.Thread(target=optimizer.step)
+    thread.start()
+    thread.join()
+    assert not same(before[0], stepped(optimizer)[0])
+
+
+def test_an_interrupt_within_the_closure_is_raised_at_once() -> None:
+    optimizer, _ = made(dense)
+    before = stepped(optimizer)
+
+    def closure() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert same(before[0], stepped(optimizer)[0])
+    assert torch.is_grad_enabled()
+
+
+class Run:
+    """A transformer of which every kind of weight is trained a little, and another to compare it with."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.model = kind, transformer(kind)
+        self.originals = copy.deepcopy(self.model.state_dict())
+        self.flags = [p.requires_grad for p in self.model.parameters()]
+        self.selection = everything(self.model)
+        self.begin()
+
+    def begin(self) -> None:
+        self.tuned = sk.sparsify(self.model, self.selection)
+        self.optimizer = sk.SparseAdamW(self.tuned.parameters(), lr=1e-2)
+        self.held = held(self.model)
+
+    def train(self, seed: int = 0) -> None:
+        self.optimizer.zero_grad()
+        self.model(**batch(self.kind, seed=seed)).loss.backward()
+        self.optimizer.step()
+
+    def restore(self) -> None:
+        self.tuned.restore()
+        found = self.model.state_dict()
+        assert all(torch.equal(value, self.originals[name]) for name, value in found.items())
+        assert found.keys() == self.originals.keys()
+        assert [p.requires_grad for p in self.model.parameters()] == self.flags
+        assert all(getattr(m, name) is p for m in self.model.modules() for name, p in m._parameters.items())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_train_on_or_restore(kind: str) -> None:
+    """At random lines of whole training steps, one after another in the same model."""
+    run, twin, draw = Run(kind), Run(kind), random.Random(kind)
+    run.train()
+    lines = lines_of(run.train)
+    raised = 0
+    for i in range(-(-INTERRUPTS // 3)):
+        raised += interrupt(partial(run.train, seed=i), draw.randint(1, lines))
+        assert held(run.model) == run.held
+        assert torch.is_grad_enabled()
+        if draw.random() < 0.5:
+            run.restore()
+            run.begin()
+            continue
+        twin.model.load_state_dict(run.model.state_dict())
+        twin.optimizer.load_state_dict(run.optimizer.state_dict())
+        for each in (run, twin):
+            each.train(seed=i)
+        for (name, a), (_, b) in zip(run.model.named_parameters(), twin.model.named_parameters(), strict=True):
+            assert torch.equal(a, b), name
+    assert raised > INTERRUPTS // 4, "a poor test"
+    run.restore()
+    print(f"{kind}: {raised} interrupts of {lines} lines, 0 lost Parameters, restored bit for bit")

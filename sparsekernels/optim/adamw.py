@@ -256,9 +256,8 @@ class SparseAdamW(torch.optim.AdamW):
 
     def _step_several(self, ready: list[Ready], others: list[tuple[dict[str, Any], Plan]], scale: Scaling) -> None:
         native = all(each[0].native for each in ready)
-        for i, each in enumerate(ready):
-            if i or not native:
-                each[0].check(each, self.state)
+        for each in ready if others or not native else ready[1:]:
+            each[0].check(each, self.state)
         lists = [dense_lists(self, group, plan) for group, plan in others]
         held = hold_interrupts() if others or not native else None
         try:

@@ -31,8 +31,6 @@ class Batch:
         params: list[Tensor],
         states: Mapping[Tensor, dict[str, Any]],
     ) -> None:
-        if group["differentiable"]:
-            raise ValueError("differentiable=True is not possible for compact Parameters or parameters with indices")
         check_unchanged(group, plan, params, states)
         self.kind, self.params = kind, list(params)
         self.slots = [plan.slots[p] for p in params] if kind == "compact" else []
@@ -74,7 +72,7 @@ class Batch:
             state, grad = states[p], p.grad
             if state.get("exp_avg") is not m or state.get("exp_avg_sq") is not v or state.get("step") is not step:
                 return None
-            if grad is None or grad.layout is not torch.strided or not grad.is_same_size(p):
+            if grad is None or grad.is_sparse or not grad.is_same_size(p):
                 return None
             grads.append(grad.contiguous())
         for p, maximum in zip(self.params, self.maxima):  # noqa: B905 - empty without amsgrad
@@ -127,27 +125,33 @@ class Batch:
     def step(self, ready: Ready, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Make the step. One list of calls with no Python in between: no interrupt finds it half made."""
         _, grads, options, _, _ = ready
-        if self.fresh:
-            for p, state in self.fresh:
-                states[p].update(state)
-            self.fresh = []
+        fresh, self.fresh = self.fresh, []
+        for p, state in fresh:
+            states[p].update(state)
         recording = torch.is_grad_enabled()
+        reached: list[str] = []
         calls = [
             _NOT_RECORDING,
             self.count,
+            partial(reached.append, "counted"),
             partial(self.op, self.params, grads, *self.lists, *options),
+            partial(reached.append, "stepped"),
             self.new_version,
             _RECORDING if recording else _NOT_RECORDING,
         ]
         found_inf = options[-2]
         if found_inf is not None:
-            calls.insert(3, partial(torch._foreach_sub_, self.steps, [found_inf] * len(self.steps)))
+            calls.insert(4, partial(torch._foreach_sub_, self.steps, [found_inf] * len(self.steps)))
         try:
             deque(map(_CALL, calls), 0)
         except BaseException:
             torch._C._set_grad_enabled(recording)
-            torch._foreach_sub_(self.steps, 1)
-            self._name_what_does_not_fit(ready, states)
+            if reached == ["counted"]:
+                torch._foreach_sub_(self.steps, 1)
+            if "stepped" not in reached:  # else an interrupt came when all was done
+                for p, _ in fresh:
+                    states[p].clear()
+                self._name_what_does_not_fit(ready, states)
             raise
         for p, slot in zip(self.params, self.slots):  # noqa: B905 - empty for the gathered kind
             slot.written = p._version
@@ -173,15 +177,16 @@ def prepared(
         grads = [_fitting(p, group) for p in live]
         if len(live) == len(params):
             plan.batches[kind] = batch
+    if group["differentiable"]:
+        raise ValueError("differentiable=True is not possible for compact Parameters or parameters with indices")
     return batch, grads, batch.options(group, plan, scale), group, plan
 
 
 def _fitting(p: Tensor, group: dict[str, Any]) -> Tensor:
     grad = p.grad
     assert grad is not None
-    if grad.layout is not torch.strided:
-        found = "sparse" if grad.is_sparse else str(grad.layout)
-        raise ValueError(f"{name_of(group, p)}: its gradient is {found}, but it is stepped at positions of its own")
+    if grad.is_sparse:
+        raise ValueError(f"{name_of(group, p)}: its gradient is sparse, but it is stepped at positions of its own")
     if grad.shape != p.shape:
         raise ValueError(f"{name_of(group, p)}: {misfit(p, grad)}")
     return grad.contiguous()

@@ -29,8 +29,6 @@ def check_dense(group: dict[str, Any], plan: Plan, states: Mapping[Tensor, dict[
 
 
 def _problem(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str | None:
-    if grad.layout is not torch.strided:
-        return f"its gradient must be dense or COO, got {grad.layout}"
     if grad.shape != p.shape or grad.dtype != p.dtype or grad.device != p.device:
         return misfit(p, grad)
     if group["capturable"] and not group["fused"] and p.device.type not in _get_capturable_supported_devices():
@@ -63,12 +61,16 @@ def dense_lists(optimizer: torch.optim.AdamW, group: dict[str, Any], plan: Plan)
     """Parameters with dense gradients, their gradients and state, as torch makes and refuses them; any complex one."""
     lists: Lists = ([], [], [], [], [], [])
     params = [p for p in plan.dense if p.grad is not None and not p.grad.is_sparse]
+    if not params:
+        return lists, False
     with torch.set_grad_enabled(group["differentiable"]):
         return lists, optimizer._init_group({**group, "params": params}, *lists)
 
 
 def step_dense(group: dict[str, Any], lists: Lists, has_complex: bool, scale: Scaling) -> None:
     """One step by torch's own function, so that every number is torch's."""
+    if not lists[0]:
+        return
     beta1, beta2 = group["betas"]
     with torch.set_grad_enabled(group["differentiable"]):
         adam(

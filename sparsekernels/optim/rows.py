@@ -113,7 +113,9 @@ def step_rows(
     """One step of one Parameter that has no `problem_of_rows`. Returns what `seen` is to be at the next one."""
     ids, values = _flat(grad), grad._values().contiguous()
     sparse_dim = grad.sparse_dim()
-    table = p.detach().view(math.prod(p.shape[:sparse_dim]), *p.shape[sparse_dim:])
+    table = p.detach()
+    if sparse_dim != 1:
+        table = table.view(math.prod(p.shape[:sparse_dim]), *p.shape[sparse_dim:])
     if not state:
         state.update(_fresh(p, table.shape, group))
     if "rows" not in state:
@@ -132,12 +134,16 @@ def step_rows(
     scales = _scales(p, lines, step, state, group)
     if values.numel():
         beta1, beta2 = map(float, group["betas"])
-        lines_of = {name: state[name].view(-1, *table.shape[1:]) for name in MOMENTS if name in state}
-        maximum = lines_of["max_exp_avg_sq"] if group["amsgrad"] else None
-        moments = lines_of["exp_avg"], lines_of["exp_avg_sq"], maximum
+        m, v, maximum = state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None
+        if seen is None and sparse_dim != 1:
+            m, v, maximum = (
+                m.view(table.shape),
+                v.view(table.shape),
+                None if maximum is None else maximum.view_as(table),
+            )
         options = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "maximize": group["maximize"]}
         rounding = (group["seed"], int(step), stream) if group["stochastic_rounding"] else ()
-        adamw_rows_(table, values, ids, slots, *moments, scales, **options, rounding=rounding)
+        adamw_rows_(table, values, ids, slots, m, v, maximum, scales, **options, rounding=rounding)
         torch.autograd.graph.increment_version(p)
     state["step"] = torch.tensor(step, dtype=torch.float32)  # SparseAdam's is a number
     if "row_step" in state:
