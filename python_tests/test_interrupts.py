@@ -1,7 +1,7 @@
 """Ctrl-C in the middle of a training step: no Parameter is lost, and a parameter group is stepped or is not.
 
-SPARSEKERNELS_INTERRUPTS=1000 in the environment throws that many at the transformers, in place of the few of every
-run, and one at every line of a step.
+SPARSEKERNELS_INTERRUPTS=1000 throws that many at the transformers, in place of the few of every run, and one at
+every line of a step.
 """
 
 import copy

@@ -33,7 +33,8 @@ class SparseAdamW(torch.optim.AdamW):
     3. any other Parameter: with a dense gradient exactly `torch.optim.AdamW`; with a sparse (COO) one, as
        `nn.Embedding(sparse=True)` makes it, the rows that it lists are stepped in one pass, duplicates summed in their
        order: exactly `torch.optim.SparseAdam`, with decay of the rows on top (weight_decay=0 for none). There eps is
-       added to the root of v before its bias is corrected, as in SparseAdam.
+       added to the root of v before its bias is corrected, as in SparseAdam. With several sparse dimensions, as
+       `grad.to_sparse()` has, a row is what one entry of its indices names, down to a single element.
 
     The rule, defaults, arguments, errors, hooks and `state_dict` are those of `torch.optim.AdamW`. With the gradient
     :math:`g_t` (negated by `maximize`), for each element that is trained:
@@ -71,7 +72,8 @@ class SparseAdamW(torch.optim.AdamW):
             there on the host: a CUDA graph may hold it.
         differentiable: dense gradients of kind 3 only.
         sparse_state: for sparse gradients, "seen" keeps state for the rows that ever had one (and 4 B for each row of
-            the table, not saved), "all" for every row; only with "all" may sparse and dense gradients take turns.
+            the table, not saved), "all" for every row; only with "all" may sparse and dense gradients, or numbers of
+            sparse dimensions, take turns.
         sparse_decay: for sparse gradients, "touched" decays a row when it has a gradient; "catch_up" then makes up for
             all steps that the row missed, at their own rates. A row never touched again stays behind.
         sparse_bias_correction: for sparse gradients, "global" counts the steps of the table, as SparseAdam does, "row"
@@ -95,6 +97,8 @@ class SparseAdamW(torch.optim.AdamW):
 
     Kinds 1 and 2 are deterministic: an element's new value depends on nothing but its own state, so the same steps give
     the same bits on one device, whatever the number of threads and the parameters beside it. `.grad` is read only.
+    A step that is interrupted by Ctrl-C (SIGINT) leaves each parameter group either wholly stepped or untouched: a
+    native call for each group cannot be interrupted, and anything else is finished before KeyboardInterrupt is raised.
     Inside `torch.compile` a step is one graph break and runs as it is, hooks included; `fullgraph=True` is refused.
 
     Raises:
@@ -258,9 +262,9 @@ class SparseAdamW(torch.optim.AdamW):
         native = all(each[0].native for each in ready)
         for each in ready if others or not native else ready[1:]:
             each[0].check(each, self.state)
-        lists = [dense_lists(self, group, plan) for group, plan in others]
         held = hold_interrupts() if others or not native else None
         try:
+            lists = [dense_lists(self, group, plan) for group, plan in others]
             for each in ready:
                 each[0].step(each, self.state)
             for (group, plan), dense in zip(others, lists, strict=True):

@@ -88,6 +88,8 @@ class Batch:
         if not self.native:
             self._name_what_does_not_fit(ready, states)
             return
+        if self.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # whatever is refused, nothing has run
         _, grads, options, _, _ = ready
         if self.infinite is None:
             self.infinite = torch.ones((), device=self.params[0].device)
@@ -129,29 +131,24 @@ class Batch:
         for p, state in fresh:
             states[p].update(state)
         recording = torch.is_grad_enabled()
-        reached: list[str] = []
         calls = [
             _NOT_RECORDING,
             self.count,
-            partial(reached.append, "counted"),
             partial(self.op, self.params, grads, *self.lists, *options),
-            partial(reached.append, "stepped"),
             self.new_version,
             _RECORDING if recording else _NOT_RECORDING,
         ]
         found_inf = options[-2]
         if found_inf is not None:
-            calls.insert(4, partial(torch._foreach_sub_, self.steps, [found_inf] * len(self.steps)))
+            calls.insert(3, partial(torch._foreach_sub_, self.steps, [found_inf] * len(self.steps)))
         try:
             deque(map(_CALL, calls), 0)
-        except BaseException:
+        except Exception:
             torch._C._set_grad_enabled(recording)
-            if reached == ["counted"]:
-                torch._foreach_sub_(self.steps, 1)
-            if "stepped" not in reached:  # else an interrupt came when all was done
-                for p, _ in fresh:
-                    states[p].clear()
-                self._name_what_does_not_fit(ready, states)
+            torch._foreach_sub_(self.steps, 1)
+            for p, _ in fresh:
+                states[p].clear()
+            self._name_what_does_not_fit(ready, states)
             raise
         for p, slot in zip(self.params, self.slots):  # noqa: B905 - empty for the gathered kind
             slot.written = p._version
