@@ -56,6 +56,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from sparsekernels.autograd import SLOTS
+
 RESULTS = Path(__file__).parent / "results" / "embedding_rows.json"
 BAR = 5.0  # our share of the embedding must be so many times smaller than that of TrainableTokens
 FROZEN, AGAIN = "embedding frozen", "embedding frozen, again"
@@ -119,7 +121,8 @@ def memory(task: Task, make: Callable[..., Contender]) -> dict[str, Any]:
 
     peak = highest(allocations(begin))
     (contender,) = kept
-    own = storages([*contender.model.parameters(), *contender.model.buffers()])
+    slots = [slot for module in contender.model.modules() for slot in module.__dict__.get(SLOTS, {}).values()]
+    own = storages([*contender.model.parameters(), *contender.model.buffers(), *(slot.positions for slot in slots)])
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
