@@ -48,20 +48,25 @@ void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxim
   STD_TORCH_CHECK(maxima == 0 || maxima == count, "max_exp_avg_sqs must be empty or have one entry for each parameter");
 }
 
-// Where the moments lie, of which the first says dtype and size.
-void* state_of(const Tensor& exp_avg, const Tensor& state, const char* name) {
-  check_same(exp_avg, state, name);
-  void* at = state.mutable_data_ptr();
-  check_memory(state, at, state.element_size(), name);
-  return at;
-}
+// Positions and what a call changes, in memory: positions are read again after they were checked.
+struct Memory {
+  std::vector<Span> positions, changed;
+
+  explicit Memory(size_t parameters) {
+    positions.reserve(parameters);
+    changed.reserve(5 * parameters);
+  }
+  void check() const { check_apart(positions, changed, "positions"); }
+};
 
 // Fills what both forms share: moments, positions, and the scalars of the step.
 template <typename T, typename W>
 cpu::AdamwTask make_task(
     const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& dense,
     const Tensor& positions, const AdamwOptions& options, const std::vector<int64_t>& rounding, size_t number,
-    Apart& apart) {
+    Memory& memory) {
+  check_same(exp_avg, exp_avg_sq, "exp_avg_sq");
+  if (maximum) check_same(exp_avg, *maximum, "max_exp_avg_sq");
   STD_TORCH_CHECK(dense.is_contiguous(), "dense parameters must be contiguous");
   const int64_t count = positions.numel();
   const int64_t numel = exp_avg.numel();
@@ -69,19 +74,22 @@ cpu::AdamwTask make_task(
   task.numel = numel;
   task.width = count == 0 ? 1 : numel / count;
   STD_TORCH_CHECK(task.width * count == numel, "the state does not fit its positions");
-  task.exp_avg = state_of(exp_avg, exp_avg, "exp_avg");
-  task.exp_avg_sq = state_of(exp_avg, exp_avg_sq, "exp_avg_sq");
-  task.maximum = maximum ? state_of(exp_avg, *maximum, "max_exp_avg_sq") : nullptr;
-  task.dense = mutable_data<W>(dense, "weights");
+  const int64_t item = exp_avg.element_size(), dense_numel = dense.numel();
+  const auto changed = [&](const Tensor& x, int64_t numel, int64_t item, const char* name) {
+    void* at = x.mutable_data_ptr();
+    check_memory(x, at, numel, item, item, name);
+    memory.changed.emplace_back(at, numel * item);
+    return at;
+  };
+  task.exp_avg = changed(exp_avg, numel, item, "exp_avg");
+  task.exp_avg_sq = changed(exp_avg_sq, numel, item, "exp_avg_sq");
+  task.maximum = maximum ? changed(*maximum, numel, item, "max_exp_avg_sq") : nullptr;
+  task.dense = changed(dense, dense_numel, sizeof(W), "weights");
   with_positions(positions, [&](const auto* index) {
-    check_positions(index, count, task.width == 0 ? dense.size(0) : dense.numel() / task.width);
+    check_positions(index, count, task.width == 0 ? dense.size(0) : dense_numel / task.width);
     task.positions = index;
+    memory.positions.emplace_back(index, count * int64_t(sizeof(*index)));
   });
-  apart.read(positions);
-  apart.written(exp_avg);
-  apart.written(exp_avg_sq);
-  if (maximum) apart.written(*maximum);
-  apart.written(dense);
   STD_TORCH_CHECK(
       step.is_cpu() && step.scalar_type() == ScalarType::Float && step.is_contiguous() &&
           (step.numel() == 1 || (step.dim() == 1 && step.numel() == count)),
@@ -103,13 +111,13 @@ cpu::AdamwTask make_task(
 template <typename T, typename F>
 void with_kind(const Tensor& positions, const Tensor& exp_avg, const cpu::AdamwTask& task, const F& f) {
   const auto with_state = [&](auto state) {
-    with_positions(positions, [&](const auto* index) {
-      using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
+    const auto with_index = [&](auto index) {
       const auto with_ages = [&](auto amsgrad) {
-        if (task.ages) f(I{}, state, amsgrad, std::true_type{}); else f(I{}, state, amsgrad, std::false_type{});
+        if (task.ages) f(index, state, amsgrad, std::true_type{}); else f(index, state, amsgrad, std::false_type{});
       };
       if (task.maximum) with_ages(std::true_type{}); else with_ages(std::false_type{});
-    });
+    };
+    if (positions.scalar_type() == ScalarType::Int) with_index(int32_t{}); else with_index(int64_t{});
   };
   if (exp_avg.scalar_type() == scalar_type<T>()) return with_state(T{});
   if constexpr (std::is_same_v<T, float>) {
@@ -129,7 +137,7 @@ void adamw_compact_(
       max_exp_avg_sqs.size());
   const auto options = make_options(lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale);
   std::vector<cpu::AdamwTask> tasks;
-  Apart apart;
+  Memory memory(values.size());
   for (size_t i = 0; i < values.size(); ++i) {
     const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
     STD_TORCH_CHECK(values[i].is_contiguous(), "values must be contiguous");
@@ -141,10 +149,10 @@ void adamw_compact_(
       using T = opmath_t<scalar_t>;
       STD_TORCH_CHECK(values[i].scalar_type() == scalar_type<T>(), "values must be fp32 (fp64 for fp64 weights)");
       auto task = make_task<T, scalar_t>(
-          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], options, rounding, i, apart);
+          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], options, rounding, i, memory);
       task.values = mutable_data<T>(values[i], "values");
       task.grad = data<T>(grads[i], "grads");
-      apart.written(values[i]);
+      memory.changed.emplace_back(task.values, task.numel * int64_t(sizeof(T)));
       with_kind<T>(positions[i], exp_avgs[i], task, [&](auto index, auto state, auto amsgrad, auto aged) {
         task.run = cpu::adamw_compact<
             T, scalar_t, decltype(state), decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
@@ -152,7 +160,7 @@ void adamw_compact_(
       tasks.push_back(task);
     });
   }
-  apart.check("positions");
+  memory.check();
   run(tasks, found_inf);
 }
 
@@ -165,7 +173,7 @@ void adamw_gathered_(
       max_exp_avg_sqs.size());
   const auto options = make_options(lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale);
   std::vector<cpu::AdamwTask> tasks;
-  Apart apart;
+  Memory memory(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
     check_same(params[i], grads[i], "grads");
@@ -174,7 +182,7 @@ void adamw_gathered_(
       using T = opmath_t<scalar_t>;
       STD_TORCH_CHECK(exp_avgs[i].is_contiguous(), "exp_avgs must be contiguous");
       auto task = make_task<T, scalar_t>(
-          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], options, rounding, i, apart);
+          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], options, rounding, i, memory);
       task.grad = data<scalar_t>(grads[i], "grads");
       with_kind<T>(positions[i], exp_avgs[i], task, [&](auto index, auto state, auto amsgrad, auto aged) {
         task.run = cpu::adamw_gathered<
@@ -183,7 +191,7 @@ void adamw_gathered_(
       tasks.push_back(task);
     });
   }
-  apart.check("positions");
+  memory.check();
   run(tasks, found_inf);
 }
 

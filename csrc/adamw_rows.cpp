@@ -46,7 +46,8 @@ void* check_state(const Tensor& state, const Tensor& first, const Tensor& param,
           state.size(0) == first.size(0) && state.numel() == product(state.size(0), width),
       name, " must be contiguous, of the dtype and size of exp_avg, with rows as long as the parameter's");
   void* at = state.mutable_data_ptr();
-  check_memory(state, at, state.element_size(), name);
+  const int64_t item = state.element_size();
+  check_memory(state, at, state.numel(), item, item, name);
   return at;
 }
 
@@ -94,10 +95,6 @@ void adamw_rows_(
   task.exp_avg = check_state(exp_avg, exp_avg, param, width, "exp_avg");
   task.exp_avg_sq = check_state(exp_avg_sq, exp_avg, param, width, "exp_avg_sq");
   if (max_exp_avg_sq) task.maximum = check_state(*max_exp_avg_sq, exp_avg, param, width, "max_exp_avg_sq");
-  if (slots) {
-    for (const Tensor* each : {&param, &exp_avg, &exp_avg_sq}) check_apart(*slots, *each, "slots");
-    if (max_exp_avg_sq) check_apart(*slots, *max_exp_avg_sq, "slots");
-  }
   task.scales_each = scales.dim() == 2 && scales.size(0) > 1;
   with_floating(param.scalar_type(), "adamw_rows_", [&](auto zero) {
     using W = decltype(zero);
@@ -109,6 +106,14 @@ void adamw_rows_(
     task.scales = data<T>(scales, "scales");
     task.param = mutable_data<W>(param, "param");
     task.grad_values = data<W>(grad_values, "grad_values");
+    if (slots) {
+      const Span own(task.slots, rows * int64_t(sizeof(int32_t)));
+      const int64_t state = exp_avg.numel() * int64_t(exp_avg.element_size());
+      check_apart(own, {task.param, rows * width * int64_t(sizeof(W))}, "slots");
+      for (void* each : {task.exp_avg, task.exp_avg_sq, task.maximum}) {
+        if (each) check_apart(own, {each, state}, "slots");
+      }
+    }
     void (*run)(const cpu::AdamwRowsTask&, int64_t, int64_t) = nullptr;
     if (exp_avg.scalar_type() == scalar_type<T>()) {
       run = task.maximum ? cpu::adamw_rows<T, W, T, true> : cpu::adamw_rows<T, W, T, false>;

@@ -58,36 +58,41 @@ inline int64_t product(int64_t a, int64_t b) {
   return result;
 }
 
-// Bytes from the first to the last element of a tensor, which need not lie side by side.
-inline int64_t bytes_of(const Tensor& x) {
-  const int64_t numel = x.numel();
-  if (numel == 0 || x.is_contiguous()) return numel * int64_t(x.element_size());
-  int64_t last = 0;
-  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-  return (last + 1) * int64_t(x.element_size());
-}
-
 // A storage can be freed or shrunk under a tensor, which FSDP does to weights, and memory of others can begin anywhere.
-inline void check_memory(const Tensor& x, const void* data, size_t alignment, const char* name) {
+// `span` elements of `item` bytes lie between the first and the last. Each call into torch costs a small op a fraction of
+// a percent: what the caller knows is not asked for again.
+inline void check_memory(
+    const Tensor& x, const void* data, int64_t span, int64_t item, size_t alignment, const char* name) {
+  if (span == 0) return;
   int64_t held = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &held));
-  const int64_t before = x.storage_offset() * int64_t(x.element_size());
-  STD_TORCH_CHECK(before + bytes_of(x) <= held, name, " has no memory: its storage was freed or made smaller");
+  STD_TORCH_CHECK(
+      (x.storage_offset() + span) * item <= held, name, " has no memory: its storage was freed or made smaller");
   STD_TORCH_CHECK(uintptr_t(data) % alignment == 0, name, " is not aligned: its memory must begin at a whole element");
 }
 
-// Where elements of type T begin, to be read; to be changed.
+// Where a contiguous tensor of T begins, to be read; to be changed.
 template <typename T>
 const T* data(const Tensor& x, const char* name) {
   const void* at = x.const_data_ptr();
-  check_memory(x, at, alignof(T), name);
+  check_memory(x, at, x.numel(), sizeof(T), alignof(T), name);
   return static_cast<const T*>(at);
 }
 template <typename T>
 T* mutable_data(const Tensor& x, const char* name) {
   void* at = x.mutable_data_ptr();
-  check_memory(x, at, alignof(T), name);
+  check_memory(x, at, x.numel(), sizeof(T), alignof(T), name);
   return static_cast<T*>(at);
+}
+
+// The same of a matrix whose rows may lie apart.
+template <typename T>
+const T* rows_data(const Tensor& x, const char* name) {
+  const void* at = x.const_data_ptr();
+  const int64_t height = x.size(0), width = x.size(1);
+  const int64_t span = height == 0 || width == 0 ? 0 : (height - 1) * x.stride(0) + width;
+  check_memory(x, at, span, sizeof(T), alignof(T), name);
+  return static_cast<const T*>(at);
 }
 
 inline void check_same(const Tensor& a, const Tensor& b, const char* what) {

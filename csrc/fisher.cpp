@@ -123,9 +123,10 @@ void fisher_embedding_(
   with_floating(grad_output.scalar_type(), "fisher_embedding_", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    S* sum = sum_pointer<S>(total, !positions ? numel : rows ? product(count, width) : count, "total");
+    const int64_t elements = !positions ? numel : rows ? product(count, width) : count;
+    S* sum = sum_pointer<S>(total, elements, "total");
     S* norm = sum_pointer<S>(norms, samples, "norms");
-    with_selection(positions, any_table(rows ? 1 : width), total, norms, [&](const auto* index) {
+    with_selection(positions, sum, elements, norm, samples, [&](const auto* index) {
       using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
       if (width == 0) return;
       std::vector<Hit> hits;
@@ -204,7 +205,8 @@ void fisher_vector_(
     S* norm = sum_pointer<S>(norms, samples, "norms");
     const T* dy = data<T>(grad_output, "grad_output");
     const T* x = input ? data<T>(*input, "input") : nullptr;
-    with_selection(positions, m, total, norms, [&](const auto* index) {
+    with_selection(positions, sum, count, norm, samples, [&](const auto* index) {
+      if (index) check_positions(index, count, m);
       if (grad_output.numel() == 0) return;  // of any width, then: nothing is to be made of that size
       using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
       Columns<T, I>{dy, x, samples, each, m, index, count, sum, norm}.run();

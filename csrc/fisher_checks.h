@@ -28,16 +28,18 @@ inline void check_activations(const Tensor& grad_output, const MaybeTensor& inpu
       "input must be contiguous, with the dtype, samples and tokens of grad_output");
 }
 
-// Calls f with a typed pointer to positions, null where all are selected; not at all where none is.
-template <typename F>
+// Calls f with a typed pointer to positions, null where all are selected; not at all where none is. What is changed are
+// `total`, of `elements`, and `norms`, one for each of `samples`.
+template <typename S, typename F>
 void with_selection(
-    const MaybeTensor& positions, int64_t limit, const MaybeTensor& total, const MaybeTensor& norms, const F& f) {
+    const MaybeTensor& positions, const S* total, int64_t elements, const S* norms, int64_t samples, const F& f) {
   if (!positions) return f(static_cast<const int64_t*>(nullptr));
-  if (total) check_apart(*positions, *total, "positions");
-  if (norms) check_apart(*positions, *norms, "positions");
   with_positions(*positions, [&](const auto* index) {
-    check_positions(index, positions->numel(), limit);
-    if (positions->numel() > 0) f(index);
+    const int64_t count = positions->numel();
+    const Span own(index, count * int64_t(sizeof(*index)));
+    if (total) check_apart(own, {total, elements * int64_t(sizeof(S))}, "positions");
+    if (norms) check_apart(own, {norms, samples * int64_t(sizeof(S))}, "positions");
+    if (count > 0) f(index);
   });
 }
 

@@ -219,10 +219,12 @@ void fisher_linear_(
   with_floating(input.scalar_type(), "fisher_linear_", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    S* sum = sum_pointer<S>(total, !positions ? m * n : rows ? product(count, n) : count, "total");
+    const int64_t elements = !positions ? m * n : rows ? product(count, n) : count;
+    S* sum = sum_pointer<S>(total, elements, "total");
     S* norm = sum_pointer<S>(norms, samples, "norms");
     const T *dy = data<T>(grad_output, "grad_output"), *x = data<T>(input, "input");
-    with_selection(positions, rows ? m : m * n, total, norms, [&](const auto* index) {
+    with_selection(positions, sum, elements, norm, samples, [&](const auto* index) {
+      if (index) check_positions(index, count, rows ? m : m * n);
       if (samples == 0 || each == 0 || m == 0 || n == 0) return;
       using I = std::remove_const_t<std::remove_pointer_t<decltype(index)>>;
       Linear<T, I> linear{dy, x, samples, m, n, index, count, index && rows, sum, norm};

@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_gradient(
     using T = decltype(zero);
     using S = opmath_t<T>;
     const auto parts = scratch<S>(2 * blocks * width);
-    const T *left = data<T>(a, "a"), *right = data<T>(b, "b");
+    const T *left = rows_data<T>(a, "a"), *right = rows_data<T>(b, "b");
     const int64_t a_stride = a.stride(0), b_stride = b.stride(0), work = cpu::kTokens * std::min(width, cpu::kColumns);
     parallel_for(0, blocks * across, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {

@@ -34,7 +34,7 @@ void for_rows(const Tensor& x, const Tensor& columns, int64_t width, Tensor& out
       const auto lanes = scratch<cpu::Lanes>(vectors);
       const bool fast = cpu::compresses();
       if (fast) cpu::find_lanes<kLanes>(index, count, vectors, lanes.get());
-      const U* from = data<U>(x, "x");
+      const U* from = rows_data<U>(x, "x");
       auto* to = static_cast<U*>(out.mutable_data_ptr());
       const int64_t grain = kGrain / ((count + width) * int64_t(sizeof(U)) + 1) + 1;
       parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {

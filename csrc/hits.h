@@ -1,6 +1,7 @@
 // Which tokens of a lookup hit selected rows of the table, and in which order their gradients are added.
 #pragma once
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <utility>
 
@@ -30,28 +31,34 @@ inline void sort_hits(std::vector<Hit>& hits) {
   }
 }
 
-// Of a table that nothing tells the size of: positions must leave room for the row after theirs.
-inline int64_t any_table(int64_t per_row) { return std::numeric_limits<int64_t>::max() - per_row; }
-
-// The hits in order of position, then of token. Positions have been checked. `per_row` positions at most lie in a row: 1, or the row's width.
+// The hits in order of position, then of token. Few of many positions are looked at, by bisection: of those, and of the
+// first and the last, that they are good ones is checked, and no more, which would cost more than the rest. `per_row` positions at most lie in a row: 1, or the row's width.
 template <typename Id, typename I>
 std::vector<Hit> find_hits(
     const Id* ids, int64_t tokens, const I* index, int64_t count, int64_t per_row, int64_t padding_idx) {
   if (count == 0) return {};
   STD_TORCH_CHECK(per_row > 0, "rows without elements have no positions");
+  check_ends(index, count, std::numeric_limits<int64_t>::max() - per_row);  // there is a row after the last
   const int64_t first_row = index[0] / per_row, last_row = index[count - 1] / per_row;
   std::vector<Hit> hits(tokens);
+  std::atomic<bool> sorted{true};
   parallel_for(0, tokens, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t id = ids[t];
       hits[t] = {t, 0, 0};
       if (id == padding_idx || id < first_row || id > last_row) continue;
       const I* from = std::lower_bound(index, index + count, id * per_row);
-      const I* most = from + std::min(per_row, count - (from - index));
-      const I* to = per_row == 1 ? from + (*from == id) : std::lower_bound(from, most, (id + 1) * per_row);
-      hits[t] = {t, from - index, to - index};
+      const int64_t at = from - index, left = std::min(per_row, count - at);
+      if (left == 0) continue;
+      const I* to = per_row == 1 ? from + (*from == id) : std::lower_bound(from, from + left, (id + 1) * per_row);
+      hits[t] = {t, at, to - index};
+      if (per_row > 1 && to > from) {
+        const bool ascends = std::adjacent_find(from, to, std::greater_equal<I>()) == to;
+        if (!ascends || *from < id * per_row || to[-1] >= (id + 1) * per_row) sorted = false;
+      }
     }
   });
+  STD_TORCH_CHECK(sorted, kUnsorted);
   hits.erase(std::remove_if(hits.begin(), hits.end(), [](const Hit& hit) { return hit.from == hit.to; }), hits.end());
   sort_hits(hits);
   return hits;

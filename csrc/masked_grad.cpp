@@ -127,7 +127,6 @@ Tensor masked_grad_embedding(
     result = torch::stable::new_zeros(grad_output, shape, scalar_type<S>());
     const T* dy = data<T>(grad_output, "grad_output");
     with_positions(positions, [&](const auto* index) {
-      check_positions(index, count, any_table(rows ? 1 : width));
       std::vector<Hit> hits;
       with_positions(ids, [&](const auto* id) {
         hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx);

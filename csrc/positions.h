@@ -27,13 +27,20 @@ void with_positions(const Tensor& positions, const F& f) {
   }
 }
 
-// Ascending ones stay inside if the first and the last do.
+constexpr char kUnsorted[] = "positions must be sorted and unique; pass positions.unique()";
+
+// Of sorted ones, the first and the last tell whether all stay inside.
+template <typename I>
+void check_ends(const I* positions, int64_t count, int64_t limit) {
+  STD_TORCH_CHECK(
+      count == 0 || (positions[0] >= 0 && positions[count - 1] < limit), "positions out of range for a size of ", limit,
+      ": ", int64_t(positions[0]), " to ", int64_t(positions[count - 1]));
+}
+
 template <typename I>
 void check_positions(const I* positions, int64_t count, int64_t limit) {
   if (count == 0) return;
-  STD_TORCH_CHECK(
-      positions[0] >= 0 && positions[count - 1] < limit, "positions out of range for a size of ", limit, ": ",
-      int64_t(positions[0]), " to ", int64_t(positions[count - 1]));
+  check_ends(positions, count, limit);
   constexpr int64_t kGrain = 1 << 16;  // positions that are worth a thread
   std::atomic<bool> sorted{true};
   if (count <= kGrain) {
@@ -43,41 +50,30 @@ void check_positions(const I* positions, int64_t count, int64_t limit) {
       if (!ascend(positions, begin, end)) sorted = false;
     });
   }
-  STD_TORCH_CHECK(sorted, "positions must be sorted and unique; pass positions.unique()");
+  STD_TORCH_CHECK(sorted, kUnsorted);
 }
 
 // Memory that is read after it was checked must not be written by the same call.
 struct Span {
   uintptr_t begin, end;
 
-  explicit Span(const Tensor& x) : begin(uintptr_t(x.const_data_ptr())), end(begin + uintptr_t(bytes_of(x))) {}
+  Span(const void* data, int64_t bytes) : begin(uintptr_t(data)), end(begin + uintptr_t(bytes)) {}
   bool meets(const Span& other) const { return std::max(begin, other.begin) < std::min(end, other.end); }
 };
 
-constexpr char kShared[] = " must not share memory with what is changed";
-
-inline void check_apart(const Tensor& read, const Tensor& written, const char* name) {
-  STD_TORCH_CHECK(!Span(read).meets(Span(written)), name, kShared);
+inline void check_apart(const Span& read, const Span& written, const char* name) {
+  STD_TORCH_CHECK(!read.meets(written), name, " must not share memory with what is changed");
 }
 
-// The same for lists of tensors, each against each.
-class Apart {
- public:
-  void read(const Tensor& x) { if (x.numel() > 0) read_.emplace_back(x); }
-  void written(const Tensor& x) { if (x.numel() > 0) written_.emplace_back(x); }
-
-  void check(const char* name) {
-    std::sort(read_.begin(), read_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-    for (size_t i = 1; i < read_.size(); ++i) read_[i].end = std::max(read_[i].end, read_[i - 1].end);
-    for (const Span& own : written_) {
-      const auto past = std::lower_bound(
-          read_.begin(), read_.end(), own.end, [](const Span& a, uintptr_t end) { return a.begin < end; });
-      STD_TORCH_CHECK(past == read_.begin() || !(past - 1)->meets(own), name, kShared);
-    }
+// The same for lists of them, each against each.
+inline void check_apart(std::vector<Span> read, const std::vector<Span>& written, const char* name) {
+  std::sort(read.begin(), read.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < read.size(); ++i) read[i].end = std::max(read[i].end, read[i - 1].end);
+  for (const Span& own : written) {
+    const auto past =
+        std::lower_bound(read.begin(), read.end(), own.end, [](const Span& a, uintptr_t end) { return a.begin < end; });
+    if (past != read.begin()) check_apart(*(past - 1), own, name);
   }
-
- private:
-  std::vector<Span> read_, written_;
-};
+}
 
 }  // namespace sk

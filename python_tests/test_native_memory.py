@@ -19,11 +19,12 @@ from sparsekernels.ops import OPS, backend
 
 RAW = torch.ops.sparsekernels
 NAMES = ("positions", "columns")
+OTHERS = ("gated_weight", "masked_grad_embedding", "fisher_embedding_")  # whose columns are gates; lookups, see below
 POSITIONS = {  # op -> which of its arguments are positions
     op.name: at
     for op in OPS
     for at, argument in enumerate(getattr(RAW, op.name).default._schema.arguments)
-    if argument.name in NAMES and op.name != "gated_weight"  # whose columns are gates
+    if argument.name in NAMES and op.name not in OTHERS
 }
 SAMPLES = all_samples()
 
@@ -60,6 +61,18 @@ def test_inner_positions_are_checked(op: str, how: str) -> None:
         getattr(RAW, op)(*raw)
     for (buffer, _), was in zip(buffers, before, strict=True):
         assert torch.equal(buffer.view(torch.uint8), was.view(torch.uint8))
+
+
+@pytest.mark.parametrize("positions", [[0, 5, 4, 9], [0, 5, 5, 9], [0, 5, 700, 6, 9], [0, 5, 6, -700, 9]])
+def test_lookups_check_the_positions_that_they_read(positions: list[int]) -> None:
+    """Those of the rows that are looked up: bisection finds them, and does not look at the others."""
+    index, ids = torch.tensor(positions), torch.tensor([1, 1])
+    with pytest.raises(RuntimeError, match="positions must be sorted and unique"):
+        RAW.masked_grad_embedding(torch.ones(2, 4), ids, index, False, -1)
+    total = torch.zeros(len(positions))
+    with pytest.raises(RuntimeError, match="positions must be sorted and unique"):
+        RAW.fisher_embedding_(torch.ones(1, 2, 4), ids[None], total, None, index, False, -1)
+    assert not total.any()
 
 
 @pytest.fixture

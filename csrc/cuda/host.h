@@ -12,7 +12,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 inline void check_device(const Tensor& tensor, int32_t device, const char* name) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " must be on CUDA device ", device);
-  check_memory(tensor, tensor.const_data_ptr(), 1, name);
+  check_memory(tensor, tensor.const_data_ptr(), tensor.numel(), tensor.element_size(), 1, name);
 }
 
 inline int32_t device_of(const Tensor& tensor, const char* name) {

@@ -4,8 +4,8 @@ A row names an op, its schema, what it computes, and its reference. torch's disp
 native library registered the op for the device, Triton on CUDA where none did, the PyTorch reference anywhere else.
 Arguments that are the same everywhere:
 
-    positions   sorted unique int32 or int64; row numbers where `rows` is true, else flat row-major offsets. The CPU
-                kernels refuse others before they change anything
+    positions   sorted unique int32 or int64; row numbers where `rows` is true, else flat row-major offsets. CPU
+                kernels refuse others that they read, before they change anything
     rows        whether a position stands for a whole row of dimension 0 or for one element
 """
 
