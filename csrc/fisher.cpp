@@ -134,6 +134,7 @@ void fisher_embedding_(
         hits = index ? find_hits(id, samples * each, index, count, rows ? 1 : width, padding_idx)
                      : hit_all(id, samples * each, table, padding_idx);
       });
+      if (index && !rows) check_hits(hits, index, width);
       const T* dy = data<T>(grad_output, "grad_output");
       Embedding<T, I>{dy, samples, each, width, rows ? nullptr : index, std::move(hits), sum, norm}.run();
     });

@@ -31,8 +31,8 @@ inline void sort_hits(std::vector<Hit>& hits) {
   }
 }
 
-// The hits in order of position, then of token. Few of many positions are looked at, by bisection: of those, and of the
-// first and the last, that they are good ones is checked, and no more, which would cost more than the rest. `per_row` positions at most lie in a row: 1, or the row's width.
+// The hits in order of position, then of token. Bisection looks at few of many positions: to check them all would cost
+// more than the rest. Where they are not sorted, a hit may list positions of other rows: see check_hits. `per_row` positions at most lie in a row: 1, or the row's width.
 template <typename Id, typename I>
 std::vector<Hit> find_hits(
     const Id* ids, int64_t tokens, const I* index, int64_t count, int64_t per_row, int64_t padding_idx) {
@@ -41,7 +41,6 @@ std::vector<Hit> find_hits(
   check_ends(index, count, std::numeric_limits<int64_t>::max() - per_row);  // there is a row after the last
   const int64_t first_row = index[0] / per_row, last_row = index[count - 1] / per_row;
   std::vector<Hit> hits(tokens);
-  std::atomic<bool> sorted{true};
   parallel_for(0, tokens, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t id = ids[t];
@@ -52,16 +51,22 @@ std::vector<Hit> find_hits(
       if (left == 0) continue;
       const I* to = per_row == 1 ? from + (*from == id) : std::lower_bound(from, from + left, (id + 1) * per_row);
       hits[t] = {t, at, to - index};
-      if (per_row > 1 && to > from) {
-        const bool ascends = std::adjacent_find(from, to, std::greater_equal<I>()) == to;
-        if (!ascends || *from < id * per_row || to[-1] >= (id + 1) * per_row) sorted = false;
-      }
     }
   });
-  STD_TORCH_CHECK(sorted, kUnsorted);
   hits.erase(std::remove_if(hits.begin(), hits.end(), [](const Hit& hit) { return hit.from == hit.to; }), hits.end());
   sort_hits(hits);
   return hits;
+}
+
+// Whether all positions of sorted hits ascend and lie in the rows of their tokens.
+template <typename I>
+void check_hits(const std::vector<Hit>& hits, const I* index, int64_t per_row) {
+  for (size_t i = 0; i < hits.size(); ++i) {
+    if (i > 0 && hits[i].from == hits[i - 1].from) continue;
+    const I *from = index + hits[i].from, *to = index + hits[i].to;
+    const bool ascends = std::adjacent_find(from, to, std::greater_equal<I>()) == to;
+    STD_TORCH_CHECK(ascends && *from / per_row == to[-1] / per_row, kUnsorted);
+  }
 }
 
 }  // namespace sk

@@ -131,6 +131,7 @@ Tensor masked_grad_embedding(
       with_positions(ids, [&](const auto* id) {
         hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx);
       });
+      if (!rows) check_hits(hits, index, width);
       parallel_for(0, int64_t(hits.size()), kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
         sum_hits(hits, begin, end, dy, index, width, rows, static_cast<S*>(result.mutable_data_ptr()));
       });
