@@ -72,8 +72,8 @@ class SparseAdamW(torch.optim.AdamW):
             there on the host: a CUDA graph may hold it.
         differentiable: dense gradients of kind 3 only.
         sparse_state: for sparse gradients, "seen" keeps state for the rows that ever had one (and 4 B for each row of
-            the table, not saved), "all" for every row; only with "all" may sparse and dense gradients, or numbers of
-            sparse dimensions, take turns.
+            the table, not saved), "all" for every row; only with "all" may gradients change between sparse and dense,
+            or in their number of sparse dimensions, during a run.
         sparse_decay: for sparse gradients, "touched" decays a row when it has a gradient; "catch_up" then makes up for
             all steps that the row missed, at their own rates. A row never touched again stays behind.
         sparse_bias_correction: for sparse gradients, "global" counts the steps of the table, as SparseAdam does, "row"

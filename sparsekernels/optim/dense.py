@@ -35,7 +35,7 @@ def _problem(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, An
         return f"capturable=True is not possible on {p.device.type}"
     if any(name in state for name in ("rows", "row_step", "row_decay")):
         return (
-            "its gradient is dense, and was sparse before; both can only take turns with sparse_state='all', "
+            "its gradient is dense, and was sparse before; that can only change with sparse_state='all', "
             "sparse_decay='touched' and sparse_bias_correction='global'"
         )
     if "exp_avg" in state and state["exp_avg"].dtype != p.dtype:

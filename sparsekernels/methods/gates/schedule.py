@@ -65,8 +65,8 @@ class Importance:
 def closing_order(scores: Tensor, layers: Tensor, first: Tensor | None = None) -> Tensor:
     """The gates in the order in which they close: by score, those never measured last.
 
-    Gates with equal scores take turns: at any point every layer has closed the same share of those that it has, in
-    their order within it, so that no tie decides over a whole layer. Ours.
+    Gates with equal scores are interleaved over layers: at any point every layer has closed the same share of those
+    that it has, in their order within it, so that no tie decides over a whole layer. Ours.
 
     Args:
         scores ([gates], >= 0): infinite if never measured.
