@@ -28,8 +28,9 @@ def build(source: Path) -> None:
     TREE.mkdir(parents=True, exist_ok=True)
     for name in ("csrc", "sparsekernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (source / name).is_dir():
+            shutil.rmtree(TREE / name, ignore_errors=True)  # what was removed must not be compiled
             ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-            shutil.copytree(source / name, TREE / name, dirs_exist_ok=True, ignore=ignored)
+            shutil.copytree(source / name, TREE / name, ignore=ignored)
         else:
             shutil.copy2(source / name, TREE / name)
     compiler = TREE / "compiler"

@@ -45,11 +45,17 @@ def start(load: Callable[[Path], Any], versions: list[Path], target: Path) -> Ba
 
 
 def kills(load: Callable[[Path], Any], versions: list[Path], target: Path, longest: float) -> Iterator[int]:
-    """Kill `save_for_ever` after up to `longest` seconds, KILLS times; yields after each."""
+    """Kill `save_for_ever` after up to `longest` seconds, KILLS times; yields after each.
+
+    Every second time it is killed as soon as a file is then half written: on a quick disk hardly any moment is one.
+    """
     rng = random.Random(0)
+    folder = target if target.is_dir() else target.parent
     for number in range(KILLS):
         process = start(load, versions, target)
         time.sleep(rng.uniform(0, longest))
+        while number % 2 and not any(folder.glob(".*.partial")):
+            assert process.is_alive()
         process.kill()
         process.join()
         yield number
