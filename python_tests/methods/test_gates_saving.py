@@ -181,6 +181,16 @@ def test_as_the_trainer_saves(tmp_path: Path) -> None:
     assert_same(sk.methods.gates.load(tmp_path), zeros)
 
 
+def test_arguments_of_save_pretrained_of_transformers(tmp_path: Path) -> None:
+    """accelerate's recipes pass them; nothing is uploaded, so that is refused before anything is written."""
+    small = compressed(transformer("bert"))
+    with pytest.raises(ValueError, match="push_to_hub=True is not supported"):
+        small.save_pretrained(tmp_path / "none", push_to_hub=True)
+    assert not (tmp_path / "none").exists()
+    small.save_pretrained(tmp_path, save_function=torch.save, safe_serialization=True, max_shard_size="5GB")
+    assert_same(sk.methods.gates.load(tmp_path), small.state_dict())
+
+
 def test_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = compressed(transformer("bert"))
     small.save_pretrained(tmp_path)

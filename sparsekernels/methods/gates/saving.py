@@ -48,7 +48,12 @@ class SavePretrained:
         self.model = model
 
     def __call__(
-        self, folder: str | Path, is_main_process: bool = True, state_dict: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
     ) -> None:
         """Write the model into a folder, for `load`, over one that is there; other files in the folder stay.
 
@@ -60,9 +65,13 @@ class SavePretrained:
             folder: made if it is not there.
             is_main_process: False: write nothing.
             state_dict: of the model, if it has to be gathered first; transformers' Trainer gives one. None: its own.
+            push_to_hub: True is refused, with ValueError: upload the folder with huggingface_hub. Other arguments of
+                transformers' save_pretrained are taken and change nothing: it is always one safetensors file.
 
         Cost: a checksum of every byte, and a flush to the disk. No copy of tensors on the CPU that are contiguous.
         """
+        if push_to_hub:
+            raise ValueError("push_to_hub=True is not supported; upload the folder with huggingface_hub.upload_folder")
         if not is_main_process:
             return
         folder = Path(folder)
