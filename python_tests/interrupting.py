@@ -11,7 +11,7 @@ import torch
 
 import sparsekernels as sk
 
-WATCHED = tuple(str(Path(module.__file__).parent) for module in (sk, torch.nn.modules, torch.optim))
+WATCHED = tuple(str(Path(module.__file__).parent) for module in (sk, torch.nn.modules, torch.optim, torch.utils))
 
 
 def lines_of(run: Callable[[], Any]) -> int:

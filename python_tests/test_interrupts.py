@@ -208,12 +208,15 @@ def stepped(optimizer: Any) -> list[list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("foreign", [False, True], ids=["native", "python"])
+@pytest.mark.parametrize("way", ["native", "python", "mode"])
 @pytest.mark.parametrize("make", [compact, indexed, rows, dense, mixed], ids=lambda make: make.__name__)
-def test_a_group_is_stepped_or_is_not(make: Any, foreign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`foreign`: as where an implementation in Python serves the ops, whose every line could be interrupted."""
-    if foreign:
+def test_a_group_is_stepped_or_is_not(make: Any, way: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python runs whose every line could be interrupted: an op implemented in it, or a mode of torch."""
+    if way == "python":
         monkeypatch.setattr(batches, "has_native", lambda *_: False)
+    if way == "mode":
+        torch.set_default_device("cpu")
+        request.addfinalizer(lambda: torch.set_default_device(None))
     optimizer, _ = made(make)
     before = stepped(optimizer)
     lines = lines_of(optimizer.step)

@@ -252,18 +252,22 @@ class SparseAdamW(torch.optim.AdamW):
             if plan.dense:
                 check_dense(group, plan, self.state)
                 others.append((group, plan))
-        if len(ready) == 1 and not others and ready[0][0].native:
+        # Modes of torch, as set_default_device sets one, are Python that runs between the calls of a step.
+        modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+        if len(ready) == 1 and not others and not modes and ready[0][0].native:
             ready[0][0].step(ready[0], self.state)  # what the op refuses, it refuses before anything changes
         else:
-            self._step_several(ready, others, scale)
+            self._step_several(ready, others, scale, modes > 0)
         return loss
 
-    def _step_several(self, ready: list[Ready], others: list[tuple[dict[str, Any], Plan]], scale: Scaling) -> None:
+    def _step_several(
+        self, ready: list[Ready], others: list[tuple[dict[str, Any], Plan]], scale: Scaling, modes: bool
+    ) -> None:
         native = all(each[0].native for each in ready)
-        for each in ready if others or not native else ready[1:]:
-            each[0].check(each, self.state)
-        held = hold_interrupts() if others or not native else None
+        held = hold_interrupts() if others or modes or not native else None
         try:
+            for each in ready if others or not native else ready[1:]:
+                each[0].check(each, self.state)
             lists = [dense_lists(self, group, plan) for group, plan in others]
             for each in ready:
                 each[0].step(each, self.state)

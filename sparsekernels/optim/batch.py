@@ -84,7 +84,7 @@ class Batch:
         return grads
 
     def check(self, ready: Ready, states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Raise ValueError for what the op would refuse: told that a gradient is infinite, it looks at all and ends."""
+        """Raise ValueError for what the op would refuse: a dry run, for told found_inf=1 it checks all and returns."""
         if not self.native:
             self._name_what_does_not_fit(ready, states)
             return
@@ -98,9 +98,10 @@ class Batch:
         try:
             deque(map(_CALL, (_NOT_RECORDING, dry_run, _RECORDING if recording else _NOT_RECORDING)), 0)
         except RuntimeError:
-            torch._C._set_grad_enabled(recording)
             self._name_what_does_not_fit(ready, states)  # the op names a line
             raise
+        finally:
+            torch._C._set_grad_enabled(recording)
 
     def _name_what_does_not_fit(self, ready: Ready, states: Mapping[Tensor, dict[str, Any]]) -> None:
         _, grads, _, group, plan = ready
@@ -125,7 +126,7 @@ class Batch:
         )
 
     def step(self, ready: Ready, states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Make the step. One list of calls with no Python in between: no interrupt finds it half made."""
+        """Make the step. One list of calls with no Python in between, but for torch's modes: nothing interrupts it."""
         _, grads, options, _, _ = ready
         fresh, self.fresh = self.fresh, []
         for p, state in fresh:
@@ -166,8 +167,7 @@ def prepared(
     if batch is None or grads is None:
         params = plan.compact if kind == "compact" else plan.gathered
         live = [p for p in params if p.grad is not None]
-        if len(live) < len(params):
-            warn_untrained(states, params)
+        warn_untrained(states, params)
         if not live:
             return None
         batch = Batch(kind, group, plan, live, states)
