@@ -99,6 +99,34 @@ def shared_selection(rank: int, world: int, folder: str) -> None:
     DistributedDataParallel(net)(inputs(rank))
 
 
+class Branches(nn.Module):
+    """A batch of one process may pass a selected layer by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor, chosen: int) -> Tensor:
+        return self.layers[2](self.layers[chosen](x))
+
+
+def not_in_every_forward(rank: int, world: int, folder: str) -> None:
+    """Nothing is compared where one process evaluates alone, or is at another layer first."""
+    torch.manual_seed(3)
+    net = Branches()
+    sk.sparsify(net, Selection.random(net, 0.5, names=["layers.0.weight", "layers.1.weight"]))
+    run = DistributedDataParallel(net, find_unused_parameters=True, broadcast_buffers=False)
+    if rank == 0:
+        with torch.no_grad():
+            run(torch.ones(2, 4), 0)
+    for step in range(2):
+        run(torch.ones(2, 4), (rank + step) % 2).sum().backward()
+
+
+def test_processes_that_run_different_layers(tmp_path: Path) -> None:
+    in_processes(not_in_every_forward, tmp_path)
+
+
 def compared(rank: int, world: int, folder: str) -> None:
     own_selections(rank, world, folder)
     shared_selection(rank, world, folder)

@@ -167,7 +167,7 @@ def test_a_state_dict_of_something_else_is_refused() -> None:
             optimizer.load_state_dict(bad)
         assert same(good["state"][0], optimizer.state_dict()["state"][0])
     without = {key: value for key, value in good["state"][0].items() if key != "step"}
-    with pytest.raises(ValueError, match="no state_dict of AdamW"):
+    with pytest.raises(ValueError, match="not a state_dict of AdamW"):
         optimizer.load_state_dict({**good, "state": {0: without}})
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict({**good, "param_groups": good["param_groups"] * 2})

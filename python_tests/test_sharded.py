@@ -11,6 +11,7 @@ import torch
 from models import Zoo, ids
 from processes import in_processes
 from torch import Tensor, nn
+from torch._dynamo.exc import InternalTorchDynamoError
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
@@ -136,11 +137,15 @@ def flat_buffer(tuned: sk.SparseModel) -> Tensor:
     return flat
 
 
-def test_values_that_change_through_a_flat_buffer_reach_the_weights() -> None:
-    """No version of theirs is counted up: SGD by hand on the buffer equals SGD on the values."""
+@pytest.mark.parametrize("names", [None, ["embed.weight"]], ids=["all", "one"])
+def test_values_that_change_through_a_flat_buffer_reach_the_weights(names: list[str] | None) -> None:
+    """No version of theirs is counted up: SGD by hand on the buffer equals SGD on the values.
+
+    With one tensor the buffer is as large as its values.
+    """
     model, oracle = Zoo(), Zoo()
     oracle.load_state_dict(model.state_dict())
-    selection = Selection.random(model, 0.3)
+    selection = Selection.random(model, 0.3, names=names)
     tuned, plain = sk.sparsify(model, selection), sk.sparsify(oracle, selection)
     flat = flat_buffer(tuned)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.125)
@@ -159,6 +164,43 @@ def test_values_that_change_through_a_flat_buffer_reach_the_weights() -> None:
     tuned.sync_()
     (first, index), values = next(iter(selection.items())), next(tuned.parameters())
     assert torch.equal(sk.ops.gather(model.get_parameter(first).detach(), index), values.detach())
+
+
+@pytest.mark.parametrize("names", [None, ["embed.weight"]], ids=["all", "one"])
+def test_a_compiled_forward_with_values_in_a_flat_buffer_is_refused(names: list[str] | None) -> None:
+    """It writes no weights, and nobody would see that they change."""
+    torch._dynamo.reset()
+    model = Zoo()
+    tuned = sk.sparsify(model, Selection.random(model, 0.3, names=names))
+    flat = flat_buffer(tuned)
+    run = torch.compile(model, backend="aot_eager")
+    with pytest.raises((ValueError, InternalTorchDynamoError), match=r"share memory.*do not compile"):
+        run(ids(4, 7))
+    for values in tuned.parameters():
+        values.data = values.data.clone()
+    run(ids(4, 7))
+    del flat
+
+
+def test_new_memory_at_an_old_address() -> None:
+    """An allocator gives an address again: the memory tells that it is another, and it may be shared."""
+    model = nn.Linear(8, 8)
+    tuned = sk.sparsify(model, Selection.random(model, 1.0, names=["weight"]))
+    (values,) = tuned.parameters()
+    memory = torch.zeros(1 << 16)
+    values.data = memory[: values.numel()]
+    del memory
+    for _ in range(2):
+        model(torch.ones(8))
+    address, count = values.data_ptr(), values.numel()
+    values.data = torch.empty(0)
+    kept = [torch.zeros(1 << 16) for _ in range(4)]
+    flat = next((x for x in kept if x.data_ptr() == address), kept[0])
+    values.data = flat[:count]
+    for _ in range(2):
+        flat += 1
+        model(torch.ones(8))
+        assert torch.equal(model.weight.detach().view(-1), values.detach())
 
 
 def test_values_in_new_memory_are_written_once() -> None:

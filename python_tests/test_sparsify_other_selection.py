@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from models import Zoo, ids, transformer
@@ -80,6 +82,29 @@ def test_parts_and_wrappers() -> None:
         )
 
 
+def test_a_wrapper_around_a_part() -> None:
+    """It does not hold the model, so the part is the first that the load comes to."""
+    base = Zoo()
+    sk.sparsify(base, Selection.random(base, 0.3, names=["conv.bias"]))
+    wrapper = nn.ModuleDict({"up": base.up, "conv": base.conv})
+    for name in ("up.weight", "conv.weight"):
+        state = copy.deepcopy(wrapper.state_dict())
+        state[name] = state[name] + 1
+        refuse(wrapper, state, name.partition(".")[2])
+    wrapper.load_state_dict(wrapper.state_dict())
+
+
+def test_an_adapter_that_comes_later_may_be_loaded(tmp_path: Path) -> None:
+    """PEFT loads it frozen, for inference."""
+    base = transformer("llama")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    expected = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(ids(2, 7)).logits
+    sk.sparsify(base, Selection.random(base, 0.3, names=["model.embed_tokens.weight"]))
+    wrapped = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(wrapped(ids(2, 7)).logits, expected)
+
+
 def test_tied_weights() -> None:
     base = transformer("llama")
     names = ["model.embed_tokens.weight", "lm_head.weight"]
@@ -134,8 +159,8 @@ def test_models_without_memory() -> None:
     selection = Selection.random(base, 0.3)
     tuned = sk.sparsify(model, selection)
     model.to("meta")
-    loss = model(ids(4, 7).to("meta")).sum()
-    loss.backward()
+    for _ in range(2):
+        model(ids(4, 7).to("meta")).sum().backward()
     assert all(values.grad.is_meta for values in tuned.parameters())
     model.to_empty(device="cpu")
     assert dict(tuned.selection) == dict(selection)
@@ -143,3 +168,38 @@ def test_models_without_memory() -> None:
     for name, index in selection.items():
         original = base.get_parameter(name).detach()
         assert torch.equal(sk.ops.gather(model.get_parameter(name).detach(), index), sk.ops.gather(original, index))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_that_is_on_meta_at_first(assign: bool) -> None:
+    """It trains once the weights are loaded; what they were before nobody knows."""
+    base = Zoo()
+    selection = Selection.random(base, 0.3)
+    with torch.device("meta"):
+        model = Zoo()
+    tuned = sk.sparsify(model, selection)
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(copy.deepcopy(base.state_dict()), assign=assign)
+    plain = sk.sparsify(base, selection)
+    states = []
+    for each in (tuned, plain):
+        optimizer = sk.SparseAdamW(each.parameters(), lr=0.1)
+        each.model(ids(4, 7)).square().sum().backward()
+        optimizer.step()
+        states.append(copy.deepcopy(each.model.state_dict()))
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    for refused in (tuned.restore, tuned.delta):
+        with pytest.raises(ValueError, match=r"meta device when the model was sparsified.*load the weights first"):
+            refused()
+    tuned.merge()
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_nothing_selected_in_one_tensor(device: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tuned = sk.sparsify(model, Selection({"0.weight": sk.Index(torch.zeros(0, dtype=torch.int64), (4, 4))}))
+    model.to(device)
+    for _ in range(2):
+        model(torch.ones(2, 4, device=device)).sum().backward()
+    assert all(values.grad.numel() == 0 for values in tuned.parameters())

@@ -60,14 +60,45 @@ def test_frozen_values_are_named(make: type[torch.optim.Optimizer]) -> None:
     assert step(wrapped, optimizer) == []
 
 
-def test_what_has_trained_before_may_pause() -> None:
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_what_has_trained_before_may_pause(make: type[torch.optim.Optimizer]) -> None:
     """An expert without a token in one batch is nothing to warn of."""
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     tuned = sk.sparsify(model, Selection.random(model, 0.5, names=["0.weight", "1.weight"]))
-    optimizer = sk.SparseAdamW(tuned.parameters())
+    optimizer = make(tuned.parameters(), lr=1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for used in (model, model[:1], model[1:]):
             sum(layer(torch.ones(1, 4)).sum() for layer in used).backward()
             optimizer.step()
             optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_the_warning_points_at_the_call(make: type[torch.optim.Optimizer]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = make(sk.sparsify(model, Selection.random(model, 0.5)).parameters(), lr=1e-2)
+    with pytest.warns(RuntimeWarning, match="not trained") as caught:
+        optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_values_that_another_parameter_replaced(make: type[torch.optim.Optimizer], zeroed: bool) -> None:
+    """After load_state_dict(assign=True) the optimizer steps what no forward reads."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    tuned = sk.sparsify(model, Selection.random(model, 0.5))
+    optimizer = make(tuned.parameters(), lr=1e-2)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    if zeroed:
+        optimizer.zero_grad()
+    model.load_state_dict(model.state_dict(), assign=True)
+    model(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"'0.weight': .*make a new optimizer of SparseModel.parameters\(\)"):
+        optimizer.step()
+    optimizer = make(tuned.parameters(), lr=1e-2)
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, model[0].weight)

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from .autograd import refuse_sparsified
 from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
+from .messages import listed, warn
 from .names import base_parameters, matching, own_names
-from .own_forward import listed, warn
 from .per_sample import Collector, Misfit, Trust
 from .selection import Index, Selection
 from .supported import refuse_unsupported_of

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
+from .messages import listed, warn
+
 OUTSIDE = "what is used outside the forward of its module, by a parent or the loss, has no sparse gradient"
 ALIAS = "sparsekernels: alias"  # what marks its node in the graph
 
 
 class OwnForward:
-    """Within, a module's own forward sees an alias of its parameters: whoever reads the parameter itself is another.
+    """Within it, a module's own forward reads an alias of each parameter; any other code reads the parameter itself.
 
-    What `sparsify` gives a sparse backward is exactly what is an alias here. The model runs uncompiled: a compiled
-    graph does not tell who reads what.
+    What `sparsify` gives a sparse backward is exactly what is an alias here: both put theirs into the __dict__ of the
+    module, where Python looks first. The model runs uncompiled: a compiled graph does not tell who reads what.
 
     Args:
         model: any torch model. parameters: those that are watched, by name; they require gradients on entering.
@@ -88,11 +88,11 @@ class OwnForward:
             alias = torch.ops.aten.alias(self.parameters[name])  # a view would not pass a sparse gradient on
             self.own.add(name)
             alias.grad_fn.metadata[ALIAS] = True
-            module._parameters[attribute] = alias
+            module.__dict__[attribute] = alias
 
     def _take(self, module: nn.Module, *_: Any) -> None:
-        for attribute, name in self._holders[module].items():
-            module._parameters[attribute] = self.parameters[name]  # type: ignore[assignment]
+        for attribute in self._holders[module]:
+            module.__dict__.pop(attribute, None)
 
     def _forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self._put(module)
@@ -112,17 +112,3 @@ def say_left_out(method: str, names: Iterable[str]) -> None:
     """Warn if there are any, which a method would have selected by default."""
     if names := list(names):
         warn(f"{method} leaves out {listed(names)}: {OUTSIDE}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first five names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def warn(message: str) -> None:
-    """Warn, at the line of the user that called into this package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(str(Path(__file__).parent)):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 
 KNOWN: WeakValueDictionary[str, Replicas] = WeakValueDictionary()  # by key: torch.compile takes a string as constant
+
+
+REPLICAS = "_sparse_replicas"  # where a sparsified model keeps its own
 
 
 class Replicas:
@@ -29,12 +33,18 @@ class Replicas:
         self.key = str(id(self))
         KNOWN[self.key] = self
 
-    def compare(self, ddp: DistributedDataParallel) -> None:
-        """Compare with the other processes, once: every one of them is in its forward now.
+    def __reduce__(self) -> Any:
+        return Replicas, (self.slots,)
+
+    def compare(self) -> None:
+        """Compare with the other processes, once: in a forward that trains, for every one of them is in that then.
 
         Raises:
             ValueError: in all processes, if any of them trains other positions; the message names where.
         """
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is None or self.compared or not torch.is_grad_enabled():
+            return
         mine = {slot.label: fingerprint(slot) for slot in self.slots}
         found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(ddp.process_group))]
         dist.all_gather_object(found, mine, group=ddp.process_group)
@@ -48,12 +58,19 @@ class Replicas:
         self.compared = True
 
 
+def before_forward(model: nn.Module, *_: Any) -> None:
+    """A hook of the whole model: in the first batch, some processes may pass a selected layer by, and others not."""
+    if DistributedDataParallel._active_ddp_module is not None and not torch.compiler.is_compiling():
+        model.__dict__[REPLICAS].compare()
+
+
 @torch.compiler.assume_constant_result
-def compare_while_tracing(key: str) -> bool:
-    """As `Replicas.compare`, under DistributedDataParallel: once, when torch.compile traces a forward."""
-    replicas, ddp = KNOWN[key], DistributedDataParallel._active_ddp_module
-    if ddp is not None and not replicas.compared:
-        replicas.compare(ddp)
+def check_while_tracing(key: str) -> bool:
+    """What a forward checks, once: when torch.compile traces it."""
+    replicas = KNOWN[key]
+    for slot in replicas.slots:
+        slot.check_compiled()
+    replicas.compare()
     return True
 
 

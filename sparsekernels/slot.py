@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
+from .messages import listed, warn
 from .ops import gather, scatter_
-from .replicas import Replicas, compare_while_tracing
+from .replicas import Replicas, check_while_tracing
 from .selection import Index
 from .supported import SHARDED, as_integers, refuse_sharded, refuse_unsupported
 
@@ -30,29 +31,45 @@ class CompactParameter(nn.Parameter):
 
 
 def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -> None:
-    """Warn, once for each, of compact Parameters that a step left as they are because they never had a gradient."""
+    """Warn, once for each, of compact Parameters that a step left as they are because they never had a gradient.
+
+    Raises:
+        ValueError: another Parameter has taken the place of one of them, so that it will never have one again.
+    """
     found = []
     for p in parameters:
         slot = p.__dict__.get(SLOT)
-        if slot is None or slot.warned or p.grad is not None or (states.get(p) and p.requires_grad):
+        if slot is None:
+            continue
+        if slot.values is not p:
+            raise ValueError(
+                f"{slot.label!r}: the optimizer steps a Parameter that the model holds no more, after "
+                "load_state_dict(assign=True), say; make a new optimizer of SparseModel.parameters()"
+            )
+        slot.trained |= p.grad is not None
+        if slot.warned or p.grad is not None or ((slot.trained or states.get(p)) and p.requires_grad):
             continue
         slot.warned = True
         found.append(slot.label + ("" if p.requires_grad else " (requires_grad is False)"))
     if found:
-        names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        warnings.warn(
-            f"sparsekernels: selected, but without a gradient in this step, so not trained: {names}. Either the loss "
-            "does not depend on them; or another module than their own reads them, as in Mamba: leave them out of the "
-            "selection; or something froze their compact parameters, as peft.get_peft_model does: call "
-            "requires_grad_(True) on SparseModel.parameters().",
-            RuntimeWarning,
-            stacklevel=3,
+        warn(
+            f"sparsekernels: selected, but without a gradient in this step, so not trained: {listed(found)}. Either "
+            "the loss does not depend on them; or another module than their own reads them, as in Mamba: leave them "
+            "out of the selection; or something froze their compact parameters, as peft.get_peft_model does: call "
+            "requires_grad_(True) on SparseModel.parameters()."
         )
+
+
+def is_private(values: Tensor) -> bool:
+    """Whether no other tensor uses the memory of the values, so that each change of them has a new version."""
+    storage = values.untyped_storage()
+    shared = torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor, and `storage` itself
+    return storage.nbytes() == values.nbytes and not shared
 
 
 def compact_copy(weight: Tensor, index: Index) -> tuple[CompactParameter, Tensor]:
     """Values to train, fp32 (fp64 for fp64), and the originals in the dtype of the weight."""
-    originals = gather(weight.detach(), index)
+    originals = gather(weight.detach(), index.to(weight.device))
     wide = torch.promote_types(originals.dtype, torch.float32)
     return CompactParameter(originals.to(wide, copy=True)), originals
 
@@ -65,20 +82,24 @@ class Slot:
     or empties the buffers of a model may change them.
 
     Attributes:
-        written: version of the values that the weight holds. address: where the values were then.
-        replicas: shared by all slots of a model. warned: whether a step without a gradient was reported.
+        written: version of the values that the weight holds. address: where the values were then, in memory of their
+            own, which is `memory`; -1 if they share it, or have none.
+        replicas: shared by all slots of a model. trained: whether a step saw a gradient. warned: whether one without
+            was reported.
     """
 
     shape: torch.Size
     rows: bool
     _positions: Tensor
     _originals: Tensor
+    address: int
+    memory: StorageWeakRef | None
 
     def __init__(self, label: str, holders: Holders, replicas: Replicas) -> None:
         self.label, self.holders, self.replicas = label, holders, replicas
         self.owner, self.name = holders[0]
-        self.written = self.address = -1
-        self.warned = False
+        self.written = -1
+        self.trained = self.warned = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -110,6 +131,11 @@ class Slot:
     @property
     def originals(self) -> Tensor:
         """What the weight held before, in the dtype that it had then, where the weight is now."""
+        if self._originals.is_meta:
+            raise ValueError(
+                f"{self.label!r} was on the meta device when the model was sparsified, so nobody knows what it held "
+                "before; load the weights first, then call sparsify"
+            )
         return self._originals.to(self.weight.device)
 
     def register(self, index: Index, values: CompactParameter, originals: Tensor) -> None:
@@ -120,7 +146,14 @@ class Slot:
         self.shape, self.rows, self._positions, self._originals = index.shape, index.rows, index.positions, originals
         self.owner.register_parameter(self.name + VALUES, values)
         self.link(values)
-        self.written, self.address = values._version, values.data_ptr()
+        self.written = values._version
+        self._remember(values)
+
+    def _remember(self, values: Tensor) -> None:
+        """Memory that nobody else uses is looked at again only when the values have a new version, or left it."""
+        own = values.data_ptr() != 0 and is_private(values)
+        self.address = values.data_ptr() if own else -1
+        self.memory = StorageWeakRef(values.untyped_storage()) if own else None
 
     def link(self, values: nn.Parameter) -> None:
         """How SparseAdamW finds the weight. A plain Parameter would take the slot, and the model, along into files."""
@@ -144,15 +177,16 @@ class Slot:
             if SHARDED in module.__dict__:
                 refuse_sharded(repr(self.label))
         if torch.compiler.is_compiling():
-            compare_while_tracing(self.replicas.key)
+            check_while_tracing(self.replicas.key)
             return self.values, self.positions  # SparseAdamW writes; a version number is no part of a graph
-        if DistributedDataParallel._active_ddp_module is not None and not self.replicas.compared:
-            self.replicas.compare(DistributedDataParallel._active_ddp_module)
+        if DistributedDataParallel._active_ddp_module is not None:
+            self.replicas.compare()
         values: Any = self.owner._parameters[self.name + VALUES]
         if SLOT not in values.__dict__:
             self._adopt(values)
-        if values.data_ptr() != self.address:
-            self._moved(values)
+        if values.data_ptr() != self.address or self.memory.expired():  # type: ignore[union-attr]
+            self.refresh_()
+            self._remember(values)
             return values, self.positions
         if values._version != self.written:
             self.write_(values)
@@ -172,14 +206,13 @@ class Slot:
         self.check_supported()
         self.link(values)
 
-    def _moved(self, values: nn.Parameter) -> None:
-        """The values lie in other memory than they did: after `.to(device)`, or `values.data = ...`.
-
-        A part of a larger storage, as of a flat buffer, may change without a new version: that is looked at each time.
-        """
-        self.refresh_()
-        if values.untyped_storage().nbytes() == values.nbytes:
-            self.address = values.data_ptr()
+    def check_compiled(self) -> None:
+        """Raise ValueError if the values may change without a new version: a compiled forward writes none of them."""
+        if self.values.data_ptr() != self.address and not (self.values.is_meta or is_private(self.values)):
+            raise ValueError(
+                f"{self.label!r}: its compact values share memory with other tensors, as in the flat buffer of "
+                "DeepSpeed ZeRO, and a compiled forward would not see them change; do not compile the model"
+            )
 
     def refresh_(self) -> None:
         """Write the values into the weight wherever the two differ, whatever their versions say."""
@@ -202,7 +235,11 @@ class Slot:
         state of an optimizer a moment ago.
         """
         values = self.values.detach()
-        found = gather(weight.detach().contiguous(), self.index.to(weight.device)).to(values)
+        index = Index.trusted(self._positions.to(weight.device), self.shape, self.rows)
+        found = gather(weight.detach().contiguous(), index).to(values.dtype)
+        if values.is_meta:
+            return found
+        found = found.to(values.device)
         if self.weight.dtype == values.dtype:
             return found
         rounded = values.to(self.weight.dtype).to(values.dtype)
@@ -212,7 +249,7 @@ class Slot:
     def __reduce__(self) -> Any:
         # The values go first, so that the copy of a model knows its slots before anything is run. Their versions count
         # from their own beginning. A part of a model is copied without the rest.
-        state = {**self.__dict__, "written": -1, "replicas": None}
+        state = {**self.__dict__, "written": -1, "address": -1, "memory": None, "replicas": None}
         return _linked, (self.owner._parameters.get(self.name + VALUES),), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

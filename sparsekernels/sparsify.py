@@ -17,10 +17,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .autograd import SLOTS, SparseEmbedding, SparseLinear, attach, detach, is_sparsified, slots_of
-from .replicas import Replicas
+from .replicas import REPLICAS, Replicas, before_forward
 from .selection import Index, Selection
 from .slot import SLOT, VALUES, CompactParameter, Holders, Slot, compact_copy, warn_untrained
-from .state_hooks import LEFT, after_save, before_load, before_loading_model, before_loading_part, before_save
+from .state_hooks import KEPT, LEFT, LOADING, after_save, before_load, before_loading, before_save, keep
 
 if TYPE_CHECKING:
     from .delta import Delta
@@ -86,6 +86,7 @@ class SparseModel:
 
         Every value is compared with its weight, whether or not torch counted a change of it.
         """
+        self.check_in_use()
         for slot in self.slots.values():
             slot.refresh_()
 
@@ -184,12 +185,11 @@ class _Found:
         self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.modules: dict[nn.Module, tuple[type[nn.Module], list[Any]]] = {}
         self.slots: list[Slot] = []
-        self.replicas = Replicas(self.slots)
+        self.model, self.replicas = model, Replicas(self.slots)
         # Before the hooks of slots: nothing is to have changed when these refuse.
-        self.hooks = [
-            part.register_load_state_dict_pre_hook(before_loading_model if part is model else before_loading_part)
-            for part in model.modules()
-        ]
+        self.hooks: list[Any] = [part.register_load_state_dict_pre_hook(before_loading) for part in model.modules()]
+        model.__dict__[REPLICAS] = self.replicas
+        keep(model)
 
     def give(self, slot: Slot, index: Index, values: CompactParameter, originals: Tensor) -> None:
         """Register a new slot on its owner, and teach every holder of the weight the sparse backward."""
@@ -237,6 +237,10 @@ class _Found:
             self.take(slot)
         for hook in self.hooks:
             hook.remove()
+        self.model.__dict__.pop(REPLICAS, None)
+        for part in self.model.modules():
+            part.__dict__.pop(KEPT, None)
+            part.__dict__.pop(LOADING, None)
         for parameter, flag, grad in self.parameters:
             parameter.requires_grad_(flag)
             parameter.grad = grad
@@ -274,9 +278,12 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
             parameter.requires_grad_(False)
             parameter.grad = None
         for name, weight in weights.items():
-            index = selection[name].to(weight.device)
+            # What the meta device takes it does not give back, and the weight may come from there later.
+            index = selection[name] if weight.is_meta else selection[name].to(weight.device)
             slots[name] = Slot(name, holders[name], found.replicas)
             found.give(slots[name], index, *compact_copy(weight, index))
+        if not is_sparsified(model):  # or its own slot is the first that a forward comes to, and a hook costs time
+            found.hooks.append(model.register_forward_pre_hook(before_forward))
     except BaseException:
         found.put_back()
         raise

@@ -13,6 +13,8 @@ from .slot import VALUES
 from .supported import as_integers
 
 LEFT = "_sparse_left"  # where a module keeps {name of its parameter: Index of what reselect(restore=False) left}
+KEPT = "_sparse_kept"  # where it keeps the names of those that it had, with values, when the model was sparsified
+LOADING = "_sparse_loading"  # where it keeps the errors of the load_state_dict that has checked it
 
 
 def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -22,7 +24,7 @@ def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def after_save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """The values are no key of their own."""
+    """The values have no key of their own."""
     for attribute in slots_of(module):
         state_dict.pop(prefix + attribute + VALUES, None)
 
@@ -41,20 +43,28 @@ def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
                 slot.values.copy_(found)
 
 
-def before_loading_part(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """As `before_loading_model`, where load_state_dict of a part is called by itself."""
-    if not prefix:
-        before_loading_model(module, state_dict, prefix)
+def keep(model: nn.Module) -> None:
+    """Note which parameters the model has now; what is added to it later, as an adapter is, may change."""
+    for part in model.modules():
+        part.__dict__[KEPT] = [name for name, p in part._parameters.items() if p is not None and not p.is_meta]
 
 
-def before_loading_model(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def before_loading(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any, __: bool, ___: Any, ____: Any, errors: list[str]
+) -> None:
     """Raise ValueError, before anything is loaded, if frozen weights outside of the selection would change.
 
-    They would be in no delta, and restore() would not give back the model as it was found.
+    They would be in no delta, and restore() would not give back the model as it was found. The first part of the model
+    that a load comes to checks all that is in it; each load has a list of errors of its own.
     """
+    if module.__dict__.pop(LOADING, None) is errors:
+        return
     known = _known(module)
     for path, part in module.named_modules(remove_duplicate=False):
-        for attribute, parameter in part._parameters.items():
+        if part is not module:
+            part.__dict__[LOADING] = errors
+        for attribute in part.__dict__.get(KEPT, ()):
+            parameter = part._parameters.get(attribute)
             name = f"{path}.{attribute}" if path else attribute
             loaded = state_dict.get(prefix + name)
             if parameter is None or parameter.requires_grad or not isinstance(loaded, Tensor):
@@ -64,10 +74,11 @@ def before_loading_model(module: nn.Module, state_dict: dict[str, Any], prefix: 
             count = _changed(parameter.detach(), loaded.detach(), known.get(id(parameter), []))
             if count:
                 raise ValueError(
-                    f"the state_dict changes {count:,} weights of {name!r} that are not selected: it was trained with "
-                    "another selection, or from another base, so delta() would miss them and restore() would not be "
-                    "the base. Sparsify with the selection that it was trained with (keep Selection.save beside each "
-                    "checkpoint), or restore() the model, load, and sparsify again"
+                    f"the state_dict changes {count:,} weights of {name!r} that are not selected, so delta() would "
+                    "miss them and restore() would not be the base: it was trained with another selection or from "
+                    "another base, or is an average of state_dicts, or the model itself changes them. Sparsify with "
+                    "the selection that it was trained with (keep Selection.save beside each checkpoint), or "
+                    "restore() the model, load, and sparsify again"
                 )
 
 

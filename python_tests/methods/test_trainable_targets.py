@@ -65,6 +65,17 @@ def test_targets_that_are_named_are_refused(method: Any) -> None:
     assert found.report["left_out"] == []
 
 
+class Gain(nn.Module):
+    """Reads its weight where no attribute is looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self._parameters["weight"]
+
+
 class Uses(nn.Module):
     """A weight of each kind, used as `how` says."""
 
@@ -78,6 +89,8 @@ class Uses(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         if how == "tied":
             self.last.weight = self.up.weight
+        elif how == "past its attribute":
+            self.gain = Gain()
         elif how == "weight norm":
             nn.utils.parametrizations.weight_norm(self.up)
         elif how == "hooked":
@@ -90,6 +103,8 @@ class Uses(nn.Module):
             x = self.up.forward(x)
         elif self.how == "read by the parent":
             x = F.linear(x, self.up.weight, self.up.bias)
+        elif self.how == "past its attribute":
+            x = self.up(x) * self.gain(x)
         elif self.how == "by both":
             x = self.up(x) @ self.up.weight
         elif self.how == "of a norm":
@@ -122,6 +137,7 @@ def squares(model: nn.Module, tokens: Tensor) -> Tensor:
         ("hooked", []),
         ("its forward, called as such", []),
         ("read by the parent", ["up.bias", "up.weight"]),
+        ("past its attribute", ["gain.weight"]),
         ("by both", ["up.weight"]),
         ("of a norm", ["norm.weight"]),
         ("decayed by the loss", ["up.weight"]),

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..messages import warn
 from ..names import embedding_weight
 from ..ops import ks_2samp, topk
-from ..own_forward import warn
 from ..selection import Index, Selection, count_for
 from ..slot import Slot
 from ..sparsify import SparseModel
@@ -50,9 +50,8 @@ def ks_lottery(
     """Select the rows of an embedding table that a two-sample Kolmogorov-Smirnov test tells from what they were.
 
     For each row: the D numbers before and the D numbers after are two samples; the test is two-sided and exact. The
-    winning ticket is the rows with p < alpha. Where there are none, as on most models tuned at the usual rates (the
-    narrower the table, the larger a change must be), it is the rows of smallest p-value, up to a size, and a warning
-    says so.
+    winning ticket is the rows with p < alpha. Where there are none, as after tuning at a small rate (the narrower the
+    table, the larger a change must be), it is the rows of smallest p-value, up to a size, and a warning says so.
 
     Args:
         before: the table before tuning, [V, D]; a model, whose input embedding is meant; or the SparseModel that
