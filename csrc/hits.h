@@ -32,7 +32,8 @@ inline void sort_hits(std::vector<Hit>& hits) {
 }
 
 // The hits in order of position, then of token. Bisection looks at few of many positions: to check them all would cost
-// more than the rest. Where they are not sorted, a hit may list positions of other rows: see check_hits. `per_row` positions at most lie in a row: 1, or the row's width.
+// more than the rest. Where they are not sorted, a hit may list positions of other rows: see check_hits. At most
+// `per_row` positions lie in a row: 1, or the row's width.
 template <typename Id, typename I>
 std::vector<Hit> find_hits(
     const Id* ids, int64_t tokens, const I* index, int64_t count, int64_t per_row, int64_t padding_idx) {
@@ -58,7 +59,7 @@ std::vector<Hit> find_hits(
   return hits;
 }
 
-// Whether all positions of sorted hits ascend and lie in the rows of their tokens.
+// Whether the positions of each hit ascend and lie in one row.
 template <typename I>
 void check_hits(const std::vector<Hit>& hits, const I* index, int64_t per_row) {
   for (size_t i = 0; i < hits.size(); ++i) {

@@ -35,7 +35,7 @@ class Planner:
     - elsewhere, closed rows and columns are not computed and not read, and no shape changes.
 
     A structure is taken as one, by `structures(model)`, if all its modules are named and can be cut. Those cannot be
-    cut that share a weight, have hooks or a forward of their own, or are read by more than their forward, as in
+    cut that share a weight, have hooks or a forward of their own, or whose weights are also used outside it, as in
     nn.MultiheadAttention and nn.TransformerEncoderLayer; they are left as they are, whatever is closed in them.
 
     Args:

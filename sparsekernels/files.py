@@ -114,7 +114,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         with open(path, "rb") as opened, safe_open(_once(path, opened.fileno()), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("sparsekernels") != kind:
-                found = metadata.get("sparsekernels", "no sparsekernels file")
+                found = metadata.get("sparsekernels", "another kind of file")
                 raise ValueError(f"{path} holds {found}, not a {kind}")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except (SafetensorError, TypeError) as error:  # TypeError: a size of 2^63 or more beside one of 0
@@ -138,7 +138,7 @@ def described(path: str | Path, text: str | None, schema: Any) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its metadata is no JSON that we write: {error}") from error
+        raise ValueError(f"{path} is damaged: its metadata is not the JSON that was written: {error}") from error
     _check(path, value, schema)
     return value
 

@@ -268,7 +268,7 @@ class Collector:
                     except Exception:
                         if not self._expanded or not self.trust.expand:
                             raise
-                        self.trust.expand = False  # the model does not bear positions that are given to each sample
+                        self.trust.expand = False  # the model does not accept positions for each sample
         finally:
             self._checking, self._uses = False, None
             for table in tables:

@@ -56,7 +56,7 @@ struct Rounding {
 
 enum RoundedArray : uint32_t { kWeight, kExpAvg, kExpAvgSq, kMaximum, kRoundedArrays };
 
-// A count of steps, which floats hold, as random bits are drawn from it; 0 for what is no count.
+// A count of steps, which floats hold, as random bits are drawn from it; 0 for anything else.
 SK_RULE uint32_t counter_of(float step) { return step >= 0.0f && step < 4294967296.0f ? uint32_t(step) : 0u; }
 
 SK_RULE uint32_t random_bits(const Rounding& rounding, int64_t position, uint32_t array) {

@@ -101,7 +101,7 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
 def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> None:
     """Raises ValueError for saved state that is not of this parameter at these positions."""
     if "step" not in entry:
-        raise ValueError(f"{name}: its saved state has no 'step'; this is no state_dict of AdamW")
+        raise ValueError(f"{name}: its saved state has no 'step'; this is not a state_dict of AdamW")
     shape = index.compact_shape if index is not None else p.shape
     ages = torch.as_tensor(entry["step"]).shape
     if index is None and "rows" in entry:

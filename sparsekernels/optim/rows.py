@@ -121,7 +121,7 @@ def step_rows(
     if "rows" not in state:
         seen = None
     else:
-        if state["exp_avg"].shape[1:] != table.shape[1:]:  # a line for every row, in order: so they can be divided anew
+        if state["exp_avg"].shape[1:] != table.shape[1:]:  # in the order of memory, so they can be reshaped
             state.update({name: state[name].reshape(table.shape) for name in MOMENTS if name in state})
             state["rows"] = torch.arange(len(table), device=p.device)
         if seen is None or seen.rows is not state["rows"] or len(seen.slots) != len(table):

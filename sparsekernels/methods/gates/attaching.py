@@ -165,7 +165,8 @@ def _layers(model: nn.Module, targets: Iterable[str] | None) -> list[str]:
     uncut = set(Planner(model, names).uncut)
     if uncut and targets is not None:
         raise ValueError(
-            f"targets: {min(uncut)!r} shares its weight, has hooks, or is read by more than its forward; leave it out"
+            f"targets: {min(uncut)!r} shares its weight, has hooks, or is also used outside its module's forward; "
+            "leave it out"
         )
     names = [name for name in names if name not in uncut]
     if not names:

@@ -271,7 +271,7 @@ class Gates:
         """
         self._check_in_use()
         if set(state) != set(self.state_dict()) or state["squares"].shape != self._importance.squares.shape:
-            raise ValueError(f"state is no state_dict() of {len(self._importance.squares)} gates, as the model has")
+            raise ValueError(f"state is not a state_dict() of {len(self._importance.squares)} gates, as the model has")
         if self.settled and not state["settled"]:
             raise ValueError("state is of gates that have not settled, these have; attach() anew and load into that")
         if not set(state["left_out"]) <= set(self._layers):
