@@ -19,10 +19,12 @@ void gather_units(
     const char* __restrict__ source, const I* index, char* __restrict__ out, int64_t begin, int64_t end) {
   const auto* from = (const typename Unit<U>::type*)source;
   auto* to = (typename Unit<U>::type*)out;
-  for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) prefetch(from + index[i + kAhead]);
+  int64_t i = begin;
+  for (; i < end - kAhead; ++i) {
+    prefetch(from + index[i + kAhead]);
     to[i] = from[index[i]];
   }
+  for (; i < end; ++i) to[i] = from[index[i]];
 }
 
 // to[index[i]] = from[i], units of U.
@@ -31,10 +33,12 @@ void scatter_units(
     const char* __restrict__ values, const I* index, char* __restrict__ target, int64_t begin, int64_t end) {
   const auto* from = (const typename Unit<U>::type*)values;
   auto* to = (typename Unit<U>::type*)target;
-  for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) prefetch(to + index[i + kAhead]);
+  int64_t i = begin;
+  for (; i < end - kAhead; ++i) {
+    prefetch(to + index[i + kAhead]);
     to[index[i]] = from[i];
   }
+  for (; i < end; ++i) to[index[i]] = from[i];
 }
 
 // Longer rows move as runs of bytes.

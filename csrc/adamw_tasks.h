@@ -1,27 +1,26 @@
-// adamw_compact_ and adamw_gathered_: checks, the work list over all tensors, CPU registrations.
-#include "cpu/adamw.h"
-
+// What adamw_compact_ and adamw_gathered_ share: checks, and the work list over all tensors.
+#pragma once
 #include <algorithm>
 #include <optional>
 
 #include "common.h"
+#include "cpu/adamw.h"
 #include "positions.h"
 
 namespace sk {
-namespace {
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread: about 10 us of work
 
 using MaybeTensor = std::optional<Tensor>;
 
-float number(const Tensor& tensor, const char* name) {
+inline float number(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(
       tensor.numel() == 1 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float, name,
       " must be a 0-d fp32 CPU tensor");
   return *data<float>(tensor, name);
 }
 
-AdamwOptions make_options(
+inline AdamwOptions make_options(
     double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize, const MaybeTensor& lr_tensor,
     const MaybeTensor& grad_scale) {
   if (lr_tensor) lr = number(*lr_tensor, "lr");
@@ -29,7 +28,7 @@ AdamwOptions make_options(
 }
 
 // One parallel region over the elements of all tensors; nothing, where a gradient is not finite.
-void run(const std::vector<cpu::AdamwTask>& tasks, const MaybeTensor& found_inf) {
+inline void run(const std::vector<cpu::AdamwTask>& tasks, const MaybeTensor& found_inf) {
   if (found_inf && number(*found_inf, "found_inf") != 0) return;
   std::vector<int64_t> ends;
   int64_t total = 0;
@@ -43,7 +42,7 @@ void run(const std::vector<cpu::AdamwTask>& tasks, const MaybeTensor& found_inf)
   });
 }
 
-void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxima) {
+inline void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxima) {
   for (size_t size : sizes) STD_TORCH_CHECK(size == count, "all lists must have one entry for each parameter");
   STD_TORCH_CHECK(maxima == 0 || maxima == count, "max_exp_avg_sqs must be empty or have one entry for each parameter");
 }
@@ -126,79 +125,4 @@ void with_kind(const Tensor& positions, const Tensor& exp_avg, const cpu::AdamwT
   STD_TORCH_CHECK(false, "exp_avgs must be fp32 or bf16 (fp64 for fp64 weights)");
 }
 
-void adamw_compact_(
-    Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-    Tensors weights, Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps,
-    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf,
-    std::vector<int64_t> rounding) {
-  check_lists(
-      values.size(),
-      {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), weights.size(), positions.size()},
-      max_exp_avg_sqs.size());
-  const auto options = make_options(lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale);
-  std::vector<cpu::AdamwTask> tasks;
-  Memory memory(values.size());
-  for (size_t i = 0; i < values.size(); ++i) {
-    const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
-    STD_TORCH_CHECK(values[i].is_contiguous(), "values must be contiguous");
-    check_same(values[i], grads[i], "grads");
-    STD_TORCH_CHECK(
-        exp_avgs[i].is_contiguous() && exp_avgs[i].numel() == values[i].numel(), "exp_avgs must have the size of values");
-    with_floating(weights[i].scalar_type(), "adamw_compact_", [&](auto zero) {
-      using scalar_t = decltype(zero);
-      using T = opmath_t<scalar_t>;
-      STD_TORCH_CHECK(values[i].scalar_type() == scalar_type<T>(), "values must be fp32 (fp64 for fp64 weights)");
-      auto task = make_task<T, scalar_t>(
-          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], options, rounding, i, memory);
-      task.values = mutable_data<T>(values[i], "values");
-      task.grad = data<T>(grads[i], "grads");
-      memory.changed.emplace_back(task.values, task.numel * int64_t(sizeof(T)));
-      with_kind<T>(positions[i], exp_avgs[i], task, [&](auto index, auto state, auto amsgrad, auto aged) {
-        task.run = cpu::adamw_compact<
-            T, scalar_t, decltype(state), decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
-      });
-      tasks.push_back(task);
-    });
-  }
-  memory.check();
-  run(tasks, found_inf);
-}
-
-void adamw_gathered_(
-    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-    Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize,
-    MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf, std::vector<int64_t> rounding) {
-  check_lists(
-      params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
-      max_exp_avg_sqs.size());
-  const auto options = make_options(lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale);
-  std::vector<cpu::AdamwTask> tasks;
-  Memory memory(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    const Tensor* maximum = max_exp_avg_sqs.empty() ? nullptr : &max_exp_avg_sqs[i];
-    check_same(params[i], grads[i], "grads");
-    with_floating(params[i].scalar_type(), "adamw_gathered_", [&](auto zero) {
-      using scalar_t = decltype(zero);
-      using T = opmath_t<scalar_t>;
-      STD_TORCH_CHECK(exp_avgs[i].is_contiguous(), "exp_avgs must be contiguous");
-      auto task = make_task<T, scalar_t>(
-          exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], options, rounding, i, memory);
-      task.grad = data<scalar_t>(grads[i], "grads");
-      with_kind<T>(positions[i], exp_avgs[i], task, [&](auto index, auto state, auto amsgrad, auto aged) {
-        task.run = cpu::adamw_gathered<
-            T, scalar_t, decltype(state), decltype(index), decltype(amsgrad)::value, decltype(aged)::value>;
-      });
-      tasks.push_back(task);
-    });
-  }
-  memory.check();
-  run(tasks, found_inf);
-}
-
-}  // namespace
 }  // namespace sk
-
-STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) {
-  m.impl("adamw_compact_", TORCH_BOX(&sk::adamw_compact_));
-  m.impl("adamw_gathered_", TORCH_BOX(&sk::adamw_gathered_));
-}
