@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import torch
-from models import batch
+from models import batch, transformer
 from torch import Tensor, nn
 
 import sparsekernels as sk
+
+BERT = transformer("bert")  # made once by the server that forks savers; the import of its code takes a second
 
 
 def measure(gates: sk.methods.gates.Gates, seed: int = 0) -> None:
@@ -20,3 +25,13 @@ def measure(gates: sk.methods.gates.Gates, seed: int = 0) -> None:
 @torch.no_grad()
 def outputs(model: nn.Module, kind: str) -> Tensor:
     return model.eval()(**batch(kind, seed=9)).logits
+
+
+class Saver:
+    """A compressed model, as `killing` saves it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = sk.methods.gates.load(folder, copy.deepcopy(BERT))
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)

@@ -32,7 +32,7 @@ def start(load: Callable[[Path], Any], versions: list[Path], target: Path) -> Ba
     """`save_for_ever` in a process of its own, under way."""
     # A server that imports once and forks: a fork of this process would inherit the locks of its threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "sparsekernels", "models"])
+    context.set_forkserver_preload([__name__, "gated_models"])
     here, there = context.Pipe()
     process = context.Process(target=save_for_ever, args=(load, versions, target, there), daemon=True)
     with pytest.MonkeyPatch.context() as patch:

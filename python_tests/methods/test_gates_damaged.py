@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated_models import measure, outputs
+from gated_models import BERT, Saver, measure, outputs
 from killing import kills
 from models import transformer
 from mutating import MUTATIONS, mutate
@@ -23,7 +23,6 @@ from sparsekernels.files import load_tensors
 from sparsekernels.methods.gates.saving import KIND, checksum
 
 NAME = "model.safetensors"
-BERT = transformer("bert")  # made once by the server that forks savers; the import of its code takes a second
 Change = Callable[[dict[str, Tensor], Any], None]
 
 
@@ -195,16 +194,6 @@ def test_a_file_of_another_model(tmp_path: Path) -> None:
     (tmp_path / "llama" / NAME).replace(tmp_path / "bert" / NAME)
     assert load_or_refuse(tmp_path / "bert", BERT, "swapped") is None
     assert type(sk.methods.gates.load(tmp_path / "bert")).__name__ == "LlamaForCausalLM"  # config.json is a copy only
-
-
-class Saver:
-    """What `killing` saves."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model = sk.methods.gates.load(folder, copy.deepcopy(BERT))
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
 
 
 def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..selection import Selection
@@ -277,5 +278,6 @@ class SparseAdamW(torch.optim.AdamW):
         finally:
             release_interrupts(held)
 
-    _uncompiled_step = torch.compiler.disable(step, reason="a step of SparseAdamW is a few native calls, and hooks")
+    # A few native calls, and hooks. torch.compiler.disable would import torch._dynamo now, which takes seconds.
+    _uncompiled_step = _disable_dynamo(step)
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
