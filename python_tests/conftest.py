@@ -1,6 +1,7 @@
 """What every test gets: a device, a seed, and uninitialised memory that shows."""
 
 import os
+import sys
 import warnings
 
 import torch
@@ -25,6 +26,15 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_state_of_accelerate():
+    """It keeps what one Trainer or Accelerator set, gradient accumulation say, for all that follow in the process."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)

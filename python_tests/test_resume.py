@@ -36,6 +36,9 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+pytestmark = pytest.mark.xdist_group("resume")  # all of them go on from what one process left
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case is stopped here and saved; one new process goes on with all of them."""

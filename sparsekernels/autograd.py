@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .ops import gather, masked_grad_embedding, masked_grad_linear
 from .selection import Index
-
-if TYPE_CHECKING:
-    from .slot import Slot
+from .slot import SLOT, Slot
 
 SLOTS = "_sparse_slots"  # where a module keeps {name of its parameter: Slot}
 
@@ -50,6 +48,7 @@ class _Linear(torch.autograd.Function):
         input_needed, values_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         ctx.save_for_backward(input if values_needed else None, weight if input_needed else None, positions)
         ctx.shape, ctx.rows, ctx.dtype = weight.shape, rows, values.dtype
+        _remember_slot(ctx, values)
         return F.linear(input, weight, bias)
 
     @staticmethod
@@ -65,6 +64,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             index = Index.trusted(positions, ctx.shape, ctx.rows)
             grad_values = masked_grad_linear(_matrix(grad), _matrix(input), index).to(ctx.dtype)
+            _gradient_came(ctx)
         return grad_input, None, grad_bias, grad_values, None, None
 
 
@@ -77,6 +77,7 @@ class _Embedding(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(ids, positions)
         ctx.shape, ctx.rows, ctx.dtype, ctx.padding_idx = weight.shape, rows, values.dtype, padding_idx
+        _remember_slot(ctx, values)
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -86,6 +87,7 @@ class _Embedding(torch.autograd.Function):
         index = Index.trusted(positions, ctx.shape, ctx.rows)
         grad = grads[0].reshape(ids.numel(), ctx.shape[1])
         found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx)
+        _gradient_came(ctx)
         return None, None, found.to(ctx.dtype), None, None, None
 
 
@@ -96,6 +98,7 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, values: Tensor, positions: Tensor, rows: bool) -> Tensor:
         ctx.save_for_backward(positions)
         ctx.shape, ctx.rows, ctx.dtype = weight.shape, rows, values.dtype
+        _remember_slot(ctx, values)
         return weight.view_as(weight)
 
     @staticmethod
@@ -104,7 +107,19 @@ class _Attach(torch.autograd.Function):
         (positions,) = ctx.saved_tensors
         dense = grads[0].to_dense() if grads[0].is_sparse else grads[0]
         found = gather(dense.contiguous(), Index.trusted(positions, ctx.shape, ctx.rows))
+        _gradient_came(ctx)
         return None, found.to(ctx.dtype), None, None
+
+
+def _remember_slot(ctx: Any, values: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        ctx.slot = values.__dict__.get(SLOT)
+
+
+def _gradient_came(ctx: Any) -> None:
+    """Tell the slot, if the forward ran uncompiled: from now on its values may change."""
+    if not torch.compiler.is_compiling() and getattr(ctx, "slot", None) is not None:
+        ctx.slot.pending = True
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -84,6 +84,8 @@ class Slot:
     Attributes:
         written: version of the values that the weight holds. address: where the values were then, in memory of their
             own, which is `memory`; -1 if they share it, or have none.
+        pending: whether a gradient came since. An optimizer that follows may change values without a new version, as
+            `values.data.copy_(...)` of DeepSpeed does.
         replicas: shared by all slots of a model. trained: whether a step saw a gradient. warned: whether one without
             was reported.
     """
@@ -99,7 +101,7 @@ class Slot:
         self.label, self.holders, self.replicas = label, holders, replicas
         self.owner, self.name = holders[0]
         self.written = -1
-        self.trained = self.warned = False
+        self.pending = self.trained = self.warned = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -190,7 +192,13 @@ class Slot:
             return values, self.positions
         if values._version != self.written:
             self.write_(values)
-            self.written = values._version
+            self.written, self.pending = values._version, False
+        elif self.pending and torch._C._current_graph_task_id() == -1:  # not while a backward computes this again
+            if values.is_cpu:
+                self.refresh_()
+            else:
+                self.write_(values)  # to compare would wait for the device
+            self.pending = False
         return values, self._positions
 
     def check_supported(self) -> None:
@@ -223,7 +231,7 @@ class Slot:
         wanted = values.detach().to(self.weight.dtype)
         if not torch.equal(as_integers(gather(self.weight.detach(), self.index)), as_integers(wanted)):
             self.write_(wanted)
-        self.written = values._version
+        self.written, self.pending = values._version, False
 
     def write_(self, values: Tensor) -> None:
         scatter_(self.weight.detach(), self.index, values.detach())

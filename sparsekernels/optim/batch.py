@@ -152,7 +152,7 @@ class Batch:
             self._name_what_does_not_fit(ready, states)
             raise
         for p, slot in zip(self.params, self.slots):  # noqa: B905 - empty for the gathered kind
-            slot.written = p._version
+            slot.written, slot.pending = p._version, False
 
 
 Ready = tuple[Batch, list[Tensor], tuple[Any, ...], dict[str, Any], Plan]  # with gradients, options, group
