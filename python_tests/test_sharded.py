@@ -182,27 +182,6 @@ def test_a_compiled_forward_with_values_in_a_flat_buffer_is_refused(names: list[
     del flat
 
 
-def test_new_memory_at_an_old_address() -> None:
-    """An allocator gives an address again: the memory tells that it is another, and it may be shared."""
-    model = nn.Linear(8, 8)
-    tuned = sk.sparsify(model, Selection.random(model, 1.0, names=["weight"]))
-    (values,) = tuned.parameters()
-    memory = torch.zeros(1 << 16)
-    values.data = memory[: values.numel()]
-    del memory
-    for _ in range(2):
-        model(torch.ones(8))
-    address, count = values.data_ptr(), values.numel()
-    values.data = torch.empty(0)
-    kept = [torch.zeros(1 << 16) for _ in range(4)]
-    flat = next((x for x in kept if x.data_ptr() == address), kept[0])
-    values.data = flat[:count]
-    for _ in range(2):
-        flat += 1
-        model(torch.ones(8))
-        assert torch.equal(model.weight.detach().view(-1), values.detach())
-
-
 def test_values_in_new_memory_are_written_once() -> None:
     """After `values.data = ...` the weight follows at the next forward, and later ones leave it alone."""
     model = Zoo()

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .ops import gather, masked_grad_embedding, masked_grad_linear
 from .selection import Index
-from .slot import SLOT, Slot
+from .slot import Slot
 
 SLOTS = "_sparse_slots"  # where a module keeps {name of its parameter: Slot}
 
@@ -43,12 +43,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, positions: Tensor, rows: bool
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, positions: Tensor, slot: Slot
     ) -> Tensor:
         input_needed, values_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         ctx.save_for_backward(input if values_needed else None, weight if input_needed else None, positions)
-        ctx.shape, ctx.rows, ctx.dtype = weight.shape, rows, values.dtype
-        _remember_slot(ctx, values)
+        ctx.shape, ctx.rows, ctx.slot, ctx.dtype = weight.shape, slot.rows, slot, values.dtype
         return F.linear(input, weight, bias)
 
     @staticmethod
@@ -73,11 +72,11 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, positions: Tensor, rows: bool, padding_idx: int | None
+        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, positions: Tensor, slot: Slot, padding_idx: int | None
     ) -> Tensor:
         ctx.save_for_backward(ids, positions)
-        ctx.shape, ctx.rows, ctx.dtype, ctx.padding_idx = weight.shape, rows, values.dtype, padding_idx
-        _remember_slot(ctx, values)
+        ctx.shape, ctx.rows, ctx.slot = weight.shape, slot.rows, slot
+        ctx.dtype, ctx.padding_idx = values.dtype, padding_idx
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -95,10 +94,9 @@ class _Attach(torch.autograd.Function):
     """The weight itself; its dense gradient is gathered into that of `values` at once, and freed."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor, positions: Tensor, rows: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, values: Tensor, positions: Tensor, slot: Slot) -> Tensor:
         ctx.save_for_backward(positions)
-        ctx.shape, ctx.rows, ctx.dtype = weight.shape, rows, values.dtype
-        _remember_slot(ctx, values)
+        ctx.shape, ctx.rows, ctx.slot, ctx.dtype = weight.shape, slot.rows, slot, values.dtype
         return weight.view_as(weight)
 
     @staticmethod
@@ -111,14 +109,9 @@ class _Attach(torch.autograd.Function):
         return None, found.to(ctx.dtype), None, None
 
 
-def _remember_slot(ctx: Any, values: Tensor) -> None:
-    if not torch.compiler.is_compiling():
-        ctx.slot = values.__dict__.get(SLOT)
-
-
 def _gradient_came(ctx: Any) -> None:
-    """Tell the slot, if the forward ran uncompiled: from now on its values may change."""
-    if not torch.compiler.is_compiling() and getattr(ctx, "slot", None) is not None:
+    """Tell the slot, unless compiled: from now on its values may change."""
+    if not torch.compiler.is_compiling():
         ctx.slot.pending = True
 
 
@@ -128,7 +121,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 def _attached(slot: Slot) -> Tensor:
     values, positions = slot.sync_()
-    result: Tensor = _Attach.apply(slot.weight, values, positions, slot.rows)
+    result: Tensor = _Attach.apply(slot.weight, values, positions, slot)
     return result
 
 
@@ -146,12 +139,12 @@ class SparseLinear(nn.Linear):
         values, positions = slot.sync_()
         kind = input.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return _Linear.apply(input, weight, bias, values, positions, slot.rows)  # type: ignore[no-any-return]
+            return _Linear.apply(input, weight, bias, values, positions, slot)  # type: ignore[no-any-return]
         # As autocast does for F.linear; the casts are made here so that backward meets the dtypes of forward.
         dtype = torch.get_autocast_dtype(kind)
         args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
         with torch.autocast(kind, enabled=False):
-            return _Linear.apply(*args, values, positions, slot.rows)  # type: ignore[no-any-return]
+            return _Linear.apply(*args, values, positions, slot)  # type: ignore[no-any-return]
 
 
 class SparseEmbedding(nn.Embedding):
@@ -160,7 +153,7 @@ class SparseEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         slot = slots_of(self)["weight"]
         values, positions = slot.sync_()
-        result: Tensor = _Embedding.apply(input, self.weight, values, positions, slot.rows, self.padding_idx)
+        result: Tensor = _Embedding.apply(input, self.weight, values, positions, slot, self.padding_idx)
         return result
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 from .messages import listed, warn
@@ -83,7 +82,7 @@ class Slot:
 
     Attributes:
         written: version of the values that the weight holds. address: where the values were then, in memory of their
-            own, which is `memory`; -1 if they share it, or have none.
+            own; -1 if they share it, or have none.
         pending: whether a gradient came since. An optimizer that follows may change values without a new version, as
             `values.data.copy_(...)` of DeepSpeed does.
         replicas: shared by all slots of a model. trained: whether a step saw a gradient. warned: whether one without
@@ -95,7 +94,6 @@ class Slot:
     _positions: Tensor
     _originals: Tensor
     address: int
-    memory: StorageWeakRef | None
 
     def __init__(self, label: str, holders: Holders, replicas: Replicas) -> None:
         self.label, self.holders, self.replicas = label, holders, replicas
@@ -152,10 +150,8 @@ class Slot:
         self._remember(values)
 
     def _remember(self, values: Tensor) -> None:
-        """Memory that nobody else uses is looked at again only when the values have a new version, or left it."""
-        own = values.data_ptr() != 0 and is_private(values)
-        self.address = values.data_ptr() if own else -1
-        self.memory = StorageWeakRef(values.untyped_storage()) if own else None
+        """Memory that nobody else uses is looked at again only after a backward, or when the values left it."""
+        self.address = values.data_ptr() if values.data_ptr() != 0 and is_private(values) else -1
 
     def link(self, values: nn.Parameter) -> None:
         """How SparseAdamW finds the weight. A plain Parameter would take the slot, and the model, along into files."""
@@ -186,7 +182,7 @@ class Slot:
         values: Any = self.owner._parameters[self.name + VALUES]
         if SLOT not in values.__dict__:
             self._adopt(values)
-        if values.data_ptr() != self.address or self.memory.expired():  # type: ignore[union-attr]
+        if values.data_ptr() != self.address:
             self.refresh_()
             self._remember(values)
             return values, self.positions
@@ -257,7 +253,7 @@ class Slot:
     def __reduce__(self) -> Any:
         # The values go first, so that the copy of a model knows its slots before anything is run. Their versions count
         # from their own beginning. A part of a model is copied without the rest.
-        state = {**self.__dict__, "written": -1, "address": -1, "memory": None, "replicas": None}
+        state = {**self.__dict__, "written": -1, "address": -1, "replicas": None}
         return _linked, (self.owner._parameters.get(self.name + VALUES),), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
