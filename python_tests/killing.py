@@ -56,6 +56,7 @@ def kills(load: Callable[[Path], Any], versions: list[Path], target: Path, longe
         time.sleep(rng.uniform(0, longest))
         while number % 2 and not any(folder.glob(".*.partial")):
             assert process.is_alive()
+            time.sleep(0.0005)
         process.kill()
         process.join()
         yield number

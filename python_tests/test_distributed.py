@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,9 @@ def not_in_every_forward(rank: int, world: int, folder: str) -> None:
     if rank == 0:
         with torch.no_grad():
             run(torch.ones(2, 4), 0)
+    for step in range(2):
+        run(torch.ones(2, 4), (rank + step) % 2).sum().backward()
+    run = DistributedDataParallel(copy.deepcopy(net), find_unused_parameters=True, broadcast_buffers=False)
     for step in range(2):
         run(torch.ones(2, 4), (rank + step) % 2).sum().backward()
 

@@ -203,3 +203,30 @@ def test_nothing_selected_in_one_tensor(device: str) -> None:
     for _ in range(2):
         model(torch.ones(2, 4, device=device)).sum().backward()
     assert all(values.grad.numel() == 0 for values in tuned.parameters())
+
+
+def test_nothing_is_restored_where_one_weight_cannot_be() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    tuned = sk.sparsify(model, Selection.random(model, 0.5, names=["0.weight", "1.weight"]))
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        next(tuned.parameters()).add_(1)
+    tuned.sync_()
+    changed = model[0].weight.detach().clone()
+    assert not torch.equal(before, changed)
+    with pytest.raises(ValueError, match=r"merge\(\) gives the model back"):
+        tuned.restore()
+    assert torch.equal(model[0].weight.detach(), changed)
+    tuned.merge()
+
+
+def test_assigned_weights_of_another_dtype_are_refused() -> None:
+    """The frozen ones would not be what restore() gives back."""
+    model = Zoo().bfloat16()
+    tuned = sk.sparsify(model, Selection.random(model, 0.3, names=["up.weight"]))
+    state = {name: x.float() if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"assign=True.*torch.float32, and it is torch.bfloat16"):
+        model.load_state_dict(state, assign=True)
+    assert all(p.dtype == torch.bfloat16 for name, p in model.named_parameters() if not name.endswith("_values"))
+    model.load_state_dict(state)
+    tuned.restore()

@@ -60,8 +60,12 @@ class Replicas:
 
 def before_forward(model: nn.Module, *_: Any) -> None:
     """A hook of the whole model: in the first batch, some processes may pass a selected layer by, and others not."""
-    if DistributedDataParallel._active_ddp_module is not None and not torch.compiler.is_compiling():
-        model.__dict__[REPLICAS].compare()
+    if DistributedDataParallel._active_ddp_module is None or torch.compiler.is_compiling():
+        return
+    replicas: Replicas = model.__dict__[REPLICAS]
+    for slot in () if replicas.compared else replicas.slots:
+        slot.replicas = replicas  # in a copy of the model each slot has one of its own
+    replicas.compare()
 
 
 def check_while_tracing(key: str) -> bool:

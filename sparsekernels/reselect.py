@@ -106,6 +106,7 @@ def reselect(tuned: SparseModel, selection: Selection, optimizer: torch.optim.Op
         _commit(tuned, turn, holders, restore, kept)
     tuned.leave(kept)
     assert tuned._found is not None
+    tuned._found.watch()
     tuned._found.replicas.compared = False  # in every process, also where nothing changed
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 
 from .messages import listed, warn
@@ -134,7 +135,7 @@ class Slot:
         if self._originals.is_meta:
             raise ValueError(
                 f"{self.label!r} was on the meta device when the model was sparsified, so nobody knows what it held "
-                "before; load the weights first, then call sparsify"
+                "before; merge() gives the model back as it is; next time load the weights first, then call sparsify"
             )
         return self._originals.to(self.weight.device)
 
@@ -193,7 +194,9 @@ class Slot:
             if values.is_cpu:
                 self.refresh_()
             else:
-                self.write_(values)  # to compare would wait for the device
+                # To compare would wait for the device. Most likely it changes nothing, so no graph is told of it.
+                with _unsafe_preserve_version_counter(self.weight):
+                    self.write_(values)
             self.pending = False
         return values, self._positions
 

@@ -81,8 +81,9 @@ class SparseModel:
     def sync_(self) -> None:
         """Write changed values into the weights now.
 
-        Needed only where values were changed by hand, and a weight is then read directly or by a compiled forward:
-        steps of torch optimizers, forward, state_dict, save_pretrained and delta do it by themselves.
+        Needed where values were changed through `.data`, which torch does not count, other than between a backward and
+        the next forward; and where they were changed by hand and a weight is then read directly or by a compiled
+        forward. Else steps of torch optimizers, forward, state_dict, save_pretrained and delta do it by themselves.
 
         Every value is compared with its weight, whether or not torch counted a change of it.
         """
@@ -136,8 +137,9 @@ class SparseModel:
     def restore(self) -> nn.Module:
         """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
         if self._found is not None:
-            for slot in self.slots.values():
-                slot.write_(slot.originals)
+            originals = [(slot, slot.originals) for slot in self.slots.values()]  # raises before anything is written
+            for slot, values in originals:
+                slot.write_(values)
             for left in self.left.values():
                 left.restore_()
             self._leave()
@@ -185,11 +187,17 @@ class _Found:
         self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.modules: dict[nn.Module, tuple[type[nn.Module], list[Any]]] = {}
         self.slots: list[Slot] = []
-        self.model, self.replicas = model, Replicas(self.slots)
+        self.model, self.replicas, self.watched = model, Replicas(self.slots), False
         # Before the hooks of slots: nothing is to have changed when these refuse.
         self.hooks: list[Any] = [part.register_load_state_dict_pre_hook(before_loading) for part in model.modules()]
         model.__dict__[REPLICAS] = self.replicas
         keep(model)
+
+    def watch(self) -> None:
+        """Compare replicas before a forward; where the model itself has a slot, that is the first to be reached."""
+        if not self.watched and not is_sparsified(self.model):  # for a hook costs time
+            self.hooks.append(self.model.register_forward_pre_hook(before_forward))
+            self.watched = True
 
     def give(self, slot: Slot, index: Index, values: CompactParameter, originals: Tensor) -> None:
         """Register a new slot on its owner, and teach every holder of the weight the sparse backward."""
@@ -282,8 +290,7 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
             index = selection[name] if weight.is_meta else selection[name].to(weight.device)
             slots[name] = Slot(name, holders[name], found.replicas)
             found.give(slots[name], index, *compact_copy(weight, index))
-        if not is_sparsified(model):  # or its own slot is the first that a forward comes to, and a hook costs time
-            found.hooks.append(model.register_forward_pre_hook(before_forward))
+        found.watch()
     except BaseException:
         found.put_back()
         raise

@@ -50,7 +50,14 @@ def keep(model: nn.Module) -> None:
 
 
 def before_loading(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any, __: bool, ___: Any, ____: Any, errors: list[str]
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    _: bool,
+    __: Any,
+    ___: Any,
+    errors: list[str],
 ) -> None:
     """Raise ValueError, before anything is loaded, if frozen weights outside of the selection would change.
 
@@ -69,6 +76,11 @@ def before_loading(
             loaded = state_dict.get(prefix + name)
             if parameter is None or parameter.requires_grad or not isinstance(loaded, Tensor):
                 continue
+            if metadata.get("assign_to_params_buffers") and loaded.dtype != parameter.dtype:
+                raise ValueError(
+                    f"load_state_dict(assign=True) would make {name!r} {loaded.dtype}, and it is {parameter.dtype}; "
+                    "load without assign, or restore() the model, load, and sparsify again"
+                )
             if loaded.shape != parameter.shape or loaded.is_meta or parameter.is_meta:
                 continue  # torch reports the first; there is nothing to compare in the others
             count = _changed(parameter.detach(), loaded.detach(), known.get(id(parameter), []))

@@ -187,7 +187,9 @@ def test_arguments_of_save_pretrained_of_transformers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="push_to_hub=True is not supported"):
         small.save_pretrained(tmp_path / "none", push_to_hub=True)
     assert not (tmp_path / "none").exists()
-    small.save_pretrained(tmp_path, save_function=torch.save, safe_serialization=True, max_shard_size="5GB")
+    small.save_pretrained(
+        save_directory=tmp_path, save_function=torch.save, safe_serialization=True, max_shard_size="5GB"
+    )
     assert_same(sk.methods.gates.load(tmp_path), small.state_dict())
 
 

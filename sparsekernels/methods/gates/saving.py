@@ -49,7 +49,7 @@ class SavePretrained:
 
     def __call__(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
@@ -62,7 +62,7 @@ class SavePretrained:
         config.json, of models that have a config, is a copy for tools that look into such folders.
 
         Args:
-            folder: made if it is not there.
+            save_directory: the folder, made if it is not there.
             is_main_process: False: write nothing.
             state_dict: of the model, if it has to be gathered first; transformers' Trainer gives one. None: its own.
             push_to_hub: True is refused, with ValueError: upload the folder with huggingface_hub. Other arguments of
@@ -74,7 +74,7 @@ class SavePretrained:
             raise ValueError("push_to_hub=True is not supported; upload the folder with huggingface_hub.upload_folder")
         if not is_main_process:
             return
-        folder = Path(folder)
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         cuts: Cuts = self.model.__dict__["cuts"]
         tensors, shared = _distinct(self.model.state_dict() if state_dict is None else state_dict)
