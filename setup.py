@@ -1,6 +1,6 @@
 """Builds what `sparsekernels` uses beside its Python code: two shared libraries, each of them optional.
 
-    sparsekernels/_cpu.so    csrc/*.cpp                         wherever there is a C++ compiler
+    sparsekernels/_cpu.so    csrc/cpu/*.cpp                     wherever there is a C++ compiler
     sparsekernels/_cuda.so   csrc/cuda/*.cu, csrc/cuda/*.cpp    where nvcc meets a torch of the same CUDA major version
 
 SPARSEKERNELS_BUILD=auto|none|cpu|cuda   auto, the default, builds what the machine can and says what it leaves out.
@@ -34,7 +34,7 @@ from setuptools.command.build import build
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = {"cpu": ["csrc/*.cpp"], "cuda": ["csrc/cuda/*.cu", "csrc/cuda/*.cpp"]}
+SOURCES = {"cpu": ["csrc/cpu/*.cpp"], "cuda": ["csrc/cuda/*.cu", "csrc/cuda/*.cpp"]}
 REQUESTS = {"auto": ["cpu", "cuda"], "none": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"]}
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

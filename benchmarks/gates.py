@@ -32,9 +32,10 @@ from threading import Lock
 from typing import Any
 
 from finetune import default_model, in_fresh_process, positive
+from finetuning.config import Config
 from finetuning.report import continued, machine, write_json, write_text
 from finetuning.text_task import DataError, load_task
-from finetuning.training import Config, ModelError
+from finetuning.training import ModelError
 from gating import report
 from gating.contenders import RANK, Contender, latencies, step_times, train
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune import default_model, in_fresh_process
+from finetuning.config import Config
 from finetuning.methods import Prepared, prepare_ird
 from finetuning.plots import COLORS, draw_shrinking, pyplot, save_figure
 from finetuning.study import Entry, Study
 from finetuning.text_task import DataError, TextTask, load_task
-from finetuning.training import Config, ModelError, load
+from finetuning.training import ModelError, load
 
 RESULTS = Path(__file__).parent / "results" / "ird.json"
 SEEDS = (0, 1, 2)

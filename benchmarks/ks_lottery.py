@@ -29,9 +29,10 @@ from pathlib import Path
 
 import torch
 from finetune import positive
+from finetuning.config import Config
 from finetuning.report import write_text
 from finetuning.text_task import DataError
-from finetuning.training import Config, ModelError, load_model, silence
+from finetuning.training import ModelError, load_model, silence
 from translating import decoder, parallel_text, plots, tables
 from translating.decoder import Recipe
 from translating.parallel_text import Pair, ParallelText

@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 from finetune import default_model, in_fresh_process, positive
+from finetuning.config import Config
 from finetuning.report import continued, machine, write_json, write_text
 from finetuning.text_task import DataError, TextTask, load_task
-from finetuning.training import Config, Loaded, ModelError, load, train
+from finetuning.training import Loaded, ModelError, load, train
 from reducing import contenders, report
 from safetensors.torch import load_model
 

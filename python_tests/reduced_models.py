@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sparsekernels.low_rank import LowRankLinear
+from sparsekernels.nn.low_rank import LowRankLinear
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 
 import torch
-from samples import put, take
+from samples.case import put, take
 from torch import Tensor, nn
 
 import sparsekernels as sk

@@ -52,7 +52,7 @@ class Tree:
         self.root = root
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, root)
-        for name in ("sparsekernels/__init__.py", "csrc/op.cpp", "csrc/cuda/op.cpp", "csrc/cuda/op.cu", "LICENSE"):
+        for name in ("sparsekernels/__init__.py", "csrc/cpu/op.cpp", "csrc/cuda/op.cpp", "csrc/cuda/op.cu", "LICENSE"):
             write(root / name)
         write(root / "README.md", "stand-in")
         write(root / "cuda/lib64/libcudart_static.a")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import put, take
+from samples.case import put, take
 
 from sparsekernels import Index
-from sparsekernels.carry import Carry, joined
+from sparsekernels.training.carry import Carry, joined
 
 SHAPES = [(5, 3), (6,), (2, 3, 2), ()]
 

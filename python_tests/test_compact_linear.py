@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsekernels import compact_linear
-from sparsekernels.compact_linear import CompactLinear
+from sparsekernels.nn import pruned as compact_linear
+from sparsekernels.nn.pruned import CompactLinear
 
 M, N = 11, 9
 INDICES = {

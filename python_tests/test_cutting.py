@@ -8,9 +8,9 @@ from families import FAMILIES, family, linears, outputs, size, t5
 from models import ids
 from torch import nn
 
-from sparsekernels.compact_linear import CompactLinear
-from sparsekernels.cutting import Planner, cut
-from sparsekernels.structures import structures
+from sparsekernels.nn.pruned import CompactLinear
+from sparsekernels.structure.architectures import structures
+from sparsekernels.structure.pruning_plan import Planner, cut
 
 MODELS = {**{kind: lambda dtype, kind=kind: family(kind, dtype) for kind in FAMILIES}, "t5": t5}
 DENSITIES = {"most open": 0.95, "half open": 0.5, "few open": 0.1, "all closed": 0.0, "all open": 1.0}

@@ -11,8 +11,8 @@ from test_cutting import DOWN, LAYER, OUT, SELF, UP, close, close_structures, cl
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsekernels.compact_linear import CompactLinear
-from sparsekernels.cutting import Planner, cut
+from sparsekernels.nn.pruned import CompactLinear
+from sparsekernels.structure.pruning_plan import Planner, cut
 
 
 def test_heads_and_neurons_leave_plain_linears():

@@ -18,7 +18,7 @@ from test_delta import mixed, trained, zoo
 from torch import nn
 
 from sparsekernels import Delta, Index, Selection
-from sparsekernels.files import load_tensors
+from sparsekernels.common.files import load_tensors
 from sparsekernels.methods import laser
 from sparsekernels.methods.laser import Reduction
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from models import Zoo, batch, ids, transformer
 from safetensors import safe_open
-from samples import take
+from samples.case import take
 from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Delta, Index, Selection
-from sparsekernels.delta import fingerprint
+from sparsekernels.training.delta import fingerprint
 
 State = dict[str, Tensor]
 

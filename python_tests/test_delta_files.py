@@ -71,7 +71,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         Path(name).write_bytes(whole[:50])
         raise OSError("disk full")
 
-    monkeypatch.setattr("sparsekernels.files.save_file", half)
+    monkeypatch.setattr("sparsekernels.common.files.save_file", half)
     with pytest.raises(OSError, match="disk full"):
         Delta({}).save(path)
     assert path.read_bytes() == whole

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekernels.factors import Factors, cluster_rows, factorize, group_equal, split_rows
+from sparsekernels.structure.svd import Factors, cluster_rows, factorize, group_equal, split_rows
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (6, 6), (33, 17), (17, 33)]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection, fisher_diagonal
-from sparsekernels.losses import _over_tokens
+from sparsekernels.scoring.losses import _over_tokens
 
 # ---- what is left behind, and errors
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sparsekernels import ops
-from sparsekernels.gated_linear import GatedLinear, Gating, LayerGates, gate, put_back, ungate
+from sparsekernels.nn.gated import GatedLinear, Gating, LayerGates, gate, put_back, ungate
 
 KINDS = {"stg": 0.5, "finegates": 0.5, "hard_concrete": 2 / 3}
 M, N, GROUP = 24, 20, 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from samples_gates import KINDS, NOISE
+from samples.gates import KINDS, NOISE
 from scipy import stats
 from torch import Tensor
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sparsekernels as sk
-from sparsekernels import Delta, Index, Selection, files
+from sparsekernels import Delta, Index, Selection
+from sparsekernels.common import files
 from sparsekernels.methods import laser
 from sparsekernels.methods.laser import Reduction
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from samples_ks import CODES, difference
+from samples.ks import CODES, difference
 from scipy import stats
 
 from sparsekernels.ops import ks_2samp

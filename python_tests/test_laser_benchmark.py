@@ -104,3 +104,14 @@ def test_places_are_those_of_the_package() -> None:
     for label, matrix in sk.matrices(model).items():
         found = report.place(label)
         assert (found.layer, found.kind) == (matrix.layer, matrix.kind)
+
+
+def test_heat_map_shows_the_grid() -> None:
+    values = torch.tensor([[1.0, -3.0], [float("nan"), 2.0]])
+    axes = report.pyplot().subplots()[1]
+    report.heat_map(sk.methods.laser.Grid([0, 5], ["q", "mlp"], values), axes, "gains")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["q", "mlp"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "5"]
+    (image,) = axes.get_images()
+    assert image.get_clim() == (-3.0, 3.0)  # no gain is white
+    assert image.get_array().mask.tolist() == [[False, False], [True, False]]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsekernels as sk
-from sparsekernels.low_rank import Block
+from sparsekernels.nn.low_rank import Block
 
 WIDTH = 12
 # Rows and rank of each block; rank None: dense.

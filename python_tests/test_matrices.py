@@ -7,8 +7,8 @@ from models import TRANSFORMERS, Zoo, transformer
 from torch import nn
 
 import sparsekernels as sk
-from sparsekernels.low_rank import Block
-from sparsekernels.matrices import matrices
+from sparsekernels.nn.low_rank import Block
+from sparsekernels.structure.matrices import matrices
 
 
 def bits(tensor):

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsekernels.matrices import matrices
+from sparsekernels.structure.matrices import matrices
 
 HEADS, HEAD, WIDTH = 3, 4, 12
 SMALL = {"num_attention_heads": HEADS, "num_hidden_layers": 2, "vocab_size": 11}

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from samples import Case, Sample, all_samples, put, take
+from samples import all_samples
+from samples.case import Case, Sample, put, take
 from torch import Tensor
 
 from sparsekernels.ops import OPS, backend

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import put, take
+from samples.case import put, take
 from torch import Tensor, nn
 
 import sparsekernels as sk

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekernels as sk
-from sparsekernels.optim.ondevice import step_device
+from sparsekernels.optim.state import step_device
 
 SHAPE = (6, 5)
 POSITIONS = torch.tensor([0, 3, 4, 11, 29])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import put, take
+from samples.case import put, take
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch_cases import (

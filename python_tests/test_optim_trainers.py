@@ -11,7 +11,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from models import transformer
-from samples import put, take
+from samples.case import put, take
 from test_training import Lines
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_

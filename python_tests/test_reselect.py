@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import Zoo, ids, transformer
 from reselecting import Oracle, by_elements, pick, random_grads, selection, stepped
-from samples import put, take
+from samples.case import put, take
 from test_sparsify import found
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ import torch
 
 from sparsekernels import ops
 from sparsekernels.ops import backend
-from sparsekernels.ops.rounding.reference import philox, rounded
+from sparsekernels.ops.common.rounding import philox, rounded
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HALVES = pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -237,7 +237,7 @@ def test_failing_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("sparsekernels.files.save_file", fail)
+    monkeypatch.setattr("sparsekernels.common.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         Selection({"a": Index.full((2,))}).save(path)
     assert path.read_bytes() == whole

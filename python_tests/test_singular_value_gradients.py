@@ -11,9 +11,9 @@ from models import TRANSFORMERS, Zoo, batch, ids, transformer
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.factors import Factors, factorize, split_rows
-from sparsekernels.matrices import Matrix, matrices
-from sparsekernels.singular_values import singular_value_gradients
+from sparsekernels.scoring.singular_values import singular_value_gradients
+from sparsekernels.structure.matrices import Matrix, matrices
+from sparsekernels.structure.svd import Factors, factorize, split_rows
 
 Wanted = dict[Matrix, list[Factors]]
 

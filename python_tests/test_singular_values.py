@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples_singular_values import FEW, MANY
+from samples.singular_values import FEW, MANY
 from torch import Tensor
 
 from sparsekernels.ops import backend, singular_value_grad, singular_value_grad_linear

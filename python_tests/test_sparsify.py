@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import WIDTH, Experts, Zoo, batch, ids, transformer
-from samples import take
+from samples.case import take
 from torch import nn
 
 import sparsekernels as sk
@@ -237,7 +237,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(at: int, monkeypatch: pyt
             raise MemoryError
         return sk.ops.gather(*args)
 
-    monkeypatch.setattr(sys.modules["sparsekernels.slot"], "gather", gather)  # the name means the function, too
+    monkeypatch.setattr(sys.modules["sparsekernels.training.slot"], "gather", gather)
     with pytest.raises(MemoryError):
         sk.sparsify(model, selection)
     assert found(model) == before

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import TRANSFORMERS, WIDTH, Zoo, batch, ids, transformer
-from samples import take
+from samples.case import take
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

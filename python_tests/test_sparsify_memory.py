@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
-from sparsekernels.autograd import SLOTS
 from sparsekernels.ops import backend
+from sparsekernels.training.layers import SLOTS
 
 OUT, IN, TOKENS = 640, 512, 8  # 1.3 MB of weight, 20 kB of activations
 WEIGHT_BYTES = OUT * IN * 4

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import TRANSFORMERS, Zoo, batch, ids, transformer
-from samples import put, take
+from samples.case import put, take
 from torch import nn
 
 import sparsekernels as sk

@@ -7,7 +7,7 @@ from families import FAMILIES, GROUPED, SIZES, family, random, t5
 from torch import nn
 
 import sparsekernels as sk
-from sparsekernels.structures import structures
+from sparsekernels.structure.architectures import structures
 
 GROUPS = dict.fromkeys(FAMILIES, (4, 4, 4))
 GROUPS.update(dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), (2, 8, 4)))

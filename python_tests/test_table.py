@@ -62,8 +62,8 @@ def test_gpu_kernel(op: Op) -> None:
 
 @each_op
 def test_cpu_kernel(op: Op) -> None:
-    """In csrc/<family>.cpp, or in several files that begin so."""
-    sources = (ROOT / "csrc").glob(f"{op.family}*.cpp")
+    """In csrc/cpu/<family>.cpp, or in several files that begin so."""
+    sources = (ROOT / "csrc/cpu").glob(f"{op.family}*.cpp")
     assert any(f'"{op.name}"' in source.read_text() for source in sources)
 
 

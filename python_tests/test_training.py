@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from models import Zoo, batch, ids, transformer
-from samples import put, take
+from samples.case import put, take
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 

@@ -7,7 +7,8 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from samples import Sample, all_samples
+from samples import all_samples
+from samples.case import Sample
 
 from sparsekernels.ops import OPS, backend
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from samples import Sample
-from samples_fisher import BY_NAME, linear
-from samples_masked_grad import linear as masked_linear
+from samples.case import Sample
+from samples.fisher import BY_NAME, linear
+from samples.masked_grad import linear as masked_linear
 
 from sparsekernels.ops import backend
-from sparsekernels.ops.products import product
+from sparsekernels.ops.common.products import product
 
 
 @pytest.mark.parametrize("few", [0, 10**9], ids=["dot-products", "tiles"])

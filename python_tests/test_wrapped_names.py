@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import sparsekernels as sk
 from sparsekernels import Delta, Index, Selection
-from sparsekernels.names import own_names, plain_names
+from sparsekernels.common.names import own_names, plain_names
 
 QUERY, CLASSIFIER = "bert.encoder.layer.1.attention.self.query.weight", "classifier.weight"
 NAMES = [QUERY, "bert.encoder.layer.0.attention.self.value.bias", "bert.embeddings.LayerNorm.bias", CLASSIFIER]

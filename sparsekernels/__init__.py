@@ -1,16 +1,17 @@
 """Kernels and methods for training a sparse part of a model's weights."""
 
 from . import methods, ops
-from .compact_linear import CompactLinear
-from .delta import Delta
-from .factors import Factors, cluster_rows, factorize
-from .fisher import fisher_diagonal, squared_gradient_norms
-from .low_rank import LowRankLinear
-from .matrices import Matrix, matrices
+from .index import Index
+from .nn.low_rank import LowRankLinear
+from .nn.pruned import CompactLinear
 from .optim import SparseAdamW, clip_grad_norm_, clip_grad_value_
-from .selection import Index, Selection
-from .singular_values import singular_value_gradients
-from .sparsify import SparseModel, sparsify
+from .scoring.fisher import fisher_diagonal, squared_gradient_norms
+from .scoring.singular_values import singular_value_gradients
+from .selection import Selection
+from .structure.matrices import Matrix, matrices
+from .structure.svd import Factors, cluster_rows, factorize
+from .training.delta import Delta
+from .training.sparsify import SparseModel, sparsify
 
 __all__ = [
     "CompactLinear",

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.methods.fish import take
-from sparsekernels.names import default_head
+from sparsekernels.common.names import default_head
+from sparsekernels.methods.fisher_search import take
 
+from .config import Config
 from .text_task import Batch
 
 if TYPE_CHECKING:
-    from sparsekernels.sparsify import SparseModel
-
-    from .training import Config
+    from sparsekernels.training.sparsify import SparseModel
 
 
 @dataclass
@@ -155,3 +154,8 @@ METHODS: dict[str, Method] = {
     "uniform": Method(prepare_uniform, 9e-3, "a random mask over all tensors, and the head", sparse=True),
     "head": Method(prepare_head, None, "the head alone: classifier and, where the model has one, pooler"),
 }
+
+
+def name_of(config: Config) -> str:
+    """What a run is called in tables and files."""
+    return f"{config.method} {100 * config.density:g}%" if METHODS[config.method].sparse else config.method

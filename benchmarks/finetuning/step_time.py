@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from .methods import METHODS
+from .config import Config
+from .methods import METHODS, name_of
 from .text_task import TextTask
-from .training import Config, clock, load, progress_bar, to_device, training_step
+from .training import clock, load, progress_bar, to_device, training_step
 
 WARM_UP = 3
 
@@ -31,7 +32,7 @@ def compare_step_times(configs: list[Config], task: TextTask, seconds: float) ->
         loaded.model.train()
         batches = loaded.batches(config, "train", seed=config.seed * 1000)
         prepared = METHODS[config.method].prepare(loaded.model, batches, config)
-        runs.append((config.name, loaded.model, prepared))
+        runs.append((name_of(config), loaded.model, prepared))
     times: dict[str, list[list[float]]] = {name: [] for name, _, _ in runs}
     deadline = time.perf_counter() + seconds
     with progress_bar(round(seconds), "step times", "s") as bar:

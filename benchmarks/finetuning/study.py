@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from . import report
+from .config import Config
 from .text_task import TextTask
-from .training import Config, train
+from .training import train
 
 FACTOR = 3.0  # between neighbouring learning rates of the search
 MAX_EXTENSIONS = 2  # how often a search may go on past its grid

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import sparsekernels as sk
 
+from .config import Config
 from .memory import PeakMemory, count_bytes
-from .methods import METHODS, Prepared
+from .methods import METHODS, Prepared, name_of
 from .report import write_atomically
 from .text_task import Batch, TextTask, make_batches
 
@@ -35,35 +36,6 @@ EVAL_BATCH = 64
 
 class ModelError(ValueError):
     """The model cannot be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides a run. Workers receive it, so it holds plain values only."""
-
-    method: str
-    model: str
-    task: str = "classification"
-    density: float = 0.01
-    samples: int = 1024
-    lr: float = 1e-4
-    head_lr: float = 3e-3
-    epochs: int = 1
-    steps: int | None = None
-    batch_size: int = 32
-    max_length: int = 32
-    seed: int = 0
-    weight_decay: float = 0.01
-    warmup: float = 0.06
-    evaluations: int = 5
-    validation_texts: int | None = 512
-    threads: int | None = None
-    device: str = "cpu"
-    autocast: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.method} {100 * self.density:g}%" if METHODS[self.method].sparse else self.method
 
 
 @dataclass
@@ -239,7 +211,7 @@ def train(
     try:
         prepared = METHODS[config.method].prepare(model, epochs[0], config)
     except ValueError as error:  # a model that the method does not fit; the message says how
-        raise ModelError(f"{config.name}: {error}") from None
+        raise ModelError(f"{name_of(config)}: {error}") from None
     preparing = time.perf_counter() - started
     scheduler = get_linear_schedule_with_warmup(prepared.optimizer, math.ceil(config.warmup * steps), steps)
     losses: list[float] = []
@@ -247,7 +219,7 @@ def train(
     curve: list[dict[str, float]] = []
     evaluate_at = {math.ceil(steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
     torch.manual_seed(config.seed)  # the same dropout for every method, whatever preparing drew
-    bar = progress_bar(steps, config.name, "step")
+    bar = progress_bar(steps, name_of(config), "step")
     for batch in (batch for epoch in epochs for batch in epoch):
         loss, split = training_step(model, prepared, to_device(batch, config.device), config)
         losses.append(loss)
@@ -269,9 +241,9 @@ def train(
             break
     bar.close()
     if not all(map(math.isfinite, losses)):
-        raise ModelError(f"{config.name}: the loss is no longer finite; lower --lr {config.method}={config.lr}")
+        raise ModelError(f"{name_of(config)}: the loss is no longer finite; lower --lr {config.method}={config.lr}")
     result = {
-        "name": config.name,
+        "name": name_of(config),
         "method": config.method,
         "density": config.density if prepared.tuned else None,
         "lr": config.lr,
@@ -316,7 +288,7 @@ def ship(config: Config, loaded: Loaded, prepared: Prepared, task: TextTask, out
     suffix = "" if config.seed == 0 else f"-seed{config.seed}"
     fresh, _ = load_model(replace(config, seed=config.seed + 1_000_003), len(task.labels))
     if prepared.tuned:
-        path = out / f"delta-{config.name.replace(' ', '-').replace('%', 'pct')}{suffix}.safetensors"
+        path = out / f"delta-{name_of(config).replace(' ', '-').replace('%', 'pct')}{suffix}.safetensors"
         prepared.tuned.delta().save(path)
         sk.Delta.load(path).apply(fresh)
     else:

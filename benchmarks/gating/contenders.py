@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetuning.config import Config
 from finetuning.methods import METHODS, Prepared
 from finetuning.text_task import Batch, TextTask
-from finetuning.training import Config, Loaded, autocast, evaluate, load, progress_bar, to_device
+from finetuning.training import Loaded, autocast, evaluate, load, progress_bar, to_device
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.names import default_head, default_targets
+from sparsekernels.common.names import default_head, default_targets
 
 RANK = 32  # of low-rank factors, in LoRA and beside gates
 WARM_UP = 3

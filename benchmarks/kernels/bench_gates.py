@@ -1,11 +1,9 @@
-"""Stochastic gates on a Linear, and the narrow layer that is left where gates have closed.
+"""Stochastic gates on a Linear.
 
 The alternatives are lines of PyTorch. Those of gated_weight and gate_gradient are given gates that somebody has drawn
-already, while the ops draw theirs within the timed region. take_columns stands beside index_select, put_columns beside
-zeros with columns assigned or copied into them. The compressed linear layer, of which 40 % was removed (77.5 % of the
-rows and of the columns are left), stands beside the whole layer, zeros and all, and beside the same in PyTorch's lines.
+already, while the ops draw theirs within the timed region.
 
-The floor is memory for all but that layer: each op reads its operands once and writes its results once.
+The floor is memory: each op reads its operands once and writes its results once.
 """
 
 from __future__ import annotations
@@ -17,20 +15,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from compare import DEVICE, Case, Contender, Problem, backends
 from torch import Tensor
 
 from sparsekernels import ops
 
 FP32, BF16 = torch.float32, torch.bfloat16
-LEFT = 0.775  # of rows and of columns: 40 % of the weight is gone
 SIGMA = 0.5
 STG: dict[str, Any] = {"kind": "stg", "noise": SIGMA}
 SCALE, SUMS = "(W * z_r[:, None] * z_c).to(dtype)", "(a * b).sum(0), a.sum(0)"
-SELECT, INDEX = "x.index_select(1, columns)", "x[:, columns]"
-ASSIGN, COPY = "x.new_zeros(T, N)[:, columns] = x", "x.new_zeros(T, N).index_copy_(1, columns, x)"
-WHOLE, LINES = "the whole nn.Linear", "index_select, F.linear, index_copy_"
 
 
 @dataclass
@@ -59,10 +52,6 @@ def computing(compute: Callable[[], Sequence[Tensor]]) -> Contender:
 
 def drawn(logits: Tensor, key: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     return ops.gate_values(logits, **STG, key=key, stream=stream)
-
-
-def some(width: int) -> Tensor:
-    return torch.randperm(width)[: round(LEFT * width)].sort().values.to(DEVICE)
 
 
 def make_weight(m: int, n: int, dtype: torch.dtype, out: torch.dtype) -> Tensors:
@@ -152,90 +141,20 @@ def values_op(p: Tensors, backend: Any = None) -> Contender:
     return computing(lambda: ops.gate_values(logits, **STG, key=key, backend=backend))
 
 
-def make_columns(t: int, width: int, dtype: torch.dtype, put: bool) -> Tensors:
-    torch.manual_seed(0)
-    columns, whole = some(width), torch.randn(t, width, device=DEVICE).to(dtype)
-    narrow = whole[:, columns].contiguous()
-    spread = torch.zeros_like(whole)
-    spread[:, columns] = narrow
-    given = (narrow if put else whole, columns, width)
-    expected = [(spread if put else narrow).double()]
-    return Tensors(f"{t} x {width}", LEFT, short(dtype), size(whole, narrow), "wide + narrow", expected, given)
+def error(dtype: torch.dtype, wide: float) -> float:
+    return 2**-8 if dtype == BF16 else wide
 
 
-def take_op(p: Tensors, backend: Any = None) -> Contender:
-    x, columns, _ = p.given
-    return computing(lambda: [ops.take_columns(x, columns, backend=backend)])
-
-
-def put_op(p: Tensors, backend: Any = None) -> Contender:
-    return computing(lambda: [ops.put_columns(*p.given, backend=backend)])
-
-
-def take_lines(p: Tensors, index: bool) -> Contender:
-    x, columns, _ = p.given
-    return computing(lambda: [x[:, columns]] if index else [x.index_select(1, columns)])
-
-
-def spread_by_lines(x: Tensor, columns: Tensor, width: int, copy: bool) -> Tensor:
-    out = x.new_zeros(x.shape[0], width)
-    if copy:
-        return out.index_copy_(1, columns, x)
-    out[:, columns] = x
-    return out
-
-
-def put_lines(p: Tensors, copy: bool) -> Contender:
-    return computing(lambda: [spread_by_lines(*p.given, copy)])
-
-
-def make_linear(t: int, m: int, n: int, dtype: torch.dtype) -> Tensors:
-    torch.manual_seed(0)
-    rows, columns = some(m), some(n)
-    x = torch.randn(t, n, device=DEVICE).to(dtype)
-    small, bias = torch.randn(len(rows), len(columns), device=DEVICE) / n**0.5, torch.randn(len(rows), device=DEVICE)
-    small, bias = small.to(dtype), bias.to(dtype)
-    weight, whole_bias = x.new_zeros(m, n), x.new_zeros(m)
-    weight[rows[:, None], columns], whole_bias[rows] = small, bias
-    expected = [F.linear(x.double(), weight.double(), whole_bias.double())]
-    moved = size(x, small, bias) + t * m * dtype.itemsize
-    given = (x, rows, columns, small, bias, weight, whole_bias)
-    return Tensors(f"{t} tokens, {m} x {n}", LEFT**2, short(dtype), moved, "x + narrow weight + y", expected, given)
-
-
-def linear_op(p: Tensors, backend: Any = None) -> Contender:
-    x, rows, columns, small, bias, weight, _ = p.given
-    m = weight.shape[0]
-
-    def compute() -> list[Tensor]:
-        narrow = F.linear(ops.take_columns(x, columns, backend=backend), small, bias)
-        return [ops.put_columns(narrow, rows, m, backend=backend)]
-
-    return computing(compute)
-
-
-def linear_whole(p: Tensors) -> Contender:
-    x, *_, weight, bias = p.given
-    return computing(lambda: [F.linear(x, weight, bias)])
-
-
-def linear_lines(p: Tensors) -> Contender:
-    x, rows, columns, small, bias, weight, _ = p.given
-    m = weight.shape[0]
-    return computing(lambda: [spread_by_lines(F.linear(x.index_select(1, columns), small, bias), rows, m, True)])
-
-
-def case(op: str, name: str, make: Any, ours: Any, others: dict[str, Any], tolerance: float = 1e-6) -> Case:
-    served = "take_columns" if op == "compressed linear" else op
-    each = {f"{op} {b}": partial(ours, backend=b) for b in backends(served)}
+def case(
+    op: str, name: str, make: Any, ours: Any, others: dict[str, Any], tolerance: float = 1e-6, served: str | None = None
+) -> Case:
+    """`served`: the op whose backends there are, where it is called otherwise."""
+    each = {f"{op} {b}": partial(ours, backend=b) for b in backends(served or op)}
     every = {op: ours, **each, **others}
     return Case(f"{op}, {name}", make, every, op, dict.fromkeys(others), tolerance=tolerance)
 
 
 def cases(small: bool) -> list[Case]:
-    def error(dtype: torch.dtype, wide: float) -> float:
-        return 2**-8 if dtype == BF16 else wide
-
     def weight(m: int, n: int, dtype: torch.dtype, out: torch.dtype) -> Case:
         name = f"{m} x {n}, {short(dtype)} to {short(out)}"
         make = partial(make_weight, m, n, dtype, out)
@@ -245,23 +164,8 @@ def cases(small: bool) -> list[Case]:
         make = partial(make_gradient, t, width, dtype)
         return case("gate_gradient", f"{t} x {width}, {short(dtype)}", make, gradient_op, {SUMS: gradient_lines}, 1e-5)
 
-    def columns(t: int, width: int, dtype: torch.dtype) -> list[Case]:
-        name, put = f"{LEFT:.1%} of {t} x {width}, {short(dtype)}", partial(make_columns, t, width, dtype)
-        takers = {SELECT: partial(take_lines, index=False), INDEX: partial(take_lines, index=True)}
-        putters = {ASSIGN: partial(put_lines, copy=False), COPY: partial(put_lines, copy=True)}
-        return [
-            case("take_columns", name, partial(put, put=False), take_op, takers, 0),
-            case("put_columns", name, partial(put, put=True), put_op, putters, 0),
-        ]
-
-    def linear(t: int, m: int, n: int, dtype: torch.dtype) -> Case:
-        name, make = f"{t} tokens, {m} x {n}, {short(dtype)}", partial(make_linear, t, m, n, dtype)
-        others = {WHOLE: linear_whole, LINES: linear_lines}
-        return case("compressed linear", name, make, linear_op, others, error(dtype, 1e-5))
-
     shapes = [(20, 32)] if small else [(512, 384), (2048, 384), (2048, 1536), (1024, 4096)]
     weights = [(32, 48)] if small else [(384, 384), (384, 1536), (2048, 2048)]
-    layers = [(20, 32, 48)] if small else [(t, *shape) for shape in ((384, 1536), (2048, 2048)) for t in (2048, 512)]
     lists, width = ((3, 20), 40) if small else ((48, 1024), 4096)
     probabilities = case(
         "gate_probabilities",
@@ -275,8 +179,6 @@ def cases(small: bool) -> list[Case]:
         *[gradient(*shape, dtype) for shape in shapes for dtype in (FP32, BF16)],
         case("gate_values", f"{width}", partial(make_values, width), values_op, {}),
         probabilities,
-        *[each for shape in shapes for dtype in (FP32, BF16) for each in columns(*shape, dtype)],
-        *[linear(*layer, dtype) for layer in layers for dtype in (FP32, BF16)],
     ]
 
 

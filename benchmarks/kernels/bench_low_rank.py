@@ -16,7 +16,7 @@ from compare import DEVICE, Case, Contender, Problem
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.low_rank import Block
+from sparsekernels.nn.low_rank import Block
 
 DENSE = "nn.Linear"
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import bench_columns
 import bench_fisher
 import bench_gates
 import bench_masked_grad
@@ -22,7 +23,7 @@ from compare import DEVICE, Case, Contender, positions, random_elements, random_
 from gpu_rows import Row
 from torch import Tensor, nn
 
-from sparsekernels.gated_linear import Gating, gate
+from sparsekernels.nn.gated import Gating, gate
 
 BF16 = torch.bfloat16
 TOLERANCE = 1e-4  # tensor cores cut off what they add: thousands of terms in fp32 are not exact to 1e-5
@@ -255,7 +256,7 @@ def _compressed(tokens: int, m: int, n: int, multiple: int) -> Row:
     """`multiple` of the rows and columns that are left: tensor cores are slow where sizes are no multiple of 8."""
 
     def make() -> bench_gates.Tensors:
-        problem = bench_gates.make_linear(tokens, m, n, BF16)
+        problem = bench_columns.make_linear(tokens, m, n, BF16)
         if multiple == 1:
             return problem
         x, rows, columns, small, bias, weight, whole_bias = problem.given
@@ -276,18 +277,18 @@ def _compressed(tokens: int, m: int, n: int, multiple: int) -> Row:
         contender.expected = [p.expected[0][:, rows]]
         return contender
 
-    sizes = [round(bench_gates.LEFT * width) // multiple * multiple for width in (m, n)]
+    sizes = [round(bench_columns.LEFT * width) // multiple * multiple for width in (m, n)]
     contenders = {
-        "compressed linear": bench_gates.linear_op,
+        "compressed linear": bench_columns.linear_op,
         SMALL: alone,
-        bench_gates.WHOLE: bench_gates.linear_whole,
+        bench_columns.WHOLE: bench_columns.linear_whole,
     }
     case = Case(
         f"compressed linear, {sizes[0]} x {sizes[1]} of {m} x {n}, {tokens} tokens, bf16",
         make,
         contenders,
         "compressed linear",
-        {SMALL: 0.85, bench_gates.WHOLE: None},
+        {SMALL: 0.85, bench_columns.WHOLE: None},
         tolerance=2**-7,
     )
     moved = 2.0 * (tokens * (m + n) + sizes[0] * sizes[1])

@@ -17,6 +17,7 @@ from typing import Any
 
 import bench_adamw
 import bench_adamw_rows
+import bench_columns
 import bench_fisher
 import bench_gates
 import bench_gather_scatter
@@ -233,7 +234,7 @@ def method_rows(small: bool) -> list[Row]:
     # Of ids that are V u^3 for even u, those in a stretch of ids are met in proportion to the cube roots of its ends.
     both = size[0] * size[1]
     met = sum(1 - (1 - share) ** both for share in _shares(table[0]))
-    left = round(bench_gates.LEFT * n)
+    left = round(bench_columns.LEFT * n)
     return [
         Row(squares, 12.0 * numel, "gradients + totals twice"),
         Row(vector, 8.0 * both * n + 8 * n, "activations + the total twice"),
@@ -275,8 +276,8 @@ def method_rows(small: bool) -> list[Row]:
             Row(
                 bench_gates.case(
                     op,
-                    f"{bench_gates.LEFT:.1%} of {tokens} x {n}, bf16",
-                    partial(bench_gates.make_columns, tokens, n, BF16, op == "put_columns"),
+                    f"{bench_columns.LEFT:.1%} of {tokens} x {n}, bf16",
+                    partial(bench_columns.make_columns, tokens, n, BF16, op == "put_columns"),
                     ours,
                     {name: other},
                     0,
@@ -285,8 +286,13 @@ def method_rows(small: bool) -> list[Row]:
                 "wide + narrow",
             )
             for op, ours, name, other in (
-                ("take_columns", bench_gates.take_op, bench_gates.SELECT, partial(bench_gates.take_lines, index=False)),
-                ("put_columns", bench_gates.put_op, bench_gates.COPY, partial(bench_gates.put_lines, copy=True)),
+                (
+                    "take_columns",
+                    bench_columns.take_op,
+                    bench_columns.SELECT,
+                    partial(bench_columns.take_lines, index=False),
+                ),
+                ("put_columns", bench_columns.put_op, bench_columns.COPY, partial(bench_columns.put_lines, copy=True)),
             )
         ],
     ]

@@ -61,6 +61,7 @@ FAMILIES = (
     "ks",
     "singular_values",
     "gates",
+    "columns",
     "gather_scatter",
     "low_rank",
 )

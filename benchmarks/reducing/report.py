@@ -11,8 +11,8 @@ from finetuning.plots import COLORS, pyplot, save_figure
 from finetuning.report import spread
 from scipy.stats import spearmanr
 
-from sparsekernels.matrices import Matrix
 from sparsekernels.methods import laser
+from sparsekernels.structure.matrices import Matrix
 
 Content = dict[str, Any]
 
@@ -100,7 +100,7 @@ def draw(content: Content, out: Path) -> list[Path]:
     found = {gain["matrix"]: place(gain["matrix"]) for gain in first}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         reductions = [laser.Reduction(gain["matrix"], gain["rho"], measured=gain[key]) for gain in first]
-        laser.heat_map(laser.grid(reductions, found, measured=True), axes, title)
+        heat_map(laser.grid(reductions, found, measured=True), axes, title)
     figure.suptitle("Fall of the loss by the best rho of each matrix")
     paths = [save_figure(figure, out.with_name(f"{out.stem}_gains.png"))]
 
@@ -126,3 +126,14 @@ def place(label: str) -> Matrix:
     layer = None if at is None else int(parts[at])
     kind = label if at is None else ".".join(parts[at + 1 :])
     return Matrix(label, label, (0, 0), False, None, None, layer, kind)
+
+
+def heat_map(grid: laser.Grid, axes: Any, title: str) -> None:
+    """Draw a grid, layer x matrix: gains in blue, losses in red, matrices without a gain in white."""
+    most = float(grid.values.abs().nan_to_num().max()) or 1.0
+    image = axes.imshow(grid.values.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    axes.set_xticks(range(len(grid.kinds)), grid.kinds, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(grid.layers)), [str(layer) for layer in grid.layers])
+    axes.set(xlabel="", ylabel="layer", title=title)
+    axes.grid(False)
+    axes.figure.colorbar(image, ax=axes)

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "../common.h"
-#include "../rules/gates.h"
+#include "gate_rule.h"
 #include "../rules/philox.h"
 
 namespace sk::cpu {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../common.h"
-#include "../rules/radix.h"
+#include "radix.h"
 
 namespace sk::cpu {
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Delta, Index, Selection
-from sparsekernels.methods import certificate, embed_tune, ks_lottery, partial_transfer, partial_tune, predictions
+from sparsekernels.methods import certificate, embed_tune, partial_transfer, partial_tune, predictions
+from sparsekernels.methods.ks_lottery.select import ks_lottery
 
 NAME = "model.embed_tokens.weight"
 
@@ -132,7 +134,7 @@ def test_the_loss_may_be_ones_own_and_gradients_clipped() -> None:
             return super().step(closure)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsekernels.methods.embedding_tuning.SparseAdamW", Spy)
+        patch.setattr(sys.modules["sparsekernels.methods.ks_lottery.tune"], "SparseAdamW", Spy)
         embed_tune(llama().eval(), batches(), loss=loss, epochs=1, max_grad_norm=0.01, progress=False)
         assert len(norms) == 3
         assert max(norms) == pytest.approx(0.01, rel=1e-3)

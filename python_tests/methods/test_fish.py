@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsekernels import Selection, fisher_diagonal, squared_gradient_norms
 from sparsekernels.methods import fish, ird
-from sparsekernels.methods.fish import take
+from sparsekernels.methods.fisher_search import take
 
 QUIET = {"progress": False}
 HEAD = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.files import load_tensors
+from sparsekernels.common.files import load_tensors
 from sparsekernels.methods.gates.saving import KIND, checksum
 
 NAME = "model.safetensors"

@@ -11,10 +11,10 @@ import transformers
 from torch import nn
 
 import sparsekernels as sk
-from sparsekernels.compact_linear import CompactLinear
 from sparsekernels.methods.gates.parts import Vector
 from sparsekernels.methods.gates.rounding import Dimensions, _multiple
-from sparsekernels.structures import Mlp, Part
+from sparsekernels.nn.pruned import CompactLinear
+from sparsekernels.structure.architectures import Mlp, Part
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 50}
 

@@ -14,10 +14,10 @@ from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.compact_linear import CompactLinear
 from sparsekernels.methods.gates.attaching import NOISES
 from sparsekernels.methods.gates.parts import OPEN, SHUT
 from sparsekernels.methods.gates.schedule import Importance, Schedule, price
+from sparsekernels.nn.pruned import CompactLinear
 
 GRANULARITIES = ("row+column", "head", "mlp", "head+mlp")
 TARGETS = {"row+column": 0.4, "head": 0.15, "mlp": 0.2, "head+mlp": 0.4}
@@ -180,7 +180,7 @@ def test_a_failed_compress_leaves_the_gates(monkeypatch: pytest.MonkeyPatch) -> 
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparsekernels.narrowing._check_values", fail)
+        patch.setattr("sparsekernels.structure.prune._check_values", fail)
         with pytest.raises(MemoryError):
             gates.compress()
     assert_same(model, before)

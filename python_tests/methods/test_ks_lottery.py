@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
-from sparsekernels.methods import by_frequency, by_shift, ks_lottery
+from sparsekernels.methods import by_frequency, by_shift
+from sparsekernels.methods.ks_lottery.select import ks_lottery
 
 NAME = "embed.weight"
 ROWS, WIDTH = 40, 300
@@ -192,7 +193,7 @@ def test_by_shift_takes_the_furthest_rows_ties_to_the_lower() -> None:
 def test_large_tables_are_worked_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = tables()
     whole, shifted = ks_lottery(before, after, name=NAME), by_shift(before, after, k=7, name=NAME)
-    monkeypatch.setattr(sys.modules["sparsekernels.methods.ks_lottery"], "CHUNK", 3 * WIDTH + 1)
+    monkeypatch.setattr(sys.modules["sparsekernels.methods.ks_lottery.select"], "CHUNK", 3 * WIDTH + 1)
     parts = ks_lottery(before, after, name=NAME)
     assert torch.equal(parts.report["pvalues"], whole.report["pvalues"])
     assert rows(parts) == rows(whole)

@@ -8,8 +8,8 @@ from models import batch, transformer
 from reduced_models import assert_same, snapshot, wide_bert
 from torch import Tensor, nn
 
-from sparsekernels.matrices import matrices
 from sparsekernels.methods import laser
+from sparsekernels.structure.matrices import matrices
 
 
 def trained_bert() -> tuple[nn.Module, list[dict[str, Tensor]]]:

@@ -11,9 +11,9 @@ from reduced_models import Shared, assert_same, best, snapshot, wide_bert
 from torch import nn
 
 import sparsekernels as sk
-from sparsekernels.matrices import matrices
 from sparsekernels.methods import laser
 from sparsekernels.methods.laser import Reduction, changes
+from sparsekernels.structure.matrices import matrices
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["ranks", "rows", "swapped", "missing"])
 def test_files_that_contradict_themselves_are_refused(broken: str, tmp_path: Path) -> None:
-    from sparsekernels.files import load_tensors, save_tensors
+    from sparsekernels.common.files import load_tensors, save_tensors
 
     model = Zoo()
     with laser.reduce(model, [Reduction("experts.weight[0]", 0.5, 3), Reduction("up.weight", 0.5)]) as reduced:

@@ -8,9 +8,9 @@ from models import TRANSFORMERS, batch, transformer
 from reduced_models import wide_bert
 
 import sparsekernels as sk
-from sparsekernels.matrices import matrices
 from sparsekernels.methods import laser
 from sparsekernels.methods.laser import Reduction, decompositions, ranking
+from sparsekernels.structure.matrices import matrices
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
@@ -152,7 +152,7 @@ def test_decompositions_are_used_again_until_the_weight_changes(monkeypatch: pyt
     assert sum(counted) == 1
 
 
-def test_heat_map_data() -> None:
+def test_grid() -> None:
     model = transformer("gpt2")
     ranking = laser.rank(model, [batch("gpt2")], progress=False)
     grid = laser.grid(ranking.reductions, ranking.matrices)
@@ -161,18 +161,6 @@ def test_heat_map_data() -> None:
     assert grid.values.shape == (2, len(grid.kinds))
     best_q = max(r.predicted for r in ranking if r.matrix == "transformer.h.1.attn.c_attn.weight[q]")
     assert grid.values[1, 0] == pytest.approx(best_q)
-
-
-def test_heat_map_shows_the_grid() -> None:
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    values = torch.tensor([[1.0, -3.0], [float("nan"), 2.0]])
-    axes = laser.heat_map(laser.Grid([0, 5], ["q", "mlp"], values), title="gains")
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["q", "mlp"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "5"]
-    (image,) = axes.get_images()
-    assert image.get_clim() == (-3.0, 3.0)  # no gain is white
-    assert image.get_array().mask.tolist() == [[False, False], [True, False]]
 
 
 def test_grids_are_checked() -> None:

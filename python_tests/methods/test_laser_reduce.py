@@ -9,10 +9,10 @@ from reduced_models import Shared, assert_same, best, snapshot, values_of, wide_
 from torch import nn
 
 import sparsekernels as sk
-from sparsekernels.low_rank import LowRankLinear
-from sparsekernels.matrices import matrices
 from sparsekernels.methods import laser
 from sparsekernels.methods.laser import Reduction
+from sparsekernels.nn.low_rank import LowRankLinear
+from sparsekernels.structure.matrices import matrices
 
 
 @pytest.mark.parametrize("factored", [True, False])

@@ -9,8 +9,8 @@ from models import batch, transformer
 from torch import nn
 
 import sparsekernels as sk
+from sparsekernels.common.names import base_parameters, default_head, default_targets
 from sparsekernels.methods import fish, ird, sift
-from sparsekernels.names import base_parameters, default_head, default_targets
 
 peft = pytest.importorskip("peft")
 

@@ -11,9 +11,9 @@ from models import TRANSFORMERS, Zoo, batch, ids, transformer
 from torch import Tensor, nn
 
 from sparsekernels import Index, Selection
+from sparsekernels.common.names import default_head, default_targets
 from sparsekernels.methods import sift
-from sparsekernels.methods.sift import GradientCurve
-from sparsekernels.names import default_head, default_targets
+from sparsekernels.methods.gradient_curve import GradientCurve
 
 PROJECTIONS = {
     "bert": r"bert\.encoder\.layer\.[01]\."

@@ -1,10 +1,11 @@
 """The methods: each reads like its paper's pseudo-code. Most end in a Selection, which is then trained or moved."""
 
 from . import gates, laser
-from .embedding_tuning import Certificate, certificate, embed_tune, partial_transfer, partial_tune, predictions
 from .fish import fish
 from .ird import ird
-from .ks_lottery import by_frequency, by_shift, ks_lottery
+from .ks_lottery.certificate import Certificate, certificate, predictions
+from .ks_lottery.select import by_frequency, by_shift, ks_lottery
+from .ks_lottery.tune import embed_tune, partial_transfer, partial_tune
 from .sift import sift
 
 __all__ = [

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..fisher import Labels, accumulate
-from ..losses import Batch, Loss, batch_size, rows_of
-from ..selection import Index, Selection
-from .fish import MAX_FISHER_BYTES, Search
+from ..index import Index
+from ..scoring.fisher import Labels, accumulate
+from ..scoring.losses import Batch, Loss, batch_size, rows_of
+from ..selection import Selection
+from .fisher_search import MAX_FISHER_BYTES, Search
 
 
 def ird(

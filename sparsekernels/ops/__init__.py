@@ -3,8 +3,9 @@
 from . import backend as _backend
 from .adamw import adamw_compact_, adamw_gathered_
 from .adamw_rows import adamw_rows_
+from .columns import put_columns, take_columns
 from .fisher import fisher_embedding_, fisher_linear_, fisher_squares_, fisher_vector_
-from .gates import gate_gradient, gate_probabilities, gate_values, gated_weight, put_columns, take_columns
+from .gates import gate_gradient, gate_probabilities, gate_values, gated_weight
 from .gather_scatter import gather, scatter_, scatter_add_
 from .ks import ks_2samp
 from .masked_grad import masked_grad_embedding, masked_grad_linear

@@ -17,6 +17,7 @@ from typing import Any
 
 from .adamw import reference as adamw
 from .adamw_rows import reference as adamw_rows
+from .columns import reference as columns
 from .fisher import reference as fisher
 from .gates import reference as gates
 from .gather_scatter import reference as gather_scatter
@@ -214,18 +215,18 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "take_columns",
-        "gates",
+        "columns",
         "(Tensor x, Tensor columns) -> Tensor",
         "read selected columns of every row into a narrower tensor",
-        gates.take_columns,
-        gates.take_columns_fake,
+        columns.take_columns,
+        columns.take_columns_fake,
     ),
     Op(
         "put_columns",
-        "gates",
+        "columns",
         "(Tensor x, Tensor columns, int width) -> Tensor",
         "spread columns over wider rows, zeros between them",
-        gates.put_columns,
-        gates.put_columns_fake,
+        columns.put_columns,
+        columns.put_columns_fake,
     ),
 )

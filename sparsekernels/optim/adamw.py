@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,14 +11,15 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..selection import Selection
-from ..sparsify import STEP_HOOKS
+from ..training.regroup import reselect_indices
+from ..training.sparsify import STEP_HOOKS
 from . import checkpoint, options
+from .amp import GIVEN, NOTHING, Scaling, check_capture, scaling, takes_scaling
 from .batch import Ready, prepared
 from .dense import check_dense, dense_lists, step_dense, step_sparse
+from .group import Plan, checked_indices
 from .interrupts import hold_interrupts, release_interrupts
-from .ondevice import GIVEN, NOTHING, Scaling, check_capture, scaling, takes_scaling
-from .plan import Plan, checked_indices
-from .regroup import reselect_indices
+from .state import placed_step
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -111,7 +112,6 @@ class SparseAdamW(torch.optim.AdamW):
     """
 
     writes_weights = True  # steps write the dense weights, too: nothing is left to do after them
-    ages_of_positions = True  # state["step"] may have one entry for each position
 
     def __init__(
         self,
@@ -208,6 +208,10 @@ class SparseAdamW(torch.optim.AdamW):
                 sparsified model, no group with indices to join. Nothing has changed then.
         """
         reselect_indices(self, selection, model)
+
+    def carried_step(self, ages: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """state["step"] of a Parameter whose positions have these ages, for `reselect`."""
+        return placed_step(ages, p, group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Perform a single optimization step.

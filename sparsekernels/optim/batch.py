@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import has_native
-from ..slot import warn_untrained
-from .ondevice import Scaling, numbers, step_device
-from .plan import Plan, check_unchanged, fresh_state, misfit, name_of
+from ..training.slot import warn_untrained
+from .amp import Scaling, numbers
+from .group import Plan, check_unchanged, misfit, name_of
+from .state import fresh_state, step_device
 
 _CALL = partial.__call__
 _RECORDING = partial(torch._C._set_grad_enabled, True)

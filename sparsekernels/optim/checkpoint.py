@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..selection import Index
-from ..slot import SLOT
-from .ondevice import placed_step
-from .plan import MOMENTS, name_of, state_dtype
+from ..index import Index
+from ..training.slot import SLOT
+from .group import name_of
+from .state import MOMENTS, placed_step, state_dtype
 
 POSITIONS, MASTER = "positions", "master"
 OF_ROWS = ("rows", "row_step", "row_decay", "decay_sum")  # of steps with sparse gradients: kept in their own dtypes

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import _get_capturable_supported_devices
 
-from .ondevice import Scaling
-from .plan import Plan, misfit, name_of
+from .amp import Scaling
+from .group import Plan, misfit, name_of
 from .rows import problem_of_rows, step_rows
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]

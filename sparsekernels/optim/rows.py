@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from ..ops import adamw_rows_
-from .plan import MOMENTS, misfit, state_dtype, wide
-
-PER_ROW = (*MOMENTS, "row_step", "row_decay")
+from .group import misfit
+from .state import MOMENTS, SeenRows, state_dtype, wide
 
 
 def problem_of_rows(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str | None:
@@ -70,41 +69,6 @@ def _in_order(p: Tensor, sparse_dim: int, state: dict[str, Tensor]) -> bool:
     """Whether the state has a line for every row, in order, as a state of SparseAdam has."""
     rows = state["rows"]
     return len(rows) == math.prod(p.shape[:sparse_dim]) and torch.equal(rows, torch.arange(len(rows)).to(rows))
-
-
-class SeenRows:
-    """Which line of the state belongs to which row of the table: `slots` [V] int32, -1 where none does yet."""
-
-    def __init__(self, rows: Tensor, length: int) -> None:
-        self.rows = rows
-        self.slots = torch.full((length,), -1, dtype=torch.int32, device=rows.device)
-        self.slots[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        self.rooms: dict[str, tuple[Tensor, Tensor]] = {}  # what is longer than the lines in use, and these
-
-    def add(self, ids: Tensor, state: dict[str, Tensor]) -> None:
-        """Give every row in `ids` a line; new lines are zero. Amortised: room grows by doubling."""
-        fresh = ids[self.slots[ids] < 0]
-        if not len(fresh):
-            return
-        fresh = fresh.unique()
-        before = len(state["rows"])
-        after = before + len(fresh)
-        for name in PER_ROW:
-            if name in state:
-                state[name] = self._longer(name, state[name], after)
-        self.rows = state["rows"] = torch.cat([state["rows"], fresh])
-        self.slots[fresh] = torch.arange(before, after, dtype=torch.int32, device=fresh.device)
-
-    def _longer(self, name: str, lines: Tensor, count: int) -> Tensor:
-        """`lines` and zeros after them. Only room that was made here is written: the state may come from a file."""
-        before = len(lines)
-        room, used = self.rooms.get(name, (lines, lines))
-        if used is not lines or count > len(room):
-            room = lines.new_empty((min(len(self.slots), max(count, 2 * before)), *lines.shape[1:]))
-            room[:before] = lines
-        room[before:count] = 0
-        self.rooms[name] = room, room[:count]
-        return self.rooms[name][1]
 
 
 def step_rows(

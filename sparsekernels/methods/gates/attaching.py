@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...autograd import refuse_sparsified
-from ...cutting import Planner
-from ...gated_linear import Gating, LayerGates, gate
-from ...names import default_head, default_targets, matching
+from ...common.names import default_head, default_targets, matching
+from ...common.supported import refuse_unsupported_of
+from ...nn.gated import Gating, LayerGates, gate
 from ...ops.gates.checks import Kind
-from ...pairs import kind_of
-from ...structures import structures, weight_size
-from ...supported import refuse_unsupported_of
+from ...structure.layers import kind_of, weight_size
+from ...structure.pruning_plan import Planner
+from ...training.layers import refuse_sparsified
 from .parts import OPEN, Found, Vector
 from .rounding import Dimensions
 from .saving import is_compressed
@@ -110,9 +109,9 @@ def attach(
         raise ValueError("the model is compressed already: its cuts could not be saved along with new ones")
     if hasattr(model, "cuts"):
         raise ValueError("the model has an attribute `cuts` of its own, which compress() would replace; rename it")
-    names = _layers(model, targets)
-    planner = Planner(model, names)
-    places = _Places(model, names)
+    planner = _planner(model, targets)
+    names = planner.names
+    places = _Places(model, planner)
     vectors = places.vectors(granularity)
     elements = places.elements(vectors)
     dimensions = Dimensions(vectors, places.attentions, places.mlps)
@@ -151,8 +150,8 @@ def attach(
     return Gates(model, layers, vectors, planner, dimensions, elements, gating, schedule, found, dense, named)  # type: ignore[arg-type]
 
 
-def _layers(model: nn.Module, targets: Iterable[str] | None) -> list[str]:
-    """Names of the modules whose weights are meant, those left out that cannot be cut."""
+def _planner(model: nn.Module, targets: Iterable[str] | None) -> Planner:
+    """Of the modules whose weights are meant, those left out that cannot be cut."""
     parameters = dict(model.named_parameters())
     chosen = matching(parameters, targets, "targets") if targets is not None else default_targets(model)
     names = []
@@ -162,30 +161,27 @@ def _layers(model: nn.Module, targets: Iterable[str] | None) -> list[str]:
             names.append(module)
         elif targets is not None:
             raise ValueError(f"targets: {name!r} is no weight of a plain Linear or Conv1D; leave it out")
-    uncut = set(Planner(model, names).uncut)
+    planner = Planner(model, names)
+    uncut = bool(planner.uncut)
     if uncut and targets is not None:
         raise ValueError(
-            f"targets: {min(uncut)!r} shares its weight, has hooks, or is also used outside its module's forward; "
-            "leave it out"
+            f"targets: {min(planner.uncut)!r} shares its weight, has hooks, or is also used outside its module's "
+            "forward; leave it out"
         )
-    names = [name for name in names if name not in uncut]
-    if not names:
+    planner.only_cuttable()
+    if not planner.names:
         why = "all of them share weights, have hooks, or are read by others" if uncut else "name the weights yourself"
         raise ValueError(f"targets: the model has no Linear or Conv1D in numbered blocks that can be cut; {why}")
-    return names
+    return planner
 
 
 class _Places:
     """Where gates may be: sizes of the layers, and the heads and neurons all of whose layers are among them."""
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self.sizes = {name: weight_size(model.get_submodule(name)) for name in names}
-        self.biases = {name: model.get_submodule(name).bias is not None for name in names}
-        attentions, mlps = structures(model)
-        self.attentions = [
-            a for a in attentions if {p.module for p in (a.query, a.key, a.value)} | {a.output} <= set(names)
-        ]
-        self.mlps = [mlp for mlp in mlps if {p.module for p in mlp.inputs} | {mlp.output} <= set(names)]
+    def __init__(self, model: nn.Module, planner: Planner) -> None:
+        self.sizes = {name: weight_size(model.get_submodule(name)) for name in planner.names}
+        self.biases = {name: model.get_submodule(name).bias is not None for name in planner.names}
+        self.attentions, self.mlps = planner.attentions, planner.mlps
 
     def vectors(self, granularity: str) -> list[Vector]:
         """Which gates there are, one vector after another."""

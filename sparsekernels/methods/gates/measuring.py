@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...gated_linear import LayerGates
+from ...nn.gated import LayerGates
 from .parts import Vector
 
 

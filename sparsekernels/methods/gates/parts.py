@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...gated_linear import Gating
+from ...nn.gated import Gating
 from ...ops import gate_probabilities
 
 # By kind: the logit of a gate that is open, beyond which none goes; of one that is shut, likewise; learning rate. There

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...structures import Attention, Mlp, Part
+from ...structure.architectures import Attention, Mlp, Part
 from .parts import Vector
 
 MULTIPLE = 8  # 16 bytes of bf16, which GPUs want rows to be aligned to; products on CPUs like it, too

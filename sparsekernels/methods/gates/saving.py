@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...cutting import Cut, Cuts, PreparedCut, prepare_cut
-from ...files import check_names, described, load_tensors, reading, replacing
+from ...common.files import check_names, described, load_tensors, reading, replacing
+from ...structure.pruning_plan import Cut, Cuts, PreparedCut, prepare_cut
 
 KIND = "compressed model"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

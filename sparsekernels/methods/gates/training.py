@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cutting import Planner, cut
-from ...gated_linear import Gating, LayerGates, put_back, ungate
+from ...nn.gated import Gating, LayerGates, put_back, ungate
 from ...ops import gate_values
+from ...structure.pruning_plan import Planner, cut
 from .measuring import check_measured, take_gradients
 from .parts import OPEN, RATES, SHUT, Found, Vector, Wrong
 from .rounding import Dimensions

@@ -2,7 +2,7 @@
 
 from .adapting import adapt, search
 from .decompositions import Decompositions
-from .heat_map import Grid, grid, heat_map
+from .grid import Grid, grid
 from .ranking import RHOS, Ranking, Reduction, rank
 from .reducing import Reduced, load, reduce
 
@@ -15,7 +15,6 @@ __all__ = [
     "Reduction",
     "adapt",
     "grid",
-    "heat_map",
     "load",
     "rank",
     "reduce",

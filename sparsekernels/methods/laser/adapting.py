@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...autograd import refuse_sparsified
-from ...evaluating import evaluating
-from ...losses import Batch, Loss, batch_size, default_loss, to_device
-from ...matrices import Matrix, matrices
+from ...scoring.eval_mode import evaluating
+from ...scoring.losses import Batch, Loss, batch_size, default_loss, to_device
+from ...structure.matrices import Matrix, matrices
+from ...training.layers import refuse_sparsified
 from .changes import product
 from .decompositions import Decompositions
 from .ranking import RHOS, NoGradient, Ranking, Reduction, Score, rank, targets

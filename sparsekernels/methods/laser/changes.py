@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...low_rank import Block, LowRankLinear
-from ...matrices import Matrix
+from ...nn.low_rank import Block, LowRankLinear
 from ...ops.backend import in_full_precision
-from ...pairs import kind_of
+from ...structure.layers import kind_of
+from ...structure.matrices import Matrix
 
 
 @dataclass(frozen=True, eq=False)

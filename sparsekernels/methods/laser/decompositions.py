@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...factors import Factors, cluster_rows, factorize, split_rows
-from ...matrices import Matrix
+from ...structure.matrices import Matrix
+from ...structure.svd import Factors, cluster_rows, factorize, split_rows
 
 
 class Split(NamedTuple):

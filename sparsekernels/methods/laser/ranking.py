@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...factors import Factors, group_equal
-from ...losses import Batch, Loss
-from ...matrices import Matrix, matrices
-from ...singular_values import singular_value_gradients
+from ...scoring.losses import Batch, Loss
+from ...scoring.singular_values import singular_value_gradients
+from ...structure.matrices import Matrix, matrices
+from ...structure.svd import Factors, group_equal
 from .decompositions import Decompositions, Split, rank_for
 
 Score = Literal["second", "gain", "sum", "count"]

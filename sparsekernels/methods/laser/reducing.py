@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...autograd import refuse_sparsified
-from ...files import check_names, described, load_tensors, reading, save_tensors
-from ...matrices import Matrix, matrices
+from ...common.files import check_names, described, load_tensors, reading, save_tensors
+from ...structure.matrices import Matrix, matrices
+from ...training.layers import refuse_sparsified
 from .changes import Change, Piece, put
 from .decompositions import Decompositions, Split, rank_for
 from .ranking import Reduction

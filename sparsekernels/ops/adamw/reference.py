@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.rounding import EXP_AVG, EXP_AVG_SQ, MAXIMUM, WEIGHT, rounded
 from ..gather_scatter import reference as gather_scatter
-from ..rounding.reference import EXP_AVG, EXP_AVG_SQ, MAXIMUM, WEIGHT, rounded
 
 
 def _bias(beta: float, step: Tensor, like: Tensor) -> Any:

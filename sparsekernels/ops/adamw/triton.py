@@ -11,31 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import compact_tile, device_of, tile_grid, tile_offsets
-from ..rounding.triton import rounded
+from ..common.rounding_triton import rounded
+from ..common.triton import compact_tile, device_of, quotient, square_root, tile_grid, tile_offsets
 
 Tensors = Sequence[Tensor]
 
 NO_BIAS = math.inf  # the age at which step_size is lr and inv_sqrt_bias2 is 1
 SCALARS, ROW = 10, 12  # scalars of a step, and the row that holds them in memory: every row starts at 16 bytes
 TILE_BYTES = 2048  # a program's share of each compact array: 16 a thread, or so many arrays would fill its registers
-
-
-@triton.jit
-def square_root(x):
-    # fp32 would get the approximate one, which flushes denormals; fp64 has the exact one only.
-    if x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
-    else:
-        return tl.sqrt(x)
-
-
-@triton.jit
-def quotient(x, y):
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    else:
-        return x / y
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..rounding.reference import EXP_AVG, EXP_AVG_SQ, MAXIMUM, WEIGHT, rounded
+from ..common.rounding import EXP_AVG, EXP_AVG_SQ, MAXIMUM, WEIGHT, rounded
 
 
 def adamw_rows_(

@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..adamw.triton import quotient, square_root
-from ..gather_scatter.triton import device_of
-from ..rounding.triton import rounded
+from ..common.rounding_triton import rounded
+from ..common.triton import device_of, quotient, square_root
 
 MAX_BLOCK = 1024  # columns of a program
 

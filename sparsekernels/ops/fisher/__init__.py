@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...selection import Index
+from ...index import Index
 from ..backend import Backend, select
-from ..masked_grad.reference import accumulation_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from ..common.arguments import DTYPES, accumulation_dtype, packed
 
 
 def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor], *, backend: Backend | None = None) -> None:
@@ -35,7 +33,7 @@ def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor], *, backen
         _check_activation(f"grads[{i}]", grad, like=grads[0])
         _check_sum(f"totals[{i}]", total, grad.shape, grad)
     if totals:
-        select("fisher_squares_", totals[0].device.type, backend)(totals, [_packed(grad) for grad in grads])
+        select("fisher_squares_", totals[0].device.type, backend)(totals, [packed(grad) for grad in grads])
         torch.autograd.graph.increment_version(totals)
 
 
@@ -81,7 +79,7 @@ def fisher_linear_(
     if total is None and norms is None:
         return
     run = select("fisher_linear_", input.device.type, backend)
-    run(_packed(grad_output), _packed(input), total, norms, *_selected(index))
+    run(packed(grad_output), packed(input), total, norms, *_selected(index))
     _bump(total, norms)
 
 
@@ -130,7 +128,7 @@ def fisher_embedding_(
         return
     run = select("fisher_embedding_", ids.device.type, backend)
     padding = -1 if padding_idx is None else padding_idx
-    run(_packed(grad_output), ids.contiguous(), total, norms, *_selected(index), padding)
+    run(packed(grad_output), ids.contiguous(), total, norms, *_selected(index), padding)
     _bump(total, norms)
 
 
@@ -172,17 +170,12 @@ def fisher_vector_(
     if total is None and norms is None:
         return
     run = select("fisher_vector_", grad_output.device.type, backend)
-    run(_packed(grad_output), None if input is None else _packed(input), total, norms, _selected(index)[0])
+    run(packed(grad_output), None if input is None else packed(input), total, norms, _selected(index)[0])
     _bump(total, norms)
 
 
 def _selected(index: Index | None) -> tuple[Tensor | None, bool]:
     return (None, False) if index is None else (index.positions, index.rows)
-
-
-def _packed(x: Tensor) -> Tensor:
-    """Contiguous; and detached, for the input of a layer requires grad, and total must not."""
-    return x.detach().contiguous()
 
 
 def _bump(*sums: Tensor | None) -> None:

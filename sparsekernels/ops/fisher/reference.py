@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..masked_grad.reference import accumulation_dtype
+from ..common.arguments import accumulation_dtype
 
 
 def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

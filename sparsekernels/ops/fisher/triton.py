@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import TILE, compact_tile, device_of, scatter_, tile_grid
-from ..masked_grad.reference import accumulation_dtype
+from ..common.arguments import accumulation_dtype
+from ..common.triton import TILE, compact_tile, device_of, tile_grid
+from ..gather_scatter.triton import scatter_
 from ..masked_grad.triton import BLOCK_P, BLOCK_T, ELEMENTS_TILE, by_column
 
 BLOCK = 1024  # elements of a tensor that a program owns
@@ -225,7 +226,7 @@ def fisher_linear_(
     if positions is not None:
         slots = positions.new_full((m * n,), -1, dtype=torch.int32)
         scatter_(slots, positions, torch.arange(positions.shape[0], dtype=torch.int32, device=slots.device), False)
-    tile_m, tile_n, tile_s, warps, stages = _tile(input, m, n, slots)
+    tile_m, tile_n, tile_s, warps, stages = tile(input, m, n, slots)
     programs = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
     shares = _shares(grad_output, (grad_output.shape[0], programs))
     with device_of(input):
@@ -238,7 +239,7 @@ def fisher_linear_(
     _add_shares(norms, shares, 1)
 
 
-def _tile(input: Tensor, m: int, n: int, slots: Tensor | None) -> tuple[int, int, int, int, int]:
+def tile(input: Tensor, m: int, n: int, slots: Tensor | None) -> tuple[int, int, int, int, int]:
     if input.dtype in TILES:
         return TILES[input.dtype]
     if slots is not None or triton.cdiv(m, LARGE_TILE[0]) * triton.cdiv(n, LARGE_TILE[1]) < ENOUGH:

@@ -12,17 +12,8 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, select
-from ..masked_grad.reference import accumulation_dtype
-from .checks import (
-    DTYPES,
-    Kind,
-    check_columns,
-    check_group,
-    check_like,
-    check_logits,
-    check_matrix,
-    check_noise,
-)
+from ..common.arguments import DTYPES, accumulation_dtype, by_rows, packed
+from .checks import Kind, check_group, check_like, check_logits, check_matrix, check_noise
 
 
 def gate_values(
@@ -64,7 +55,7 @@ def gate_values(
     number = check_noise(kind, noise, key, stream, logits.device)
     check_logits("logits", logits)
     run = select("gate_values", logits.device.type, backend)
-    return run(_packed(logits), number, noise, _key(key), stream)
+    return run(packed(logits), number, noise, _key(key), stream)
 
 
 def gate_probabilities(
@@ -103,7 +94,7 @@ def gate_probabilities(
                 "they must agree"
             )
     run = select("gate_probabilities", logits[0].device.type, backend)
-    return run([_packed(each) for each in logits], number, noise)
+    return run([packed(each) for each in logits], number, noise)
 
 
 def gated_weight(
@@ -162,10 +153,10 @@ def gated_weight(
         if bias.dim() != 1 or bias.shape[0] != m:
             raise ValueError(f"bias must have shape [{m}], one for each row, got {list(bias.shape)}")
         check_like("bias", bias, weight.dtype, weight, "weight")
-    gates = [None if x is None else _packed(x) for x in (bias, rows, columns)]
+    gates = [None if x is None else packed(x) for x in (bias, rows, columns)]
     run = select("gated_weight", weight.device.type, backend)
     gated, gated_bias = run(
-        _packed(weight), *gates, number, noise, _key(key), transposed, dtype, row_group, column_group
+        packed(weight), *gates, number, noise, _key(key), transposed, dtype, row_group, column_group
     )
     return gated, None if bias is None else gated_bias
 
@@ -222,73 +213,7 @@ def gate_gradient(
     if logits.device != a.device:
         raise ValueError(f"logits is on {logits.device}, expected {a.device}; pass logits.to({str(a.device)!r})")
     run = select("gate_gradient", a.device.type, backend)
-    return run(_by_rows(a), _by_rows(b), _packed(logits), number, noise, _key(key), stream, group)
-
-
-def take_columns(x: Tensor, columns: Tensor, *, backend: Backend | None = None) -> Tensor:
-    """Read the selected columns of every row into a narrower tensor.
-
-    Equivalent to `x[..., columns]`.
-
-    Args:
-        x ([..., N], fp32, fp64, bf16, fp16): not changed. Rows may lie further apart than N.
-        columns ([C], int32 or int64): sorted, unique, in [0, N). The CPU kernel refuses others; a GPU's does not look.
-
-    Returns:
-        ([..., C], dtype of x), contiguous.
-
-    Numerics: bits move unchanged. Deterministic.
-    Cost: one read of x, one write of the result; without AVX-512, of x the lines that hold selected columns.
-
-    Raises:
-        ValueError: x has no columns dimension, or dtypes, devices or, on the CPU, the ends of columns do not fit.
-    """
-    check_columns(x, columns, x.shape[-1] if x.dim() else 0)
-    run = select("take_columns", x.device.type, backend)
-    return run(_rows_of(x), _packed(columns)).view(*x.shape[:-1], columns.shape[0])
-
-
-def put_columns(x: Tensor, columns: Tensor, width: int, *, backend: Backend | None = None) -> Tensor:
-    """Spread the columns of x over rows of `width`, with zeros between them: the inverse of take_columns.
-
-    Equivalent to `out = x.new_zeros(*x.shape[:-1], width); out[..., columns] = x`.
-
-    Args:
-        x ([..., C], fp32, fp64, bf16, fp16): not changed. Rows may lie further apart than C.
-        columns ([C], int32 or int64): sorted, unique, in [0, width); where each column of x goes. The CPU kernel
-            refuses others; a GPU's does not look.
-        width: columns of the result.
-
-    Returns:
-        ([..., width], dtype of x), contiguous.
-
-    Numerics: bits move unchanged. Deterministic.
-    Cost: one read of x, one write of the result, zeros included: there is no pass that fills them in before.
-
-    Raises:
-        ValueError: x has no columns dimension or not one for each of columns, or dtypes, devices or, on the CPU, the
-            ends of columns do not fit.
-    """
-    check_columns(x, columns, width)
-    if x.shape[-1] != columns.shape[0]:
-        raise ValueError(f"x has {x.shape[-1]} columns, columns says where {columns.shape[0]} go: they must agree")
-    run = select("put_columns", x.device.type, backend)
-    return run(_rows_of(x), _packed(columns), width).view(*x.shape[:-1], width)
-
-
-def _packed(x: Tensor) -> Tensor:
-    """Contiguous; and detached, for logits and weights may require grad."""
-    return x.detach().contiguous()
-
-
-def _by_rows(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """As a matrix, in place where rows are evenly spaced."""
-    return _by_rows(x[None] if x.dim() == 1 else x.flatten(0, -2))
+    return run(by_rows(a), by_rows(b), packed(logits), number, noise, _key(key), stream, group)
 
 
 def _key(key: Tensor | None) -> Tensor | None:

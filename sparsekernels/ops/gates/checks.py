@@ -7,9 +7,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..common.arguments import DTYPES
+
 Kind = Literal["stg", "finegates", "hard_concrete"]
 KINDS = get_args(Kind)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_noise(kind: str, noise: float, key: Tensor | None, stream: int, device: torch.device) -> int:
@@ -58,22 +59,3 @@ def check_like(name: str, x: Tensor, dtype: torch.dtype, other: Tensor, other_na
             f"{name} is {x.dtype} on {x.device}, expected {dtype} on {other.device} to go with {other_name} of "
             f"{other.dtype}; pass {name}.to({str(other.device)!r}, {dtype})"
         )
-
-
-def check_columns(x: Tensor, columns: Tensor, width: int) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be fp32, fp64, bf16 or fp16, got {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, that of its columns")
-    if columns.dtype not in (torch.int32, torch.int64) or columns.dim() != 1:
-        raise ValueError(
-            f"columns must be int32 or int64 of one dimension, got {columns.dtype} of {list(columns.shape)}"
-        )
-    if columns.device != x.device:
-        raise ValueError(f"columns is on {columns.device}, expected {x.device}; pass columns.to({str(x.device)!r})")
-    if width < 0:
-        raise ValueError(f"width must be at least 0, got {width}")
-    if columns.device.type == "cpu" and columns.shape[0] and not torch.compiler.is_compiling():
-        first, last = int(columns[0]), int(columns[-1])
-        if first < 0 or last >= width:
-            raise ValueError(f"columns must be sorted and lie in [0, {width}), got {first} to {last}")

@@ -1,11 +1,11 @@
-"""Inside Triton kernels: what one logit and two random words become; csrc/rules/gates.h is the same."""
+"""Inside Triton kernels: what one logit and two random words become; csrc/cpu/gate_rule.h is the same."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..adamw.triton import square_root
+from ..common.triton import square_root
 
 STG, FINEGATES, HARD_CONCRETE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

@@ -1,4 +1,4 @@
-"""Stochastic gates in plain PyTorch: the oracle, and the fallback on every device; csrc/rules/gates.h is the same."""
+"""Stochastic gates in plain PyTorch: the oracle, and the fallback on every device; csrc/cpu/gate_rule.h is the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..rounding.reference import philox_words
+from ..common.rounding import philox_words
 
 STG, FINEGATES, HARD_CONCRETE = range(3)
 LOW, HIGH = -0.1, 1.1  # what hard concrete gates stretch (0, 1) to, before they clamp
@@ -95,16 +95,6 @@ def gate_gradient(
     return torch.where(slopes == 0, 0, slopes * of_values), of_values, scaled_sum
 
 
-def take_columns(x: Tensor, columns: Tensor) -> Tensor:
-    return x.index_select(1, columns)
-
-
-def put_columns(x: Tensor, columns: Tensor, width: int) -> Tensor:
-    out = x.new_zeros((x.shape[0], width))
-    out[:, columns.long()] = x
-    return out
-
-
 def gate_values_fake(logits: Tensor, kind: int, noise: float, key: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape), logits.new_empty(logits.shape)
 
@@ -135,11 +125,3 @@ def gate_gradient_fake(
     a: Tensor, b: Tensor, logits: Tensor, kind: int, noise: float, key: Tensor | None, stream: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(logits.shape), logits.new_empty(logits.shape), logits.new_empty(a.shape[1])
-
-
-def take_columns_fake(x: Tensor, columns: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], columns.shape[0]))
-
-
-def put_columns_fake(x: Tensor, columns: Tensor, width: int) -> Tensor:
-    return x.new_empty((x.shape[0], width))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import as_integers, device_of
+from ..common.triton import device_of, tile
 from .draws import draw_gates, number_of, open_gates
 
 GATES = 256  # of a program
@@ -143,45 +143,6 @@ def gate_gradient_kernel(
     tl.store(gradient + i, tl.where(slope == 0.0, 0.0, slope * of_value), mask=first)
 
 
-@triton.jit
-def take_columns_kernel(x, columns, out, tokens, count, stride, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program owns BLOCK_T rows by BLOCK_C of the columns: out[t, k] = x[t, columns[k]]."""
-    program = tl.program_id(0).to(tl.int64)
-    across = tl.cdiv(count, BLOCK_C)
-    t = program // across * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = program % across * BLOCK_C + tl.arange(0, BLOCK_C)
-    column = tl.load(columns + k, mask=k < count, other=0).to(tl.int64)
-    inside = (t < tokens)[:, None] & (k < count)[None, :]
-    found = tl.load(x + t[:, None] * stride + column[None, :], mask=inside)
-    tl.store(out + t[:, None] * count + k[None, :], found, mask=inside)
-
-
-@triton.jit
-def put_columns_kernel(
-    x, columns, out, tokens, count, width, stride, steps, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """One program owns BLOCK_T rows by BLOCK_C columns of the result: out[t, columns[k]] = x[t, k], or 0.
-
-    It looks its columns up among the sorted ones, by halves: cheaper than a map of all of them, which is a launch.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    across = tl.cdiv(width, BLOCK_C)
-    t = program // across * BLOCK_T + tl.arange(0, BLOCK_T)
-    j = program % across * BLOCK_C + tl.arange(0, BLOCK_C)
-    low = tl.zeros((BLOCK_C,), tl.int64)
-    high = low + count
-    for _ in range(steps):
-        middle = (low + high) // 2
-        less = tl.load(columns + middle, mask=low < high, other=0).to(tl.int64) < j
-        right = less & (low < high)
-        high = tl.where(right, high, middle)
-        low = tl.where(right, middle + 1, low)
-    found = (low < count) & (j < width)
-    found = found & (tl.load(columns + low, mask=found, other=-1).to(tl.int64) == j)
-    value = tl.load(x + t[:, None] * stride + low[None, :], mask=(t < tokens)[:, None] & found[None, :], other=0)
-    tl.store(out + t[:, None] * width + j[None, :], value, mask=(t < tokens)[:, None] & (j < width)[None, :])
-
-
 def gate_values(logits: Tensor, kind: int, noise: float, key: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
     values, slopes = torch.empty_like(logits), torch.empty_like(logits)
     count = logits.shape[0]
@@ -220,7 +181,7 @@ def gated_weight(
     if out.numel() == 0 and gated_bias.numel() == 0:
         return out, gated_bias
     like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))  # of logits, present or not
-    block_i, block_j = _tile(height, width, TILE // like.itemsize)
+    block_i, block_j = tile(height, width, TILE // like.itemsize)
     with device_of(weight):
         gated_weight_kernel[(max(triton.cdiv(height, block_i), 1) * max(triton.cdiv(width, block_j), 1),)](
             weight, bias, rows, columns, out, gated_bias, _noise(noise, like), key, height, width, row_group,
@@ -254,37 +215,6 @@ def gate_gradient(
             stream, width, group, KIND=kind, IN_MEMORY=_in_memory(logits), BLOCK=GATES,
         )  # fmt: skip
     return gradient, of_values, scaled_sum
-
-
-def take_columns(x: Tensor, columns: Tensor) -> Tensor:
-    tokens, count = x.shape[0], columns.shape[0]
-    out = x.new_empty((tokens, count))
-    if out.numel():
-        block_t, block_c = _tile(tokens, count, TILE // 4)
-        with device_of(x):
-            take_columns_kernel[(triton.cdiv(tokens, block_t) * triton.cdiv(count, block_c),)](
-                as_integers(x), columns, as_integers(out), tokens, count, x.stride(0), BLOCK_T=block_t, BLOCK_C=block_c
-            )
-    return out
-
-
-def put_columns(x: Tensor, columns: Tensor, width: int) -> Tensor:
-    tokens, count = x.shape
-    out = x.new_empty((tokens, width))
-    if out.numel():
-        block_t, block_c = _tile(tokens, width, TILE // 4)
-        with device_of(x):
-            put_columns_kernel[(triton.cdiv(tokens, block_t) * triton.cdiv(width, block_c),)](
-                as_integers(x), columns, as_integers(out), tokens, count, width, x.stride(0), count.bit_length(),
-                BLOCK_T=block_t, BLOCK_C=block_c,
-            )  # fmt: skip
-    return out
-
-
-def _tile(height: int, width: int, size: int) -> tuple[int, int]:
-    """Rows and columns of a program, `size` elements in all."""
-    block_j = min(triton.next_power_of_2(max(width, 1)), 128)
-    return min(triton.next_power_of_2(max(height, 1)), size // block_j), block_j
 
 
 def _noise(noise: float, logits: Tensor) -> float | Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...selection import Index
+from ...index import Index
 from ..backend import Backend, select
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, select
+from ..common.arguments import DTYPES
 
 ALTERNATIVES = {"less": -1, "two-sided": 0, "greater": 1}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class KsResult(NamedTuple):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import device_of
+from ..common.triton import device_of
 from . import reference
 
 MOST = 8192  # elements of both samples that one program sorts

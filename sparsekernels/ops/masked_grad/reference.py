@@ -7,12 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..common.arguments import accumulation_dtype
+
 ROWS_AT_ONCE = 256  # rows of the dense gradient that exist at a time
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for half-precision activations, else their own."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:

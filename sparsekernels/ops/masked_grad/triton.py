@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import TILE, as_integers, compact_tile, device_of, tile_grid
-from ..products import product
-from .reference import accumulation_dtype
+from ..common.arguments import accumulation_dtype
+from ..common.products import product
+from ..common.triton import TILE, as_integers, compact_tile, device_of, tile_grid
 
 BLOCK_P, BLOCK_T = 32, 64  # positions that a program owns, tokens that it takes at a time
 ELEMENTS_TILE = (

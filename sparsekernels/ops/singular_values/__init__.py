@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..backend import Backend, select
-from ..masked_grad.reference import accumulation_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from ..common.arguments import DTYPES, accumulation_dtype, packed
 
 
 def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -42,7 +39,7 @@ def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend 
     single = grad.dim() == 2
     if single:
         grad, u, v = grad[None], u[None], v[None]
-    out = select("singular_value_grad", grad.device.type, backend)(_packed(grad), _packed(u), _packed(v))
+    out = select("singular_value_grad", grad.device.type, backend)(packed(grad), packed(u), packed(v))
     return out[0] if single else out
 
 
@@ -109,12 +106,7 @@ def singular_value_grad_linear(
     if grad_output.dim() == 2:
         grad_output, input = grad_output[None], input[None]
     run = select("singular_value_grad_linear", input.device.type, backend)
-    return run(_packed(grad_output), _packed(input), _packed(u), _packed(v), per_sample)
-
-
-def _packed(x: Tensor) -> Tensor:
-    """Contiguous; and detached, for the factors of a trained weight may require grad."""
-    return x.detach().contiguous()
+    return run(packed(grad_output), packed(input), packed(u), packed(v), per_sample)
 
 
 def _check_floating(name: str, x: Tensor) -> None:

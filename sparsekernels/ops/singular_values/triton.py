@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import device_of
-from ..products import product
+from ..common.products import product
+from ..common.triton import device_of
 
 ROWS, BLOCK_R = tl.constexpr(128), 64  # rows and pairs of vectors of a program
 STEP = tl.constexpr(16)  # rows that it takes at a time

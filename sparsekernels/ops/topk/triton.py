@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gather_scatter.triton import device_of
+from ..common.triton import device_of
 
 BLOCK = 1024  # scores that a program takes at a time: never fewer than its threads, each of which then has its own
 PROGRAMS = 1024  # at most so many for a tensor

@@ -1,0 +1,149 @@
+// masked_grad_linear and masked_grad_embedding: checks, scratch memory, CPU registrations.
+#include "masked_grad.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "../common.h"
+#include "hits.h"
+#include "positions.h"
+#include "scratch.h"
+
+namespace sk {
+namespace {
+
+constexpr int64_t kTokens = 256;    // tokens whose panels exist at a time
+constexpr int64_t kGrain = 1 << 15;  // sums that are worth a thread
+
+// positions -> row and column of the [M, N] weight.
+template <typename I>
+void split_positions(const I* index, int64_t count, int64_t n, int32_t* row, int32_t* column) {
+  parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      row[k] = int32_t(index[k] / n);
+      column[k] = int32_t(index[k] - row[k] * n);
+    }
+  });
+}
+
+// Panels of `parts` chunks, one after the other: panels[part][column][token].
+template <typename S, typename T>
+void pack_panels(const T* from, S* panels, int64_t width, int64_t chunk, int64_t tokens) {
+  const int64_t parts = (tokens + chunk - 1) / chunk;
+  const int64_t blocks = (width + cpu::kLine - 1) / cpu::kLine;
+  parallel_for(0, parts * blocks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t part = at / blocks, first = at - part * blocks, last = std::min(blocks, first + end - at);
+      const int64_t t = part * chunk;
+      cpu::pack(
+          from + t * width, nullptr, panels + part * width * chunk, width, chunk, std::min(chunk, tokens - t),
+          first * cpu::kLine, std::min(width, last * cpu::kLine));
+      at += last - first;
+    }
+  });
+}
+
+template <typename S, typename T>
+void sum_tokens(
+    const T* dy, const T* x, int64_t tokens, int64_t m, int64_t n, const int32_t* row, const int32_t* column, S* out,
+    int64_t count) {
+  const int64_t chunk = cpu::chunk_for(n, tokens, sizeof(S));
+  const int64_t parts = (std::min(tokens, kTokens) + chunk - 1) / chunk;
+  auto x_panels = scratch<S>(parts * n * chunk);
+  auto dy_panels = scratch<S>(parts * m * chunk);
+  for (int64_t first = 0; first < tokens; first += parts * chunk) {
+    const int64_t here = std::min(parts * chunk, tokens - first);
+    pack_panels(x + first * n, x_panels.get(), n, chunk, here);
+    pack_panels(dy + first * m, dy_panels.get(), m, chunk, here);
+    parallel_for(0, count, 512, [&](int64_t begin, int64_t end) {
+      for (int64_t part = 0; part * chunk < here; ++part) {
+        cpu::dot_panel<S>(
+            x_panels.get() + part * n * chunk, dy_panels.get() + part * m * chunk, chunk, row, column, out, begin, end);
+      }
+    });
+  }
+}
+
+Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const Tensor& positions) {
+  STD_TORCH_CHECK(
+      grad_output.dim() == 2 && input.dim() == 2 && grad_output.size(0) == input.size(0) &&
+          grad_output.scalar_type() == input.scalar_type() && grad_output.is_contiguous() && input.is_contiguous(),
+      "grad_output [T, M] and input [T, N] must be contiguous and of one dtype");
+  const int64_t tokens = input.size(0), m = grad_output.size(1), n = input.size(1), count = positions.numel();
+  STD_TORCH_CHECK(std::max(m, n) <= std::numeric_limits<int32_t>::max(), "rows and columns must be below 2^31");
+  Tensor result;
+  with_floating(input.scalar_type(), "masked_grad_linear", [&](auto zero) {
+    using T = decltype(zero);
+    using S = opmath_t<T>;
+    result = torch::stable::new_zeros(input, {count}, scalar_type<S>());
+    auto row = scratch<int32_t>(count);
+    auto column = scratch<int32_t>(count);
+    with_positions(positions, [&](const auto* index) {
+      check_positions(index, count, m * n);
+      split_positions(index, count, n, row.get(), column.get());
+    });
+    const T *dy = data<T>(grad_output, "grad_output"), *x = data<T>(input, "input");
+    if (count == 0 || tokens == 0) return;
+    sum_tokens<S>(
+        dy, x, tokens, m, n, row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
+  });
+  return result;
+}
+
+// Hits of one row follow each other and are summed by one thread: [begin, end) is moved on to where rows change.
+template <typename S, typename T, typename I>
+void sum_hits(
+    const std::vector<Hit>& hits, int64_t begin, int64_t end, const T* dy, const I* index, int64_t width, bool rows,
+    S* out) {
+  const auto same_row = [&](int64_t i) { return i > 0 && i < int64_t(hits.size()) && hits[i].from == hits[i - 1].from; };
+  while (begin < end && same_row(begin)) ++begin;
+  while (end > begin && same_row(end)) ++end;
+  for (int64_t i = begin; i < end; ++i) {
+    const Hit& hit = hits[i];
+    const T* row = dy + hit.token * width;
+    if (rows) {
+      S* sum = out + hit.from * width;
+      for (int64_t j = 0; j < width; ++j) sum[j] += S(row[j]);
+    } else {
+      const int64_t start = index[hit.from] / width * width;
+      for (int64_t p = hit.from; p < hit.to; ++p) out[p] += S(row[index[p] - start]);
+    }
+  }
+}
+
+Tensor masked_grad_embedding(
+    const Tensor& grad_output, const Tensor& ids, const Tensor& positions, bool rows, int64_t padding_idx) {
+  STD_TORCH_CHECK(
+      grad_output.dim() == 2 && ids.dim() == 1 && grad_output.size(0) == ids.size(0) && grad_output.is_contiguous() &&
+          ids.is_contiguous(),
+      "grad_output [T, D] and ids [T] must be contiguous");
+  const int64_t tokens = ids.size(0), width = grad_output.size(1), count = positions.numel();
+  Tensor result;
+  with_floating(grad_output.scalar_type(), "masked_grad_embedding", [&](auto zero) {
+    using T = decltype(zero);
+    using S = opmath_t<T>;
+    std::vector<int64_t> shape{count};
+    if (rows) shape.push_back(width);
+    result = torch::stable::new_zeros(grad_output, shape, scalar_type<S>());
+    const T* dy = data<T>(grad_output, "grad_output");
+    with_positions(positions, [&](const auto* index) {
+      std::vector<Hit> hits;
+      with_positions(ids, [&](const auto* id) {
+        hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx);
+      });
+      if (!rows) check_hits(hits, index, width);
+      parallel_for(0, int64_t(hits.size()), kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
+        sum_hits(hits, begin, end, dy, index, width, rows, static_cast<S*>(result.mutable_data_ptr()));
+      });
+    });
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace sk
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) {
+  m.impl("masked_grad_linear", TORCH_BOX(&sk::masked_grad_linear));
+  m.impl("masked_grad_embedding", TORCH_BOX(&sk::masked_grad_embedding));
+}

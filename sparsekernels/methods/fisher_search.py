@@ -1,0 +1,124 @@
+"""The search for the largest Fisher information, which FISH Mask does once and IRD many times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..common.names import base_parameters, default_head, groups, matching
+from ..index import Index
+from ..ops import topk
+from ..scoring.fisher import Labels, Plan, accumulate, prepare, say_slow, zeros_for
+from ..scoring.losses import Batch, Loss, batch_size, rows_of
+from ..scoring.own_forward import refuse_outside, say_left_out
+from ..selection import Selection
+
+MAX_FISHER_BYTES = 4 << 30
+
+
+def take(samples: Iterable[Batch], limit: int | None) -> list[Batch]:
+    """The batches up to so many samples; the last one is cut."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"num_samples must be at least 1, got {limit}")
+    taken: list[Batch] = []
+    left = limit
+    for number, batch in enumerate(samples):
+        size = batch_size(batch, number)
+        if left is not None and size >= left:
+            taken.append(rows_of(batch, torch.arange(left), size))
+            return taken
+        taken.append(batch)
+        left = None if left is None else left - size
+    return taken
+
+
+@dataclass
+class Search:
+    """What FISH and IRD share: the budget, and the best k entries of a set by Fisher information.
+
+    everything: name -> None (the whole tensor) for each target. k: entries to select among them. left_out: names that
+    are no targets by default, since they are used outside the forward of their module.
+    """
+
+    model: nn.Module
+    everything: dict[str, Index | None]
+    head: list[str]
+    k: int
+    max_bytes: int
+    plan: Plan
+    progress: bool
+    left_out: list[str]
+
+    @classmethod
+    def start(
+        cls,
+        method: str,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        density: float,
+        targets: Iterable[str] | None,
+        head: Iterable[str] | None,
+        loss: Loss | None,
+        labels: Labels,
+        max_fisher_bytes: int,
+        progress: bool,
+    ) -> Search:
+        if not 0 < density <= 1:
+            raise ValueError(f"density must lie in (0, 1], got {density}")
+        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        dense = default_head(model) if head is None else matching(parameters, head, "head")
+        base = [name for name in base_parameters(model) if name in parameters]
+        chosen = base if targets is None else matching(parameters, targets, "targets")
+        chosen = [name for name in chosen if name not in set(dense)]
+        total = sum(parameters[name].numel() for name in {*base, *dense})
+        charged, available = sum(parameters[n].numel() for n in dense), sum(parameters[n].numel() for n in chosen)
+        k = min(int(total * density) - charged, available)
+        if not chosen:
+            raise ValueError("targets: all of them belong to the head, which trains densely; nothing is left to select")
+        if k < 1:
+            raise ValueError(
+                f"density {density} of {total:,} weights leaves none beside the {charged:,} of the head, which train "
+                "densely; raise density, or name less as head"
+            )
+        plan = prepare(model, batches, dict.fromkeys(chosen), loss, labels)
+        left_out = [name for name in chosen if name in plan.trust.outside]
+        everything: dict[str, Index | None] = dict.fromkeys(name for name in chosen if name not in plan.trust.outside)
+        if targets is not None or not everything:
+            refuse_outside(left_out, "targets")
+        k = min(k, sum(parameters[name].numel() for name in everything))
+        say_left_out(method, left_out)
+        say_slow({name: why for name, why in plan.trust.fallback.items() if name in everything})
+        return cls(model, everything, dense, k, max_fisher_bytes, plan, progress, left_out)
+
+    def numel(self, name: str, index: Index | None) -> int:
+        return self.model.get_parameter(name).numel() if index is None else index.numel
+
+    def top(
+        self, batches: Sequence[Batch], among: Mapping[str, Index | None], k: int
+    ) -> tuple[dict[str, Index], float]:
+        """The k entries with the largest Fisher information, and the share of all of it that they carry."""
+        kept: dict[str, tuple[Index, Tensor]] = {}
+        whole = 0.0
+        sizes = {name: 4 * self.numel(name, index) for name, index in among.items()}
+        for group in groups(sizes, self.max_bytes):
+            totals = {name: zeros_for(self.model.get_parameter(name), among[name]) for name in group}
+            accumulate(self.model, batches, {name: among[name] for name in group}, totals, self.plan, self.progress)
+            whole += sum(float(total.sum(dtype=torch.float64)) for total in totals.values())
+            names = [*kept, *group]
+            scores = [kept[name][1] if name in kept else totals[name] for name in names]
+            found = topk(scores, min(k, sum(score.numel() for score in scores)))
+            for name, score, chosen in zip(names, scores, found, strict=True):
+                before = kept[name][0] if name in kept else among[name]
+                shape = self.model.get_parameter(name).shape
+                positions = chosen if before is None else before.positions[chosen]
+                kept[name] = Index(positions, shape), score.reshape(-1)[chosen]
+        carried = sum(float(score.sum(dtype=torch.float64)) for _, score in kept.values())
+        return {name: index for name, (index, _) in kept.items() if len(index)}, carried / whole if whole else 0.0
+
+    def selection(self, chosen: Mapping[str, Index]) -> Selection:
+        """The chosen entries, and the head."""
+        shapes = {name: self.model.get_parameter(name).shape for name in self.head}
+        return Selection({**chosen, **{name: Index.full(shape) for name, shape in shapes.items()}})

@@ -1,0 +1,58 @@
+"""How much of the gradient the largest entries hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+SHARES = tuple(10 ** (-4 + i / 8) for i in range(33))  # 0.01 % to 100 %, eight points a decade
+
+
+CURVE_CHUNK = 1 << 22  # elements whose buckets exist at a time
+
+
+class GradientCurve:
+    """How much of the gradient norm the largest entries carry, from histograms of magnitude; nothing is sorted.
+
+    Entries fall into buckets by the upper 16 bits of their fp32 magnitude; count and energy (sum of squares) of each
+    bucket give the curve, linear inside a bucket. Each tensor contributes its own largest share, as SIFT selects.
+    """
+
+    BUCKETS = 1 << 15
+
+    def __init__(self) -> None:
+        self._counts: list[Tensor] = []
+        self._energy: list[Tensor] = []
+
+    def add(self, grad: Tensor) -> None:
+        count = torch.zeros(self.BUCKETS, dtype=torch.float64, device=grad.device)
+        energy = torch.zeros_like(count)
+        for part in grad.reshape(-1).split(CURVE_CHUNK):
+            magnitude = part.float().abs()
+            bucket = magnitude.view(torch.int32) >> 16
+            count += torch.bincount(bucket, minlength=self.BUCKETS)
+            energy += torch.bincount(bucket, magnitude.double().square_(), minlength=self.BUCKETS)
+        occupied = count.nonzero().squeeze(1).flip(0)
+        self._counts.append(count[occupied].cpu())
+        self._energy.append(energy[occupied].cpu())
+
+    def points(self, shares: Iterable[float]) -> list[tuple[float, float]]:
+        """(share, carried) for each share."""
+        total = sum(float(energy.sum()) for energy in self._energy)
+        out = []
+        for share in shares:
+            carried = sum(
+                _carried(count, energy, share) for count, energy in zip(self._counts, self._energy, strict=True)
+            )
+            out.append((share, min(1.0, (carried / total) ** 0.5) if total else 0.0))
+        return out
+
+
+def _carried(count: Tensor, energy: Tensor, share: float) -> float:
+    """Energy of the largest `share` of entries; buckets come from large to small."""
+    wanted = share * float(count.sum())
+    before = count.cumsum(0) - count
+    part = ((wanted - before) / count).clamp_(0, 1)
+    return float((part * energy).sum())

@@ -1,0 +1,176 @@
+"""What KS-Lottery tunes and moves: the whole input embedding, or the rows of a ticket, and how well the two agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...common.names import embedding_weight
+from ...index import Index
+from ...ops import gather
+from ...optim import SparseAdamW, clip_grad_norm_
+from ...scoring.losses import check_loss, default_loss
+from ...selection import Selection
+from ...training.delta import Change, Delta
+from ...training.sparsify import SparseModel, sparsify
+from .select import tables_of
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def embed_tune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    lr: float = 2e-5,
+    epochs: int = 3,
+    embedding: str | None = None,
+    loss: Loss | None = None,
+    max_grad_norm: float | None = None,
+    progress: bool = True,
+) -> SparseModel:
+    """Train every row of the input embedding and no other parameter.
+
+    The rows train as fp32 values, whatever the dtype of the table: `ks_lottery` reads those. Without weight decay, so
+    that rows of tokens that never occur stay as they are. A tied table trains through the output layer too, which
+    gives every row a gradient.
+
+    Args:
+        model: any torch model, in train mode during training and in its own mode after. Buffers that a forward in train
+            mode updates (BatchNorm) are updated, and stay so.
+        batches: batches in Hugging Face form (mappings of tensors with labels), or whatever `loss` takes; gone through
+            once an epoch: a list or a DataLoader.
+        lr: of SparseAdamW, constant.
+        epochs: times to go through the batches.
+        embedding: name of the table; default: the model's input embedding.
+        loss: function of (model, batch); default `model(**batch).loss`.
+        max_grad_norm: clip the gradient to this norm; default: no clipping.
+        progress: show a progress bar.
+
+    Returns:
+        SparseModel: pass it to `ks_lottery`, then `restore()` the parameters, bit for bit, or `merge()`.
+
+    Raises:
+        ValueError: numbers out of range, batches that are empty or can be gone through once only, no embedding to be
+            found, a loss that is missing, no scalar with a gradient, or not finite. The parameters are then as before.
+
+    Cost: AdamW over the table: 16 B an element, and one fp32 gradient of the table. For loops of your own,
+    `sparsify(model, Selection({name: Index.full(shape)}))` is all that this does.
+
+    Source: the paper, as quoted by others (embedding only; lr, epochs). Ours: no decay, constant rate.
+    """
+    name = embedding_weight(model, embedding)
+    selection = Selection({name: Index.full(model.get_parameter(name).shape)})
+    return _tune(model, selection, batches, "embed tuning", lr, epochs, loss, max_grad_norm, progress)
+
+
+def partial_tune(
+    model: nn.Module,
+    selection: Selection,
+    batches: Iterable[Any],
+    *,
+    lr: float = 1e-2,
+    epochs: int = 5,
+    loss: Loss | None = None,
+    max_grad_norm: float | None = None,
+    progress: bool = True,
+) -> SparseModel:
+    """Train what is selected, the rows of a ticket, and no other parameter, from the model as it is.
+
+    Args, and the errors they raise, are those of `embed_tune`; an empty selection is refused.
+
+    Returns:
+        SparseModel: `delta()` is the file to ship.
+
+    Source: the paper, as quoted by others (lr, epochs). Ours: no decay, constant rate.
+    """
+    if not selection.numel:
+        raise ValueError("selection is empty: there is nothing to tune; raise alpha, or choose rows by_shift")
+    return _tune(model, selection, batches, "partial tuning", lr, epochs, loss, max_grad_norm, progress)
+
+
+def partial_transfer(tuned: SparseModel, selection: Selection) -> Delta:
+    """Copy the selected rows out of an embed-tuned model, without any training.
+
+    Args:
+        tuned: what `embed_tune` returned, not yet restored.
+        selection: rows of its embedding, as `ks_lottery` returns them.
+
+    Returns:
+        Delta, to be applied to the model once it is restored: `tuned.restore(); delta.apply(tuned.model)`.
+
+    Raises:
+        ValueError: the selection is empty, or of something else than rows of the embedding. RuntimeError: `tuned` was
+            restored or merged.
+
+    Source: the definition is ours; the paper's could not be read.
+    """
+    if len(selection) != 1:
+        raise ValueError(f"selection must be of rows of one table, got {len(selection)} tensors")
+    ((name, index),) = selection.items()
+    _, before, after = tables_of(tuned, None, name)
+    if not index.rows or index.shape != before.shape:
+        raise ValueError(f"selection must be of rows of {name!r}, {list(before.shape)}, got {index}")
+    here = index.to(before.device)
+    return Delta({name: Change.of(here, gather(after, here).to(before.dtype), gather(before, here))})
+
+
+def _tune(
+    model: nn.Module,
+    selection: Selection,
+    batches: Iterable[Any],
+    what: str,
+    lr: float,
+    epochs: int,
+    loss: Loss | None,
+    max_grad_norm: float | None,
+    progress: bool,
+) -> SparseModel:
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
+    if isinstance(batches, Iterator):
+        raise ValueError("batches is an iterator, which one epoch uses up; pass a list or a DataLoader")
+    modes = [(module, module.training) for module in model.modules()]
+    tuned = sparsify(model, selection)
+    try:
+        optimizer = SparseAdamW(tuned.parameters(), lr=lr, weight_decay=0)
+        model.train()
+        steps = 0
+        bar = tqdm(total=_length(batches, epochs), desc=what, unit="step", disable=not progress, leave=False)
+        with torch.enable_grad(), bar:
+            for epoch in range(epochs):
+                before = steps
+                for batch in batches:
+                    value = (loss or default_loss)(model, batch)
+                    check_loss(value, "the trained rows", f"step {steps}", "; lower lr, or look at that batch")
+                    value.backward()
+                    if max_grad_norm is not None:
+                        clip_grad_norm_(tuned.parameters(), max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    steps += 1
+                    bar.update()
+                    bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+                if steps == before:
+                    again = " a second time; pass a list or a DataLoader" if epoch else ""
+                    raise ValueError(f"batches is empty{again}")
+    except BaseException:
+        tuned.restore()
+        raise
+    finally:
+        for module, training in modes:
+            module.training = training
+    return tuned
+
+
+def _length(batches: Iterable[Any], epochs: int) -> int | None:
+    try:
+        return len(batches) * epochs  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader has a length that may not be known
+        return None

@@ -1,0 +1,23 @@
+"""What public functions of several families do to their arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Contiguous; and detached, for logits and weights may require grad."""
+    return x.detach().contiguous()
+
+
+def by_rows(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for half-precision activations, else their own."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,74 @@
+"""Numbers of a step that stay on the device: a tensor lr, and what a GradScaler leaves on the optimizer.
+
+Nothing waits for them, so a CUDA graph may hold the step: the kernels read them when they run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..training.slot import SLOT
+from .state import step_device
+
+Scaling = tuple[Tensor | None, Tensor | None]  # grad_scale and found_inf
+NOTHING: Scaling = (None, None)
+GIVEN = frozenset(("grad_scale", "found_inf"))  # the attributes that a GradScaler sets
+
+# Raises while a CUDA graph is captured from groups that are not capturable; older torch calls it differently.
+check_capture = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+)
+
+
+def takes_scaling(optimizer: Optimizer) -> bool:
+    """Whether step() may be given grad_scale and found_inf as tensors: whether all of it can follow them unseen.
+
+    Compact Parameters and those with indices can if their steps are counted on their device; others where torch can:
+    with fused=True and a dense gradient. For an optimizer with a Parameter that cannot, GradScaler unscales all
+    gradients itself, and reads found_inf on the host.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if SLOT in p.__dict__ or group.get("indices"):
+                step = optimizer.state.get(p, {}).get("step")
+                if (step_device(p, group) if step is None else step.device) != p.device:
+                    return False
+            elif not group["fused"] or (p.grad is not None and p.grad.is_sparse):
+                return False
+    return True
+
+
+def scaling(optimizer: Any) -> Scaling:
+    """The grad_scale and found_inf of this step, which torch.amp.GradScaler sets as attributes for the time of it."""
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if grad_scale is None and found_inf is None:
+        return NOTHING
+    if not takes_scaling(optimizer):
+        raise RuntimeError(
+            "grad_scale or found_inf is set, but a parameter needs its gradient unscaled before step(): it is neither "
+            "compact, nor has indices, nor is in a group with fused=True, or its state['step'] is on the host"
+        )
+    # GradScaler adds the found_inf of several devices; steps are taken back by it, and torch's own kernel knows 1 only.
+    return grad_scale, None if found_inf is None else found_inf.clamp(max=1)
+
+
+def numbers(
+    group: dict[str, Any], param: Tensor, scale: Scaling
+) -> tuple[float, Tensor | None, Tensor | None, Tensor | None]:
+    """lr, and on the device of the Parameters: lr (which then is NaN as a number), grad_scale and found_inf.
+
+    lr is a tensor where it lies on a GPU, or on the CPU in a capturable group.
+    """
+    lr = group["lr"]
+    if type(lr) is float and scale is NOTHING:
+        return lr, None, None, None
+    device = param.device
+    rest = [None if x is None else x.to(device, torch.float32, non_blocking=device.type != "cpu") for x in scale]
+    if isinstance(lr, Tensor) and (lr.device.type != "cpu" or (group["capturable"] and device.type == "cpu")):
+        return math.nan, lr.to(device, torch.float32, non_blocking=device.type != "cpu"), rest[0], rest[1]
+    return float(lr), None, rest[0], rest[1]

@@ -1,0 +1,130 @@
+"""What the parameters of a group are, and the state they start with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..common.supported import refuse_unsupported
+from ..index import Index
+from ..training.slot import SLOT, Slot
+from .state import MOMENTS, SeenRows, state_dtype, wide
+
+
+class Plan:
+    """The parameters of one group by kind, and what a step makes of them, kept while the group stays as it is."""
+
+    def __init__(self, group: dict[str, Any], first: int) -> None:
+        self.first = first  # how many parameters the groups before have: the stream of random bits of the first of ours
+        self.params = params = list(group["params"])
+        self.ids = list(map(id, params))
+        self.indices = group.get("indices")
+        self.amsgrad = group["amsgrad"]
+        self.index: dict[Tensor, Index] = dict(zip(params, group.get("indices") or (), strict=False))
+        self.slots: dict[Tensor, Slot] = {p: p.__dict__[SLOT] for p in params if SLOT in p.__dict__}
+        self.compact = list(self.slots)
+        self.gathered = list(self.index)
+        self.dense = [p for p in params if p not in self.slots and p not in self.index]
+        self.kinds = [kind for kind in ("compact", "gathered") if getattr(self, kind)]
+        self.batches: dict[str, Any] = {}  # kind -> Batch, kept by it between steps
+        self.seen: dict[Tensor, SeenRows] = {}  # of parameters with sparse gradients
+
+    def holds(self, group: dict[str, Any], first: int) -> bool:
+        """Whether it still describes the group: its parameters, their indices, and models that were not given back."""
+        if self.indices is not group.get("indices") or self.amsgrad != group["amsgrad"] or self.first != first:
+            return False
+        if self.ids != list(map(id, group["params"])):
+            return False
+        for p in self.compact:  # noqa: SIM110 - a generator costs more than it looks for
+            if SLOT not in p.__dict__:
+                return False
+        return True
+
+    def rounding(self, kind: str, group: dict[str, Any]) -> tuple[int, ...]:
+        """Seed and first stream of random bits for parameters of a kind; nothing where they round to nearest."""
+        if not group["stochastic_rounding"]:
+            return ()
+        return group["seed"], self.first + (len(self.compact) if kind == "gathered" else 0)
+
+
+def name_of(group: dict[str, Any], param: Tensor) -> str:
+    """How an error calls a parameter: by its name if the group was made of named parameters."""
+    i = next(i for i, p in enumerate(group["params"]) if p is param)
+    names = group.get("param_names")
+    if not names and SLOT in param.__dict__:
+        return repr(param.__dict__[SLOT].label)
+    return repr(names[i]) if names else f"params[{i}] of shape {list(param.shape)}"
+
+
+def check_unchanged(group: dict[str, Any], plan: Plan, params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
+    """Raise ValueError for a parameter that is no more what the optimizer was given: after `p.data = ...`, say."""
+    for p in params:
+        problem = _change(p, group, plan.slots.get(p), plan.index.get(p), state.get(p) or {})
+        if problem is not None:
+            raise ValueError(f"{name_of(group, p)} {problem}")
+
+
+def _change(
+    p: Tensor, group: dict[str, Any], slot: Slot | None, index: Index | None, state: Mapping[str, Tensor]
+) -> str | None:
+    if slot is not None:
+        weight, index = slot.weight, slot.index
+        if p.dtype != wide(weight):
+            return f"became {p.dtype}, but compact values must be wide; change the dtype of a model before sparsify"
+        if weight.shape != index.shape or not weight.is_contiguous() or weight.device != p.device:
+            found = f"shape {list(weight.shape)} and strides {list(weight.stride())} on {weight.device}"
+            return f"has a weight of {found} by now; its values, on {p.device}, need {list(index.shape)}, contiguous"
+    assert index is not None
+    shape = index.shape if slot is None else index.compact_shape
+    if p.shape != shape or not p.is_contiguous():
+        found = f"shape {list(p.shape)} and strides {list(p.stride())}"
+        return f"became a tensor of {found}; its indices were made for a contiguous one of shape {list(shape)}"
+    if index.positions.device != p.device:
+        return f"moved to {p.device}, its positions are on {index.positions.device}; make the optimizer after the move"
+    for name in MOMENTS:
+        moments = state.get(name)
+        if moments is None:
+            continue
+        if moments.dtype != state_dtype(p, group) or moments.device != p.device:
+            found = f"{p.dtype} on {p.device} after steps with state of {moments.dtype} on {moments.device}"
+            return f"became {found}; save the state_dict before such a change, then make a new optimizer and load it"
+        if moments.shape != index.compact_shape:
+            return f"has {name} of shape {list(moments.shape)}; its positions need {list(index.compact_shape)}"
+    return None
+
+
+def misfit(p: Tensor, grad: Tensor) -> str:
+    """What an error says of a gradient that does not go with its parameter."""
+    return (
+        f"its gradient is {grad.dtype} of shape {list(grad.shape)} on {grad.device}, and it is {p.dtype} of shape "
+        f"{list(p.shape)} on {p.device}; clear the gradient after such a change"
+    )
+
+
+def checked_indices(group: dict[str, Any]) -> dict[str, Any]:
+    """The group's params and indices as lists that fit each other; what is no Tensor is left for torch to refuse."""
+    if isinstance(group["params"], set):
+        return {}
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    indices = [group["indices"]] if isinstance(group["indices"], Index) else list(group["indices"])
+    if len(params) != len(indices):
+        raise ValueError(f"indices must have one Index for each parameter, got {len(indices)} for {len(params)}")
+    for i, (entry, index) in enumerate(zip(params, indices, strict=True)):
+        if not isinstance(index, Index):
+            raise TypeError(f"indices[{i}] must be an Index, got {type(index).__name__}")
+        name, p = entry if isinstance(entry, tuple) else (None, entry)
+        if not isinstance(p, Tensor):
+            continue
+        what = f"params[{i}]" if name is None else f"params[{i}] ({name!r})"
+        if SLOT in p.__dict__:
+            raise ValueError(f"{what} is a compact Parameter of sparsify, which knows its positions; leave out indices")
+        refuse_unsupported(what, p)
+        if index.shape != p.shape:
+            raise ValueError(f"indices[{i}] was made for shape {list(index.shape)}, {what} has {list(p.shape)}")
+        if not p.is_floating_point() or not p.is_contiguous():
+            got = p.dtype if not p.is_floating_point() else f"strides {list(p.stride())}"
+            raise ValueError(f"{what} must be floating point and contiguous to be stepped at indices, got {got}")
+        indices[i] = index.to(p.device)
+    return {"params": params, "indices": indices}

@@ -1,0 +1,263 @@
+"""The two-dimensional matrices inside a model's parameters: whole, as parts of a fused projection, or one an expert."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..common.names import default_targets
+from ..common.supported import refuse_unsupported_of
+from ..nn.low_rank import LowRankLinear
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One matrix [M, N], outputs by inputs, and where it lies in a parameter.
+
+    Attributes:
+        label: unique and readable: the parameter's name, with a part, `h.0.attn.c_attn.weight[q]`, or an expert,
+            `layers.0.mlp.experts.down_proj[5]`, where the parameter holds several.
+        parameter: the name in `model.named_parameters()`.
+        shape: (M, N).
+        transposed: the parameter is [N, M], as in transformers' Conv1D.
+        expert: index into dimension 0 of a 3-D parameter, or None.
+        rows: which outputs of the parameter, in their order: a slice, positions (int64, on the CPU), or None for all.
+        layer: number of the block it lies in: the first number in the name; None outside of numbered blocks.
+        kind: what follows that number, without ".weight" and with the part: `attn.c_attn[q]`, the same in every layer,
+            and for every expert. Where a second stack of blocks has parameters of the same names, as decoders beside
+            encoders do, the name of the stack comes first: `decoder.block.layer.0.SelfAttention.q`.
+    """
+
+    label: str
+    parameter: str
+    shape: tuple[int, int]
+    transposed: bool
+    expert: int | None
+    rows: Rows | None
+    layer: int | None
+    kind: str
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The matrix, [M, N], detached: a view of `weight`, or a copy where its rows do not lie one after another.
+
+        Args:
+            weight: the parameter `self.parameter`, or a tensor laid out like it, such as its gradient; any dtype, any
+                device.
+
+        Raises:
+            ValueError: the tensor is laid out differently.
+        """
+        whole = self._whole(weight)
+        return whole.index_select(0, self.rows.to(weight.device)) if isinstance(self.rows, Tensor) else whole
+
+    def write_(self, weight: Tensor, value: Tensor) -> None:
+        """Put `value` in the place of the matrix, in `weight`'s dtype, rounded to nearest; the rest keeps its bits.
+
+        Args:
+            weight: as for `read`; written in place, not recorded by autograd, its version counter goes up.
+            value ([M, N], any floating dtype, any device).
+
+        Raises:
+            ValueError: one of the shapes differs.
+        """
+        if value.shape != self.shape:
+            raise ValueError(f"value: {self.label!r} is {list(self.shape)}, got {list(value.shape)}")
+        with torch.no_grad():
+            whole = self._whole(weight)
+            if isinstance(self.rows, Tensor):
+                whole.index_copy_(0, self.rows.to(weight.device), value.detach().to(whole))
+            else:
+                whole.copy_(value)
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        """A detached view of the matrix, or where the rows are scattered, of the matrix that they are rows of."""
+        whole = weight.detach()
+        if whole.dim() == (2 if self.expert is None else 3):
+            whole = whole if self.expert is None else whole[self.expert]
+            whole = whole.T if self.transposed else whole
+            whole = whole[self.rows] if isinstance(self.rows, slice) else whole
+            if whole.shape == self.shape or (isinstance(self.rows, Tensor) and whole.shape[1] == self.shape[1]):
+                return whole
+        raise ValueError(f"weight: {list(weight.shape)} has no place for {self.label!r}, {list(self.shape)}")
+
+
+def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Matrix]:
+    """The matrices of a model, by label, in the order of its parameters, each tied parameter once.
+
+    Fused projections are split where the class says for certain how they are laid out: `GPT2Attention.c_attn` (self
+    attention), `nn.MultiheadAttention.in_proj_weight`, `GPTNeoXAttention.query_key_value`,
+    `BloomAttention.query_key_value` and `Phi3Attention.qkv_proj` into q, k and v, `Phi3MLP.gate_up_proj` into gate and
+    up. Any other module that computes several things at once is one matrix, fused experts too. A 3-D parameter is one
+    matrix for each index of dimension 0, the rows being dimension 1, whether outputs or inputs lie there:
+    implementations differ, and the rank is the same.
+
+    Args:
+        model: any model; no weight is read, so it may be on the meta device.
+        names: patterns as in `fnmatch`, of labels or of names of parameters (a tied one has several), which stand for
+            all matrices in it. Brackets are first taken as they stand, so that `*[q]` is every query, and only if
+            nothing matches as a choice of characters. Embedding tables and heads may be named. None: all in numbered
+            blocks, which are the projections of attention and MLP, without embeddings, heads, and those that have a
+            side of one.
+
+    Returns:
+        The matrices; none of a convolution or a LowRankLinear, of a parameter of another than two or three dimensions,
+        or of integers.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing but parameters that hold no matrix; a parameter is sharded or
+            quantised.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if _holds_matrices(model, name, p)}
+    kinds = _kinds(parameters)
+    found = {m.label: m for name, p in parameters.items() for m in _inside(model, name, p, kinds[name])}
+    if names is None:
+        targets = set(default_targets(model))
+        chosen = {label for label, m in found.items() if m.parameter in targets and min(m.shape) > 1}
+    else:
+        spoken = _spoken(model, found)
+        chosen = set()
+        for pattern in [names] if isinstance(names, str) else names:
+            chosen.update(_matching(pattern, spoken, model))
+    refuse_unsupported_of(model, {m.parameter for label, m in found.items() if label in chosen})
+    return {label: m for label, m in found.items() if label in chosen}
+
+
+def _holds_matrices(model: nn.Module, name: str, parameter: Tensor) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    dense = not isinstance(owner, (_ConvNd, LowRankLinear))  # of the one it is no matrix, of the other half of one
+    return dense and parameter.dim() in (2, 3) and parameter.is_floating_point()
+
+
+def _kinds(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
+    """Layer and kind of each name."""
+    split: dict[str, tuple[int | None, str, str]] = {}
+    stacks: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at is None:
+            split[name] = None, "", name.removesuffix(".weight")
+        else:
+            stack, rest = ".".join(parts[:at]), ".".join(parts[at + 1 :]).removesuffix(".weight")
+            split[name] = int(parts[at]), stack, rest
+            stacks.setdefault(rest, set()).add(stack)
+    alike = {stack for some in stacks.values() if len(some) > 1 for stack in some}
+    return {
+        name: (layer, ".".join(filter(None, [stack, rest] if stack in alike or not rest else [rest])))
+        for name, (layer, stack, rest) in split.items()
+    }
+
+
+def _inside(model: nn.Module, name: str, parameter: Tensor, kind: tuple[int | None, str]) -> Iterator[Matrix]:
+    """The matrices of one parameter."""
+    layer, title = kind
+    if parameter.dim() == 3:
+        for expert in range(parameter.shape[0]):
+            shape = (parameter.shape[1], parameter.shape[2])
+            yield Matrix(f"{name}[{expert}]", name, shape, False, expert, None, layer, title)
+        return
+    transposed = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+    outputs, inputs = parameter.shape[::-1] if transposed else parameter.shape
+    parts = _parts(model, name, outputs)
+    if not parts:
+        yield Matrix(name, name, (outputs, inputs), transposed, None, None, layer, title)
+    for part, rows in parts.items():
+        count = len(range(outputs)[rows]) if isinstance(rows, slice) else len(rows)
+        yield Matrix(f"{name}[{part}]", name, (count, inputs), transposed, None, rows, layer, f"{title}[{part}]")
+
+
+def _parts(model: nn.Module, name: str, outputs: int) -> Mapping[str, Rows]:
+    """Which outputs belong to which part of a fused projection; empty for any other parameter."""
+    path = name.split(".")
+    for depth in (1, 2):
+        holder = model.get_submodule(".".join(path[:-depth]))
+        torch_own = isinstance(holder, nn.MultiheadAttention) and type(holder).forward is nn.MultiheadAttention.forward
+        title = "torch" if torch_own else type(holder).__name__
+        layout = _LAYOUTS.get((title, ".".join(path[-depth:])))
+        if layout is not None:
+            try:
+                parts = layout(holder)
+            except AttributeError:  # another class of that name
+                return {}
+            covered = sum(p.stop - p.start if isinstance(p, slice) else len(p) for p in parts.values())
+            return parts if covered == outputs else {}
+    return {}
+
+
+def _stretches(**sizes: int) -> dict[str, Rows]:
+    """Parts that lie one after another."""
+    parts: dict[str, Rows] = {}
+    start = 0
+    for part, size in sizes.items():
+        parts[part] = slice(start, start + size)
+        start += size
+    return parts
+
+
+def _by_head(heads: int, width: int) -> dict[str, Rows]:
+    """Query, key and value of the first head, those of the second, and so on."""
+    places = torch.arange(heads * 3 * width).view(heads, 3, width)
+    return {part: places[:, i].flatten() for i, part in enumerate("qkv")}
+
+
+def _phi3(attention: Any) -> dict[str, Rows]:
+    config, width = attention.config, attention.head_dim
+    shared = config.num_key_value_heads * width
+    return _stretches(q=config.num_attention_heads * width, k=shared, v=shared)
+
+
+# By the class that splits the output of the projection, and the parameter's name in it.
+_LAYOUTS: dict[tuple[str, str], Callable[[Any], Mapping[str, Rows]]] = {
+    ("torch", "in_proj_weight"): lambda a: _stretches(q=a.embed_dim, k=a.embed_dim, v=a.embed_dim),
+    ("GPT2Attention", "c_attn.weight"): lambda a: _stretches(q=a.split_size, k=a.split_size, v=a.split_size),
+    ("GPTNeoXAttention", "query_key_value.weight"): lambda a: _by_head(a.config.num_attention_heads, a.head_size),
+    ("BloomAttention", "query_key_value.weight"): lambda a: _by_head(a.num_heads, a.head_dim),
+    ("Phi3Attention", "qkv_proj.weight"): _phi3,
+    ("Phi3MLP", "gate_up_proj.weight"): lambda m: _stretches(
+        gate=m.config.intermediate_size, up=m.config.intermediate_size
+    ),
+}
+
+
+def _spoken(model: nn.Module, found: Mapping[str, Matrix]) -> dict[str, set[str]]:
+    """What a pattern may match, and the labels that it stands for: every name of a parameter, and with its parts."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in every.items():
+        aliases.setdefault(id(parameter), []).append(name)
+    spoken: dict[str, set[str]] = {}
+    for label, matrix in found.items():
+        for alias in aliases[id(every[matrix.parameter])]:
+            spoken.setdefault(alias, set()).add(label)
+            spoken.setdefault(alias + label.removeprefix(matrix.parameter), set()).add(label)
+    return spoken
+
+
+def _matching(pattern: str, spoken: Mapping[str, set[str]], model: nn.Module) -> set[str]:
+    """The labels that a pattern stands for."""
+    if pattern in spoken:
+        return spoken[pattern]
+    readings = (pattern.replace("[", "[[]"), pattern)
+    for reading in readings:
+        matched = [labels for name, labels in spoken.items() if fnmatch.fnmatchcase(name, reading)]
+        if matched:
+            return set().union(*matched)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(fnmatch.fnmatchcase(name, reading) for reading in readings):
+            raise ValueError(
+                f"names: {pattern!r} matches no matrix; {name!r} is {parameter.dtype} {list(parameter.shape)}, "
+                "and only floating-point parameters of two dimensions, or three for experts, hold matrices, "
+                "those of convolutions and of LowRankLinear excepted"
+            )
+    # One with brackets, if there is any, says most about what labels look like.
+    example = next((name for name in spoken if name.endswith("]")), next(iter(spoken), None))
+    hint = f"labels look like {example!r}" if example else "the model has no matrices"
+    raise ValueError(f"names: nothing matches {pattern!r}; {hint}")

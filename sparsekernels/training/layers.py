@@ -1,0 +1,188 @@
+"""How modules get a sparse backward: two subclasses, and hooks for everything else.
+
+The autograd functions run the plain dense forward and return the gradient of the compact values, not of the weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..index import Index
+from ..ops import gather, masked_grad_embedding, masked_grad_linear
+from .slot import Slot
+
+SLOTS = "_sparse_slots"  # where a module keeps {name of its parameter: Slot}
+
+
+def slots_of(module: nn.Module) -> dict[str, Slot]:
+    """The slots of a sparsified module, by the name of the parameter in it."""
+    slots: dict[str, Slot] = module.__dict__[SLOTS]
+    return slots
+
+
+def is_sparsified(module: nn.Module) -> bool:
+    """Whether the module itself holds a selected parameter."""
+    return SLOTS in module.__dict__
+
+
+def refuse_sparsified(model: nn.Module) -> None:
+    """Raise ValueError if any module of the model holds a selected parameter: its weights are not the model's own."""
+    if any(is_sparsified(module) for module in model.modules()):
+        raise ValueError("the model is sparsified; call restore() or merge() on its SparseModel first")
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b; the gradient of `values` is that of W at the index."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, positions: Tensor, slot: Slot
+    ) -> Tensor:
+        input_needed, values_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        ctx.save_for_backward(input if values_needed else None, weight if input_needed else None, positions)
+        ctx.shape, ctx.rows, ctx.slot, ctx.dtype = weight.shape, slot.rows, slot, values.dtype
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        input, weight, positions = ctx.saved_tensors
+        grad_input = grad_bias = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad @ weight
+        if ctx.needs_input_grad[2]:
+            grad_bias = _matrix(grad).sum(0)
+        if ctx.needs_input_grad[3]:
+            index = Index.trusted(positions, ctx.shape, ctx.rows)
+            grad_values = masked_grad_linear(_matrix(grad), _matrix(input), index).to(ctx.dtype)
+            _gradient_came(ctx)
+        return grad_input, None, grad_bias, grad_values, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """y = W[ids]; the gradient of `values` is that of W at the index."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, positions: Tensor, slot: Slot, padding_idx: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(ids, positions)
+        ctx.shape, ctx.rows, ctx.slot = weight.shape, slot.rows, slot
+        ctx.dtype, ctx.padding_idx = values.dtype, padding_idx
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ids, positions = ctx.saved_tensors
+        index = Index.trusted(positions, ctx.shape, ctx.rows)
+        grad = grads[0].reshape(ids.numel(), ctx.shape[1])
+        found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx)
+        _gradient_came(ctx)
+        return None, None, found.to(ctx.dtype), None, None, None
+
+
+class _Attach(torch.autograd.Function):
+    """The weight itself; its dense gradient is gathered into that of `values` at once, and freed."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, positions: Tensor, slot: Slot) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.shape, ctx.rows, ctx.slot, ctx.dtype = weight.shape, slot.rows, slot, values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        dense = grads[0].to_dense() if grads[0].is_sparse else grads[0]
+        found = gather(dense.contiguous(), Index.trusted(positions, ctx.shape, ctx.rows))
+        _gradient_came(ctx)
+        return None, found.to(ctx.dtype), None, None
+
+
+def _gradient_came(ctx: Any) -> None:
+    """Tell the slot, unless compiled: from now on its values may change."""
+    if not torch.compiler.is_compiling():
+        ctx.slot.pending = True
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _attached(slot: Slot) -> Tensor:
+    values, positions = slot.sync_()
+    result: Tensor = _Attach.apply(slot.weight, values, positions, slot)
+    return result
+
+
+class SparseLinear(nn.Linear):
+    """A Linear whose weight, bias or both have slots. Made by `sparsify` from an existing module."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        slots = slots_of(self)
+        if "bias" in slots:
+            bias = _attached(slots["bias"])  # type: ignore[assignment]
+        slot = slots.get("weight")
+        if slot is None:
+            return F.linear(input, weight, bias)
+        values, positions = slot.sync_()
+        kind = input.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return _Linear.apply(input, weight, bias, values, positions, slot)  # type: ignore[no-any-return]
+        # As autocast does for F.linear; the casts are made here so that backward meets the dtypes of forward.
+        dtype = torch.get_autocast_dtype(kind)
+        args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
+        with torch.autocast(kind, enabled=False):
+            return _Linear.apply(*args, values, positions, slot)  # type: ignore[no-any-return]
+
+
+class SparseEmbedding(nn.Embedding):
+    """An Embedding whose weight has a slot. Made by `sparsify` from an existing module."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        slot = slots_of(self)["weight"]
+        values, positions = slot.sync_()
+        result: Tensor = _Embedding.apply(input, self.weight, values, positions, slot, self.padding_idx)
+        return result
+
+
+def attach(module: nn.Module) -> list[Any]:
+    """Hooks for a module of any other kind: during its forward the selected parameters read as `_Attach`ed views.
+
+    A view lies in the module's __dict__, where Python looks before nn.Module does: the Parameters stay in their place.
+    torch runs no hook after a KeyboardInterrupt. What is left then reads and writes the storage of the Parameter, until
+    the next forward, state_dict, load_state_dict, restore or merge takes it away.
+    """
+    return [
+        module.register_forward_pre_hook(_put),
+        module.register_forward_hook(detach, always_call=True),
+        module.register_state_dict_pre_hook(detach),
+        module.register_load_state_dict_pre_hook(detach),
+    ]
+
+
+def _put(module: Any, *_: Any) -> None:
+    detach(module)  # torch.compile then knows whether there is something left, and drops its graph when there is not
+    for name, slot in slots_of(module).items():
+        view: Any = _attached(slot)
+        module.__dict__[name] = view
+        if not torch.compiler.is_compiling():
+            # torch copies no views, and a model may be copied after an interrupt.
+            view.__dict__["__deepcopy__"] = partial(copy.deepcopy, slot.weight)
+
+
+def detach(module: Any, *_: Any) -> None:
+    """Let every selected parameter of the module read as itself again."""
+    for name in slots_of(module):
+        module.__dict__.pop(name, None)

@@ -1,0 +1,99 @@
+"""Replicas of a sparsified model under DistributedDataParallel: they must train the same positions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..index import Index
+
+
+class Replicated(Protocol):
+    """What is compared: a Slot."""
+
+    label: str
+    replicas: Replicas
+
+    @property
+    def index(self) -> Index: ...
+
+    def check_compiled(self) -> None: ...
+
+
+KNOWN: WeakValueDictionary[str, Replicas] = WeakValueDictionary()  # by key: torch.compile takes a string as constant
+
+REPLICAS = "_sparse_replicas"  # where a sparsified model keeps its own
+
+
+class Replicas:
+    """The slots of one model, and whether all replicas of it are known to train the same positions.
+
+    Gradients are averaged entry by entry, so entry i must be the same weight everywhere.
+    """
+
+    def __init__(self, slots: Sequence[Replicated]) -> None:
+        self.slots = slots
+        self.compared = False
+        self.key = str(id(self))
+        KNOWN[self.key] = self
+
+    def __reduce__(self) -> Any:
+        return Replicas, (self.slots,)
+
+    def compare(self) -> None:
+        """Compare with the other processes, once: in a forward that trains, for every one of them is in that then.
+
+        Raises:
+            ValueError: in all processes, if any of them trains other positions; the message names where.
+        """
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is None or self.compared or not torch.is_grad_enabled():
+            return
+        mine = {slot.label: fingerprint(slot.index) for slot in self.slots}
+        found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(ddp.process_group))]
+        dist.all_gather_object(found, mine, group=ddp.process_group)
+        for rank, other in enumerate(found):
+            names = [name for name in {**found[0], **other} if found[0].get(name) != other.get(name)]
+            if names:
+                raise ValueError(
+                    f"{names[0]!r}: rank {rank} trains other positions than rank 0, and gradients of different weights "
+                    "would be averaged; select once and share it: sparsify(model, selection.broadcast(src=0))"
+                )
+        self.compared = True
+
+
+def before_forward(model: nn.Module, *_: Any) -> None:
+    """A hook of the whole model: in the first batch, some processes may pass a selected layer by, and others not."""
+    if DistributedDataParallel._active_ddp_module is None or torch.compiler.is_compiling():
+        return
+    replicas: Replicas = model.__dict__[REPLICAS]
+    for slot in () if replicas.compared else replicas.slots:
+        slot.replicas = replicas  # in a copy of the model each slot has one of its own
+    replicas.compare()
+
+
+def check_while_tracing(key: str) -> bool:
+    """What a forward checks, once: when torch.compile traces it."""
+    replicas = KNOWN[key]
+    for slot in replicas.slots:
+        slot.check_compiled()
+    replicas.compare()
+    return True
+
+
+# What torch.compiler.assume_constant_result does, after an import of torch._dynamo that takes as long as that of torch.
+check_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def fingerprint(index: Index) -> str:
+    """128 bits of an Index."""
+    head = f"{list(index.shape)} {index.rows} {index.positions.dtype}".encode()
+    raw = index.positions.cpu().numpy().tobytes()
+    return hashlib.blake2b(raw, digest_size=16, key=hashlib.sha256(head).digest()).hexdigest()

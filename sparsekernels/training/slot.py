@@ -1,0 +1,298 @@
+"""The compact values of one selected tensor, and where they belong."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parallel import DistributedDataParallel
+
+from ..common.messages import listed, warn
+from ..common.supported import SHARDED, as_integers, refuse_sharded, refuse_unsupported
+from ..index import Index
+from ..ops import gather, scatter_
+from .carry import Part
+from .replicas import Replicas, check_while_tracing
+
+VALUES = "_values"
+SLOT = "_sparse_slot"
+
+Holders = list[tuple[nn.Module, str]]
+
+
+class CompactParameter(nn.Parameter):
+    """The values of a Slot. Saved as a plain Parameter; the copy of its slot finds it again, and calls it this."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
+
+
+def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -> None:
+    """Warn, once for each, of compact Parameters that a step left as they are because they never had a gradient.
+
+    Raises:
+        ValueError: another Parameter has taken the place of one of them, so that it will never have one again.
+    """
+    found = []
+    for p in parameters:
+        slot = p.__dict__.get(SLOT)
+        if slot is None:
+            continue
+        if slot.values is not p:
+            raise ValueError(
+                f"{slot.label!r}: the optimizer steps a Parameter that the model holds no more, after "
+                "load_state_dict(assign=True), say; make a new optimizer of SparseModel.parameters()"
+            )
+        slot.trained |= p.grad is not None
+        if slot.warned or p.grad is not None or ((slot.trained or states.get(p)) and p.requires_grad):
+            continue
+        slot.warned = True
+        found.append(slot.label + ("" if p.requires_grad else " (requires_grad is False)"))
+    if found:
+        warn(
+            f"sparsekernels: selected, but without a gradient in this step, so not trained: {listed(found)}. Either "
+            "the loss does not depend on them; or another module than their own reads them, as in Mamba: leave them "
+            "out of the selection; or something froze their compact parameters, as peft.get_peft_model does: call "
+            "requires_grad_(True) on SparseModel.parameters()."
+        )
+
+
+def is_private(values: Tensor) -> bool:
+    """Whether no other tensor uses the memory of the values, so that each change of them has a new version."""
+    storage = values.untyped_storage()
+    shared = torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor, and `storage` itself
+    return storage.nbytes() == values.nbytes and not shared
+
+
+def compact_copy(weight: Tensor, index: Index) -> tuple[CompactParameter, Tensor]:
+    """Values to train, fp32 (fp64 for fp64), and the originals in the dtype of the weight."""
+    originals = gather(weight.detach(), index.to(weight.device))
+    wide = torch.promote_types(originals.dtype, torch.float32)
+    return CompactParameter(originals.to(wide, copy=True)), originals
+
+
+class Slot:
+    """One selected tensor: where its values belong, and what was there before.
+
+    Tied weights share one slot: `holders` are all modules that hold the weight, the first of them owns the values.
+    `label` is the name that it was selected by. Positions and originals are no buffers: nothing that broadcasts, casts
+    or empties the buffers of a model may change them.
+
+    Attributes:
+        written: version of the values that the weight holds. address: where the values were then, in memory of their
+            own; -1 if they share it, or have none.
+        pending: whether a gradient came since. An optimizer that follows may change values without a new version, as
+            `values.data.copy_(...)` of DeepSpeed does.
+        replicas: shared by all slots of a model. trained: whether a step saw a gradient. warned: whether one without
+            was reported.
+    """
+
+    shape: torch.Size
+    rows: bool
+    _positions: Tensor
+    _originals: Tensor
+    address: int
+
+    def __init__(self, label: str, holders: Holders, replicas: Replicas) -> None:
+        self.label, self.holders, self.replicas = label, holders, replicas
+        self.owner, self.name = holders[0]
+        self.written = -1
+        self.pending = self.trained = self.warned = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = self.owner._parameters[self.name]
+        assert weight is not None
+        return weight
+
+    @property
+    def values(self) -> nn.Parameter:
+        values = self.owner._parameters[self.name + VALUES]
+        assert values is not None
+        return values
+
+    @property
+    def positions(self) -> Tensor:
+        """Those of the index, where the weight is now."""
+        device = self.weight.device
+        if self._positions.device != device:
+            moved = self._positions.to(device)
+            if device.type == "meta":
+                return moved
+            self._positions = moved
+        return self._positions
+
+    @property
+    def index(self) -> Index:
+        return Index.trusted(self.positions, self.shape, self.rows)
+
+    @property
+    def originals(self) -> Tensor:
+        """What the weight held before, in the dtype that it had then, where the weight is now."""
+        if self._originals.is_meta:
+            raise ValueError(
+                f"{self.label!r} was on the meta device when the model was sparsified, so nobody knows what it held "
+                "before; merge() gives the model back as it is; next time load the weights first, then call sparsify"
+            )
+        return self._originals.to(self.weight.device)
+
+    def register(self, index: Index, values: CompactParameter, originals: Tensor) -> None:
+        """Put the values on the owner, in place of those that are there; keep positions and originals."""
+        before = self.owner._parameters.get(self.name + VALUES)
+        if before is not None:
+            before.__dict__.pop(SLOT, None)  # whoever still steps it writes no weight any more
+        self.shape, self.rows, self._positions, self._originals = index.shape, index.rows, index.positions, originals
+        self.owner.register_parameter(self.name + VALUES, values)
+        self.link(values)
+        self.written = values._version
+        self._remember(values)
+
+    def _remember(self, values: Tensor) -> None:
+        """Memory that nobody else uses is looked at again only after a backward, or when the values left it."""
+        self.address = values.data_ptr() if values.data_ptr() != 0 and is_private(values) else -1
+
+    def link(self, values: nn.Parameter) -> None:
+        """How SparseAdamW finds the weight. A plain Parameter would take the slot, and the model, along into files."""
+        if type(values) is nn.Parameter:
+            values.__class__ = CompactParameter
+        values.__dict__[SLOT] = self
+
+    def unregister(self) -> None:
+        """Take the values off again. An optimizer that outlives this finds nothing to write any more."""
+        values = self.owner._parameters.pop(self.name + VALUES, None)
+        if values is not None:
+            values.__dict__.pop(SLOT, None)
+
+    def sync_(self) -> tuple[nn.Parameter, Tensor]:
+        """Write the values into the weight, if they changed since the last time; return them and their positions.
+
+        Raises:
+            ValueError: the model was sharded since, or its replicas train other positions.
+        """
+        for module, _ in self.holders:
+            if SHARDED in module.__dict__:
+                refuse_sharded(repr(self.label))
+        if torch.compiler.is_compiling():
+            check_while_tracing(self.replicas.key)
+            return self.values, self.positions  # SparseAdamW writes; a version number is no part of a graph
+        if DistributedDataParallel._active_ddp_module is not None:
+            self.replicas.compare()
+        values: Any = self.owner._parameters[self.name + VALUES]
+        if SLOT not in values.__dict__:
+            self._adopt(values)
+        if values.data_ptr() != self.address:
+            self.refresh_()
+            self._remember(values)
+            return values, self.positions
+        if values._version != self.written:
+            self.write_(values)
+            self.written, self.pending = values._version, False
+        elif self.pending and torch._C._current_graph_task_id() == -1:  # not while a backward computes this again
+            if values.is_cpu:
+                self.refresh_()
+            else:
+                # To compare would wait for the device. Most likely it changes nothing, so no graph is told of it.
+                with _unsafe_preserve_version_counter(self.weight):
+                    self.write_(values)
+            self.pending = False
+        return values, self._positions
+
+    def check_supported(self) -> None:
+        """Raise ValueError if the weight or its values were sharded, or replaced by tensors of another kind."""
+        for module, _ in self.holders:
+            if SHARDED in module.__dict__:
+                refuse_sharded(repr(self.label))
+        for tensor in (self.values, self.weight):
+            refuse_unsupported(repr(self.label), tensor)
+
+    def _adopt(self, values: nn.Parameter) -> None:
+        """Another Parameter took the place of the values: of a copied model, or by load_state_dict(assign=True)."""
+        self.check_supported()
+        self.link(values)
+
+    def check_compiled(self) -> None:
+        """Raise ValueError if the values may change without a new version: a compiled forward writes none of them."""
+        if self.values.data_ptr() != self.address and not (self.values.is_meta or is_private(self.values)):
+            raise ValueError(
+                f"{self.label!r}: its compact values share memory with other tensors, as in the flat buffer of "
+                "DeepSpeed ZeRO, and a compiled forward would not see them change; do not compile the model"
+            )
+
+    def refresh_(self) -> None:
+        """Write the values into the weight wherever the two differ, whatever their versions say."""
+        self.check_supported()
+        values = self.values
+        if values.is_meta:
+            return
+        wanted = values.detach().to(self.weight.dtype)
+        if not torch.equal(as_integers(gather(self.weight.detach(), self.index)), as_integers(wanted)):
+            self.write_(wanted)
+        self.written, self.pending = values._version, False
+
+    def write_(self, values: Tensor) -> None:
+        scatter_(self.weight.detach(), self.index, values.detach())
+
+    def loaded(self, weight: Tensor) -> Tensor:
+        """The values that go with a weight which is about to be loaded.
+
+        A value that rounds to the loaded weight stays: it says more than the weight does, and may have come from the
+        state of an optimizer a moment ago.
+        """
+        values = self.values.detach()
+        index = Index.trusted(self._positions.to(weight.device), self.shape, self.rows)
+        found = gather(weight.detach().contiguous(), index).to(values.dtype)
+        if values.is_meta:
+            return found
+        found = found.to(values.device)
+        if self.weight.dtype == values.dtype:
+            return found
+        rounded = values.to(self.weight.dtype).to(values.dtype)
+        same = (rounded == found) & (rounded.signbit() == found.signbit())
+        return torch.where(same, values, found)
+
+    def __reduce__(self) -> Any:
+        # The values go first, so that the copy of a model knows its slots before anything is run. Their versions count
+        # from their own beginning. A part of a model is copied without the rest.
+        state = {**self.__dict__, "written": -1, "address": -1, "replicas": None}
+        return _linked, (self.owner._parameters.get(self.name + VALUES),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.replicas = Replicas([self])
+
+
+def _linked(values: nn.Parameter | None) -> Slot:
+    slot = object.__new__(Slot)
+    if values is not None:
+        slot.link(values)
+    return slot
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """Positions of a weight that were trained, are not any more, and stay as they are; and what was there before."""
+
+    owner: nn.Module
+    name: str
+    index: Index
+    originals: Tensor
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = self.owner._parameters[self.name]
+        assert weight is not None
+        return weight
+
+    @property
+    def part(self) -> Part:
+        """Positions and originals where the weight is now."""
+        return self.index.to(self.weight.device), self.originals.to(self.weight.device)
+
+    def restore_(self) -> None:
+        index, originals = self.part
+        scatter_(self.weight.detach(), index, originals)

@@ -1,0 +1,120 @@
+"""state_dict and load_state_dict of a sparsified model: plain keys, current weights, no unselected weight changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.supported import as_integers
+from ..index import Index
+from .layers import SLOTS, slots_of
+from .slot import VALUES
+
+LEFT = "_sparse_left"  # where a module keeps {name of its parameter: Index of what reselect(restore=False) left}
+KEPT = "_sparse_kept"  # where it keeps the names of those that it had, with values, when the model was sparsified
+LOADING = "_sparse_loading"  # where it keeps the errors of the load_state_dict that has checked it
+
+
+def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """The weights that are about to be saved hold the values."""
+    for slot in slots_of(module).values():
+        slot.sync_()
+
+
+def after_save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """The values have no key of their own."""
+    for attribute in slots_of(module):
+        state_dict.pop(prefix + attribute + VALUES, None)
+
+
+def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Loaded weights bring the values along, so that the two never disagree."""
+    for attribute, slot in slots_of(module).items():
+        weight = state_dict.get(prefix + attribute)
+        found = slot.values.detach()  # should the weight not fit, torch reports it
+        if weight is not None and weight.shape == slot.shape:
+            found = slot.loaded(weight)
+        if slot.owner is module:
+            state_dict.setdefault(prefix + attribute + VALUES, found)
+        else:
+            with torch.no_grad():
+                slot.values.copy_(found)
+
+
+def keep(model: nn.Module) -> None:
+    """Note which parameters the model has now; what is added to it later, as an adapter is, may change."""
+    for part in model.modules():
+        part.__dict__[KEPT] = [name for name, p in part._parameters.items() if p is not None and not p.is_meta]
+
+
+def before_loading(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    _: bool,
+    __: Any,
+    ___: Any,
+    errors: list[str],
+) -> None:
+    """Raise ValueError, before anything is loaded, if frozen weights outside of the selection would change.
+
+    They would be in no delta, and restore() would not give back the model as it was found. The first part of the model
+    that a load comes to checks all that is in it; each load has a list of errors of its own.
+    """
+    if module.__dict__.pop(LOADING, None) is errors:
+        return
+    known = _known(module)
+    for path, part in module.named_modules(remove_duplicate=False):
+        if part is not module:
+            part.__dict__[LOADING] = errors
+        for attribute in part.__dict__.get(KEPT, ()):
+            parameter = part._parameters.get(attribute)
+            name = f"{path}.{attribute}" if path else attribute
+            loaded = state_dict.get(prefix + name)
+            if parameter is None or parameter.requires_grad or not isinstance(loaded, Tensor):
+                continue
+            if metadata.get("assign_to_params_buffers") and loaded.dtype != parameter.dtype:
+                raise ValueError(
+                    f"load_state_dict(assign=True) would make {name!r} {loaded.dtype}, and it is {parameter.dtype}; "
+                    "load without assign, or restore() the model, load, and sparsify again"
+                )
+            if loaded.shape != parameter.shape or loaded.is_meta or parameter.is_meta:
+                continue  # torch reports the first; there is nothing to compare in the others
+            count = _changed(parameter.detach(), loaded.detach(), known.get(id(parameter), []))
+            if count:
+                raise ValueError(
+                    f"the state_dict changes {count:,} weights of {name!r} that are not selected, so delta() would "
+                    "miss them and restore() would not be the base: it was trained with another selection or from "
+                    "another base, or is an average of state_dicts, or the model itself changes them. Sparsify with "
+                    "the selection that it was trained with (keep Selection.save beside each checkpoint), or "
+                    "restore() the model, load, and sparsify again"
+                )
+
+
+def _known(module: nn.Module) -> dict[int, list[Index]]:
+    """id of a weight -> positions whose originals are kept."""
+    known: dict[int, list[Index]] = {}
+    for part in module.modules():
+        for slot in part.__dict__.get(SLOTS, {}).values():
+            known[id(slot.weight)] = [slot.index]
+    for part in module.modules():
+        for attribute, index in part.__dict__.get(LEFT, {}).items():
+            known.setdefault(id(part._parameters[attribute]), []).append(index)
+    return known
+
+
+def _changed(weight: Tensor, loaded: Tensor, known: list[Index]) -> int:
+    """How many weights would get other bits, beside those at known positions."""
+    if any(index.numel == weight.numel() for index in known):
+        return 0
+    loaded = loaded.to(weight.device, weight.dtype)
+    if not known and torch.equal(as_integers(weight), as_integers(loaded)):
+        return 0
+    different = as_integers(weight) != as_integers(loaded)
+    for index in known:
+        positions = index.positions.to(weight.device).long()
+        (different if index.rows else different.view(-1))[positions] = False
+    return int(different.sum())
