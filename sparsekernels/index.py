@@ -1,4 +1,4 @@
-"""Index: positions in one tensor."""
+"""Index: positions in one tensor, validated when it is made; it never changes."""
 
 from __future__ import annotations
 

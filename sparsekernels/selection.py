@@ -1,7 +1,4 @@
-"""Which weights are touched: `Index` for one tensor, `Selection` for a model.
-
-An Index is validated when it is made and never changes, so nothing that receives one checks positions again.
-"""
+"""Selection: which weights of a model are meant, an Index for each parameter."""
 
 from __future__ import annotations
 

@@ -3,9 +3,17 @@
 from . import gates, laser
 from .fish import fish
 from .ird import ird
-from .ks_lottery.certificate import Certificate, certificate, predictions
-from .ks_lottery.select import by_frequency, by_shift, ks_lottery
-from .ks_lottery.tune import embed_tune, partial_transfer, partial_tune
+from .ks_lottery import (
+    Certificate,
+    by_frequency,
+    by_shift,
+    certificate,
+    embed_tune,
+    ks_lottery,
+    partial_transfer,
+    partial_tune,
+    predictions,
+)
 from .sift import sift
 
 __all__ = [

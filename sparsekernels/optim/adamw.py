@@ -210,7 +210,15 @@ class SparseAdamW(torch.optim.AdamW):
         reselect_indices(self, selection, model)
 
     def carried_step(self, ages: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """state["step"] of a Parameter whose positions have these ages, for `reselect`."""
+        """state["step"] for a Parameter whose positions were stepped so often; `SparseModel.reselect` asks for it.
+
+        Args:
+            ages ([], or [K] with one entry for each position; any dtype): not changed.
+            p: a Parameter of `group`.
+
+        Returns:
+            fp32: 0-d, where torch.optim.AdamW counts it, if all are the same; else [K], on the device of `p`.
+        """
         return placed_step(ages, p, group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
