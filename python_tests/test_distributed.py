@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
+from sparsekernels.training.replicas import before_forward
 
 STEPS, BATCH = 3, 8
 
@@ -116,12 +117,13 @@ def not_in_every_forward(rank: int, world: int, folder: str) -> None:
     torch.manual_seed(3)
     net = Branches()
     sk.sparsify(net, Selection.random(net, 0.5, names=["layers.0.weight", "layers.1.weight"]))
+    net.layers[2].weight.requires_grad_(True)  # trained beside, so that a process may pass all selected layers by
     run = DistributedDataParallel(net, find_unused_parameters=True, broadcast_buffers=False)
     if rank == 0:
         with torch.no_grad():
             run(torch.ones(2, 4), 0)
     for step in range(2):
-        run(torch.ones(2, 4), (rank + step) % 2).sum().backward()
+        run(torch.ones(2, 4), 2 * rank * (1 - step)).sum().backward()
     run = DistributedDataParallel(copy.deepcopy(net), find_unused_parameters=True, broadcast_buffers=False)
     for step in range(2):
         run(torch.ones(2, 4), (rank + step) % 2).sum().backward()
@@ -172,3 +174,21 @@ def test_gates_of_two_processes_agree(tmp_path: Path) -> None:
     for ours, theirs in ((model, other), (state, other_state)):
         for key, value in ours.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.child = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+
+def test_a_model_that_loses_its_own_slot_compares_before_its_forward() -> None:
+    net = Own()
+    watched = lambda: list(net._forward_pre_hooks.values()).count(before_forward)  # noqa: E731
+    tuned = sk.sparsify(net, Selection.random(net, 0.5, names=["weight", "child.weight"]))
+    assert watched() == 0
+    for _ in range(2):
+        tuned.reselect(Selection.random(net, 0.5, names=["child.weight"]))
+        assert watched() == 1
+    tuned.restore()
+    assert watched() == 0
