@@ -21,7 +21,7 @@ import sparsekernels as sk
 LR, EPS = 1e-3, 1e-12
 CHECKED = 3  # steps before the comparison: enough to show a stale weight, moment or step count
 TOLERANCE = 1e-3  # |found - expected| / |expected - start|, norms over all rows
-OURS = "sparsify + SparseAdamW"
+OURS = "train_only + SparseAdamW"
 TOKENS = "peft TrainableTokens, AdamW(fused)"
 HAND = "compact AdamW(fused) + index_copy_"
 DENSE = "AdamW(fused)"
@@ -133,10 +133,10 @@ def frozen(model: nn.Module, rows: Tensor) -> Contender:
     return Contender(model, lambda: None, lambda: table[rows], lambda: table)
 
 
-def sparsified(model: nn.Module, rows: Tensor) -> Contender:
+def train_only(model: nn.Module, rows: Tensor) -> Contender:
     table = embedding(model).weight
     index = sk.Index(rows, table.shape, rows=True)
-    tuned = sk.sparsify(model, sk.Selection({"model.embed_tokens.weight": index}))
+    tuned = sk.train_only(model, sk.Selection({"model.embed_tokens.weight": index}))
     optimizer = sk.SparseAdamW(tuned.parameters(), LR, eps=EPS, weight_decay=0.0)
     return Contender(model, stepped(optimizer), lambda: table[rows], lambda: table)
 
@@ -221,7 +221,7 @@ def only_table(model: nn.Module) -> nn.Parameter:
 
 
 KINDS = {
-    OURS: Kind(sparsified, "the rows"),
+    OURS: Kind(train_only, "the rows"),
     TOKENS: Kind(trainable_tokens, "the rows"),
     HAND: Kind(by_hand, "the rows"),
     # From the second step on these train something else, so the first is what can be compared.

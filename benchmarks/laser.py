@@ -124,7 +124,7 @@ def run_seed(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, A
             "seconds": found.seconds,
             "texts": found.texts,
             "evaluations": found.evaluations,
-            "saved": found.reduced.saved,
+            "saved": found.reduced.parameters_saved,
             "plan": [asdict(reduction) for reduction in found.reduced.plan],
         }
         found.reduced.revert()
@@ -139,7 +139,7 @@ def run_seed(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, A
     note("adapt by rows, accuracy", contenders.adapt(model, samples, "accuracy", rhos, **rows))
     seen: list[contenders.Quality] = []
     found = contenders.search(model, validation, "accuracy", rhos, seen)
-    tried = found.reduced.report["tried"]
+    tried = found.reduced.report["candidates"]
     note("search, accuracy", found)
     done["gains"] = gains(model, samples, tried, seen, rhos)
     return done

@@ -78,7 +78,7 @@ class Run:
         options: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "amsgrad": case.amsgrad}
         self.tuned: sk.SparseModel | None = None
         if case.form == "compact":
-            self.tuned = sk.sparsify(self.model, selection(number))
+            self.tuned = sk.train_only(self.model, selection(number))
             self.optimizer = sk.SparseAdamW(self.tuned.parameters(), **options)
         elif case.form == "gathered":
             self.optimizer = sk.SparseAdamW(selection(number).param_groups(self.model), **options)

@@ -71,7 +71,7 @@ for asked in ("native", "triton"):
         print(f"{asked}:", error)
 model = torch.nn.Linear(4, 4)
 original = model.weight.detach().clone()
-tuned = sk.sparsify(model, sk.Selection.random(model, 0.5))
+tuned = sk.train_only(model, sk.Selection.random(model, 0.5))
 optimizer = sk.SparseAdamW(tuned.parameters())
 model(torch.ones(1, 4)).sum().backward()
 optimizer.step()

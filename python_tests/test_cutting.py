@@ -8,7 +8,7 @@ from families import FAMILIES, family, linears, outputs, size, t5
 from models import ids
 from torch import nn
 
-from sparsekernels.nn.pruned import CompactLinear
+from sparsekernels.nn.pruned import PrunedLinear
 from sparsekernels.structure.architectures import structures
 from sparsekernels.structure.pruning_plan import Planner, cut
 
@@ -123,7 +123,7 @@ def test_a_plain_model():
             p[~rows["0"]] = 0
         expected[2].weight[:, ~columns["2"]] = 0
     cut(model, cuts)
-    assert isinstance(model[0], CompactLinear)
+    assert isinstance(model[0], PrunedLinear)
     assert model[0].columns is None
     assert model[0].rows.tolist() == [0, 2, 3, 5, 6]
     assert model[2].columns.tolist() == [0, 1, 4, 5, 6]

@@ -11,7 +11,7 @@ from test_cutting import DOWN, LAYER, OUT, SELF, UP, close, close_structures, cl
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsekernels.nn.pruned import CompactLinear
+from sparsekernels.nn.pruned import PrunedLinear
 from sparsekernels.structure.pruning_plan import Planner, cut
 
 
@@ -100,7 +100,7 @@ def test_what_stays_as_it_was():
     assert not after[UP].weight.requires_grad
     assert after[UP].bias.requires_grad
     key, query = after[f"{SELF}.key"], after[f"{SELF}.query"]
-    assert isinstance(key, CompactLinear)
+    assert isinstance(key, PrunedLinear)
     assert not key.weight.requires_grad
     assert not key.bias.requires_grad
     assert query.weight.requires_grad

@@ -38,7 +38,7 @@ def trained(
 ) -> tuple[Delta, State]:
     """The delta of a few steps on `zoo(dtype)`, and the state_dict after them."""
     model = zoo(dtype)
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     stepper = optimizer(tuned.parameters(), lr=0.1)
     for seed in range(3):
         model(ids(4, 7, seed=seed)).square().sum().backward()
@@ -106,7 +106,7 @@ def test_the_file_is_what_it_says(tmp_path: Path) -> None:
 def test_a_delta_does_not_follow_the_training() -> None:
     """What was taken stays as it was taken, while the model trains on, is restored, or goes away."""
     model = zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 1.0, names=["head.bias"]))
+    tuned = sk.train_only(model, Selection.random(model, 1.0, names=["head.bias"]))
     before = tuned.delta().changes["head.bias"].values.clone()
     delta = tuned.delta()
     with torch.no_grad():
@@ -138,8 +138,8 @@ def spoilt(how: str) -> nn.Module:
             model.up = nn.Linear(16, 33)
         elif how == "missing":
             del model.conv
-        elif how == "sparsified":
-            sk.sparsify(model, Selection.random(model, 0.1, names=["head.weight"]))
+        elif how == "trains a selection":
+            sk.train_only(model, Selection.random(model, 0.1, names=["head.weight"]))
     return model
 
 
@@ -150,7 +150,7 @@ REFUSED = {
     "other dtype": "is torch.bfloat16, the delta was made for torch.float32",
     "other shape": r"'up.weight'.*\[33, 16\]",
     "missing": "lacks: conv.weight",
-    "sparsified": "sparsified",
+    "trains a selection": "trains a selection",
 }
 
 
@@ -327,7 +327,7 @@ def test_swap_to_the_same_selection_many_times() -> None:
 @pytest.mark.parametrize("kind", ["bert-mlm", "gpt2", "llama"])
 def test_tied_weights(kind: str, tmp_path: Path) -> None:
     model = transformer(kind)
-    tuned = sk.sparsify(model, Selection.random(model, 0.05))
+    tuned = sk.train_only(model, Selection.random(model, 0.05))
     optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)
     model(**batch(kind)).loss.backward()
     optimizer.step()
@@ -353,6 +353,6 @@ def test_empty_selections(tmp_path: Path) -> None:
 def test_one_index_for_many_tensors(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shared = Index(torch.tensor([1, 7], dtype=torch.int32), (4, 4))
-    with sk.sparsify(model, Selection({"0.weight": shared, "1.weight": shared})) as tuned:
+    with sk.train_only(model, Selection({"0.weight": shared, "1.weight": shared})) as tuned:
         tuned.delta().save(tmp_path / "d")
     assert dict(Delta.load(tmp_path / "d").selection) == {"0.weight": shared, "1.weight": shared}

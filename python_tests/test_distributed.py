@@ -46,7 +46,7 @@ def train(run: nn.Module, tuned: sk.SparseModel, rank: int, world: int, forwards
 
 def work(rank: int, world: int, folder: str) -> None:
     for forwards in (1, 2):
-        tuned = sk.sparsify(model(), selection(model()))
+        tuned = sk.train_only(model(), selection(model()))
         train(DistributedDataParallel(tuned.model), tuned, rank, world, forwards)
         torch.save(tuned.model.state_dict(), f"{folder}/rank{rank}-{forwards}.pt")
 
@@ -55,7 +55,7 @@ def test_two_processes(tmp_path: Path) -> None:
     """Also with two forwards before a backward: what DDP sends round between them is no change of the weights."""
     in_processes(work, tmp_path)
     for forwards in (1, 2):
-        tuned = sk.sparsify(model(), selection(model()))
+        tuned = sk.train_only(model(), selection(model()))
         train(tuned.model, tuned, 0, 1, forwards)
         states = [torch.load(tmp_path / f"rank{rank}-{forwards}.pt", weights_only=True) for rank in range(2)]
         for key, value in tuned.model.state_dict().items():
@@ -70,7 +70,7 @@ def own_selections(rank: int, world: int, folder: str) -> None:
         mine = Selection.random(net, 0.3, seed=rank, names=["1.weight", "3.weight"])
         positions = {name: index.positions.clone() for name, index in mine.items()}
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
-        tuned = sk.sparsify(net, mine)
+        tuned = sk.train_only(net, mine)
         run = DistributedDataParallel(net, **options)
         if compiled:
             run = torch.compile(run, backend="aot_eager")
@@ -92,7 +92,7 @@ def shared_selection(rank: int, world: int, folder: str) -> None:
     shared = mine.broadcast(src=1)
     assert dict(shared) == dict(Selection.random(net, 0.3, seed=1, names=["1.weight", "3.weight"]))
     assert all(torch.equal(index.positions, positions[name]) for name, index in mine.items())
-    tuned = sk.sparsify(net, shared)
+    tuned = sk.train_only(net, shared)
     train(DistributedDataParallel(net), tuned, rank, world, 1)
     tuned.reselect(mine)
     with pytest.raises(ValueError, match="trains other positions"):
@@ -116,7 +116,7 @@ def not_in_every_forward(rank: int, world: int, folder: str) -> None:
     """Nothing is compared where one process evaluates alone, or is at another layer first."""
     torch.manual_seed(3)
     net = Branches()
-    sk.sparsify(net, Selection.random(net, 0.5, names=["layers.0.weight", "layers.1.weight"]))
+    sk.train_only(net, Selection.random(net, 0.5, names=["layers.0.weight", "layers.1.weight"]))
     net.layers[2].weight.requires_grad_(True)  # trained beside, so that a process may pass all selected layers by
     run = DistributedDataParallel(net, find_unused_parameters=True, broadcast_buffers=False)
     if rank == 0:
@@ -164,12 +164,12 @@ def gated_work(rank: int, world: int, folder: str) -> None:
 
 
 def test_gates_of_two_processes_agree(tmp_path: Path) -> None:
-    """And go on after they have settled."""
+    """And go on after they are frozen."""
     in_processes(gated_work, tmp_path)
     (model, state, removed), (other, other_state, _) = (
         torch.load(tmp_path / f"gates{rank}.pt", weights_only=True) for rank in range(2)
     )
-    assert state["settled"]
+    assert state["frozen"]
     assert removed >= 0.4
     for ours, theirs in ((model, other), (state, other_state)):
         for key, value in ours.items():
@@ -185,7 +185,7 @@ class Own(nn.Module):
 def test_a_model_that_loses_its_own_slot_compares_before_its_forward() -> None:
     net = Own()
     watched = lambda: list(net._forward_pre_hooks.values()).count(before_forward)  # noqa: E731
-    tuned = sk.sparsify(net, Selection.random(net, 0.5, names=["weight", "child.weight"]))
+    tuned = sk.train_only(net, Selection.random(net, 0.5, names=["weight", "child.weight"]))
     assert watched() == 0
     for _ in range(2):
         tuned.reselect(Selection.random(net, 0.5, names=["child.weight"]))

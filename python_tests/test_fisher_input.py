@@ -102,7 +102,7 @@ def test_more_bad_input() -> None:
     tied = Selection({n: Index(torch.tensor([1]), (37, 16)) for n in ("transformer.wte.weight", "lm_head.weight")})
     with pytest.raises(ValueError, match="are one tied parameter"):
         fisher_diagonal(gpt, [ragged("gpt2")], selection=tied, **QUIET)
-    with sk.sparsify(net, chosen), pytest.raises(ValueError, match="sparsified"):
+    with sk.train_only(net, chosen), pytest.raises(ValueError, match="trains a selection"):
         fisher_diagonal(net, [batch], **QUIET)
 
 

@@ -48,7 +48,7 @@ def test_floors_of_large_contenders() -> None:
     by_name = {each.name: each for row in rows(small=False)[1:3] for each in row.contenders}
     assert sum(by_name[DENSE].held.values()) == 8 * LLAMA_7B.weights
     selected = 0.05 * LLAMA_7B.projections
-    compact = sum(by_name["SIFT 5 %: sparsify + SparseAdamW"].held.values())
+    compact = sum(by_name["SIFT 5 %: train_only + SparseAdamW"].held.values())
     assert compact == pytest.approx(2 * LLAMA_7B.weights + 22 * selected)
     leanest = sum(by_name["SIFT 5 %: SparseAdamW at indices, bf16 moments, stepped in backward"].held.values())
     assert leanest == pytest.approx(2 * LLAMA_7B.weights + 8 * selected + 2 * 2048 * 32 * 4096)

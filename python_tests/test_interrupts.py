@@ -38,7 +38,7 @@ def held(model: nn.Module) -> dict[str, int]:
 def test_an_interrupt_of_forward_or_backward_loses_no_parameter() -> None:
     model = Zoo()
     before = copy.deepcopy(model.state_dict())
-    tuned = sk.sparsify(model, everything(model))
+    tuned = sk.train_only(model, everything(model))
     parameters = held(model)
 
     def train() -> None:
@@ -77,7 +77,7 @@ class Breaking(nn.Module):
 
 def broken() -> tuple[Breaking, sk.SparseModel]:
     model = Breaking()
-    tuned = sk.sparsify(model, Selection.random(model, density=0.5))
+    tuned = sk.train_only(model, Selection.random(model, density=0.5))
     with pytest.raises(KeyboardInterrupt):
         model(torch.ones(2, 5))
     model.interrupted = False
@@ -152,7 +152,7 @@ Groups = list[dict[str, Any]]
 
 def compact() -> tuple[Groups, list[Tensor]]:
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
-    tuned = sk.sparsify(model, everything(model))
+    tuned = sk.train_only(model, everything(model))
     first, *rest = tuned.parameters()
     return [{"params": [first]}, {"params": rest, "weight_decay": 0.1}], list(model.parameters())
 
@@ -295,7 +295,7 @@ class Run:
         self.begin()
 
     def begin(self) -> None:
-        self.tuned = sk.sparsify(self.model, self.selection)
+        self.tuned = sk.train_only(self.model, self.selection)
         self.optimizer = sk.SparseAdamW(self.tuned.parameters(), lr=1e-2)
         self.held = held(self.model)
 

@@ -41,7 +41,7 @@ def make_selection(seed: int, path: Path) -> None:
 
 
 def make_delta(seed: int, path: Path) -> None:
-    with sk.sparsify(model(seed), Selection.random(model(0), 0.5)) as tuned:
+    with sk.train_only(model(seed), Selection.random(model(0), 0.5)) as tuned:
         tuned.delta().save(path)
 
 

@@ -31,7 +31,7 @@ def gradient(step: int) -> Tensor:
 
 def compact(dtype: torch.dtype, steps: int, **options: Any) -> tuple[Tensor, Any]:
     model = nn.Embedding(V, D, _weight=start().to(dtype))
-    tuned = sk.sparsify(model, sk.Selection({"weight": sk.Index(ROWS, (V, D), rows=True)}))
+    tuned = sk.train_only(model, sk.Selection({"weight": sk.Index(ROWS, (V, D), rows=True)}))
     optimizer = sk.SparseAdamW(tuned.parameters(), LR, weight_decay=0.01, **options)
     (values,) = tuned.parameters()
     for step in range(steps):

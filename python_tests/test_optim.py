@@ -75,7 +75,7 @@ def selection(model: nn.Module, kind: str) -> Selection:
 
 
 def compact_run(model: Weights, chosen: Selection, steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
-    tuned = sk.sparsify(model, chosen)
+    tuned = sk.train_only(model, chosen)
     optimizer = sk.SparseAdamW(tuned.parameters(), **options)
     for step in range(steps):
         grads = gradients(step, model.a.dtype)
@@ -179,7 +179,7 @@ def test_compact_form_in_other_dtypes(kind: str, dtype: torch.dtype) -> None:
     start = Weights(dtype)
     wide = start.float()
     grads = [{n: g.float() for n, g in gradients(step, dtype).items()} for step in range(30)]
-    tuned = sk.sparsify(wide, chosen)
+    tuned = sk.train_only(wide, chosen)
     optimizer = sk.SparseAdamW(tuned.parameters(), **options)
     for step in range(30):
         for name, values in tuned.named_parameters():

@@ -27,7 +27,7 @@ class Run:
         self.model = nn.ParameterDict({"w": nn.Parameter(weight)})
         self.weight = self.model["w"]
         if form == "compact":
-            self.param = next(iter(sk.sparsify(self.model, sk.Selection({"w": self.index})).parameters()))
+            self.param = next(iter(sk.train_only(self.model, sk.Selection({"w": self.index})).parameters()))
             params: Any = [self.param]
         elif form == "gathered":
             self.param, params = self.weight, [{"params": [self.weight], "indices": [self.index]}]

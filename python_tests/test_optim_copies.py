@@ -91,7 +91,7 @@ def test_goes_on_bit_for_bit(way: str, kind: str, options: dict[str, Any], tmp_p
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_model_and_its_optimizer_go_on_bit_for_bit(copied: Callable[[Any], Any]) -> None:
     model = nn.Sequential(nn.Embedding(V, D, sparse=True), nn.LayerNorm(D), nn.Linear(D, 4))
-    tuned = sk.sparsify(model, Selection.random(model, 0.5, names=["1.weight", "2.weight"]))
+    tuned = sk.train_only(model, Selection.random(model, 0.5, names=["1.weight", "2.weight"]))
     model[0].weight.requires_grad_(True)
     optimizer = sk.SparseAdamW([*tuned.parameters(), model[0].weight], lr=0.1)
 

@@ -23,7 +23,7 @@ def stepped(form: str, positions: Tensor, threads: int, company: int, **options:
     model.update({f"b{i}": nn.Parameter(torch.ones(5 + i)) for i in range(company)})
     chosen = Selection({n: Index(positions, p.shape) if n == "a" else Index.full(p.shape) for n, p in model.items()})
     if form == "compact":
-        params: Any = sk.sparsify(model, chosen).parameters()
+        params: Any = sk.train_only(model, chosen).parameters()
     else:
         params = chosen.param_groups(model)
     optimizer = sk.SparseAdamW(params, lr=0.1, **options)

@@ -20,7 +20,7 @@ def groups_of(form: str) -> tuple[nn.Module, list[dict[str, Any]]]:
     m = model()
     selection = chosen(m)
     if form == "compact":
-        tuned = sk.sparsify(m, selection)
+        tuned = sk.train_only(m, selection)
         return m, [{"params": [tuned.slots[name].values]} for name in ("0.weight", "2.weight")]
     groups: list[dict[str, Any]] = [{"params": [m.get_parameter(name)]} for name in ("0.weight", "2.weight")]
     if form == "gathered":
@@ -53,7 +53,7 @@ def test_param_groups_with_options_of_their_own(form: str) -> None:
 
 def test_three_kinds_in_one_optimizer() -> None:
     m = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
-    tuned = sk.sparsify(m[0], Selection.random(m[0], 0.5))
+    tuned = sk.train_only(m[0], Selection.random(m[0], 0.5))
     selection = Selection.random(m[1], 0.5)
     groups = [{"params": [*tuned.parameters(), *m[2].parameters()]}, *selection.param_groups(m[1])]
     optimizer = sk.SparseAdamW(groups, lr=0.1)
@@ -168,7 +168,7 @@ def test_gathered_gradient_need_not_be_contiguous() -> None:
 
 def test_step_inside_compiled_code_breaks_the_graph() -> None:
     model = torch.nn.Linear(6, 5)
-    tuned = sk.sparsify(model, Selection.random(model, 0.5))
+    tuned = sk.train_only(model, Selection.random(model, 0.5))
     optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)
     model(torch.randn(3, 6)).sum().backward()
     before = model.weight.detach().clone()
@@ -195,7 +195,7 @@ def test_groups_that_change_are_stepped_as_they_are() -> None:
 
 def test_cleared_state_starts_afresh() -> None:
     model = torch.nn.Linear(6, 5)
-    tuned = sk.sparsify(model, Selection.random(model, 0.5))
+    tuned = sk.train_only(model, Selection.random(model, 0.5))
     optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)
     for _ in range(2):
         model(torch.randn(3, 6)).sum().backward()

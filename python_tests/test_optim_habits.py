@@ -1,6 +1,6 @@
 """What people do around `optimizer.step()`: the same lines with SparseAdamW give the numbers of torch.optim.AdamW.
 
-Every kind of parameter, over all positions: kind 3 to the last bit, the others to a few roundings.
+Every kind of parameter, over all positions: dense ones to the last bit, the others to a few roundings.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def test_averaged_model(form: str, average: str, use_buffers: bool, dtype: torch
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(device, dtype)
     chosen = Selection.random(net, 0.5)
     if form == "compact":
-        params: Any = sk.sparsify(net, chosen).parameters()
+        params: Any = sk.train_only(net, chosen).parameters()
     else:
         params = chosen.param_groups(net) if form == "gathered" else net.parameters()
     optimizer = sk.SparseAdamW(params, lr=0.05)

@@ -16,7 +16,7 @@ def stepped(form: str) -> tuple[sk.SparseAdamW, nn.Parameter]:
     """An optimizer after one step, and its Parameter, which has a gradient."""
     torch.manual_seed(0)
     if form == "compact":
-        tuned = sk.sparsify(nn.Embedding(4, 3), sk.Selection({"weight": ROWS}))
+        tuned = sk.train_only(nn.Embedding(4, 3), sk.Selection({"weight": ROWS}))
         (p,) = tuned.parameters()
         optimizer = sk.SparseAdamW([p], 0.1, amsgrad=True)
     else:

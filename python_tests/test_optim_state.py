@@ -35,7 +35,7 @@ def prepared(form: str, dtype: torch.dtype = torch.float32, seed: int = 0, **opt
     selection = chosen(m, seed)
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
     if form == "compact":
-        return m, sk.SparseAdamW(sk.sparsify(m, selection).parameters(), **options)
+        return m, sk.SparseAdamW(sk.train_only(m, selection).parameters(), **options)
     if form == "gathered":
         return m, sk.SparseAdamW(selection.param_groups(m), **options)
     return m, sk.SparseAdamW(m.parameters(), **options)
@@ -143,7 +143,7 @@ def prepared_with(form: str, density: float) -> Run:
     m = model()
     selection = Selection.random(m, density, names=["0.weight", "0.bias", "2.weight"])
     if form == "compact":
-        return m, sk.SparseAdamW(sk.sparsify(m, selection).parameters())
+        return m, sk.SparseAdamW(sk.train_only(m, selection).parameters())
     return m, sk.SparseAdamW(selection.param_groups(m))
 
 

@@ -1,7 +1,7 @@
 """The cases of torch's own optimizer suite (test/test_optim.py), numbers and errors, for all kinds of parameter.
 
-torch's suite asks that the loss falls. Here every case is also held against torch.optim.AdamW: kind 3 to the last bit,
-kinds 1 and 2, over all positions, to a few roundings.
+torch's suite asks that the loss falls. Here every case is also held against torch.optim.AdamW: dense ones to the last
+bit, compact and indexed ones, over all positions, to a few roundings.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _params_in(form: str, params: Any, device: torch.device) -> Any:
             return type(x)(turn(entry) for entry in x)
         if isinstance(x, Tensor) and id(x) not in turned:
             problem = Problem(device, shape=tuple(x.shape) if x.dim() else (1,))
-            (turned[id(x)],) = sk.sparsify(problem, Selection({"weight": elements(problem.weight)})).parameters()
+            (turned[id(x)],) = sk.train_only(problem, Selection({"weight": elements(problem.weight)})).parameters()
         return turned[id(x)] if isinstance(x, Tensor) else x
 
     return turn(params)
@@ -201,7 +201,7 @@ def test_the_unselected_stay_through_every_input(device: torch.device) -> None:
             problem, before = Problem(device), Problem(device).weight.detach()
             chosen = Selection({"weight": index})
             if form == "compact":
-                optimizer = sk.SparseAdamW(sk.sparsify(problem, chosen).parameters(), **copy.deepcopy(options))
+                optimizer = sk.SparseAdamW(sk.train_only(problem, chosen).parameters(), **copy.deepcopy(options))
             else:
                 optimizer = sk.SparseAdamW(chosen.param_groups(problem), **copy.deepcopy(options))
             train(problem, optimizer, 3)

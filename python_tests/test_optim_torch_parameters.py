@@ -70,14 +70,14 @@ def test_complex_parameters_of_the_other_kinds_are_refused_by_name() -> None:
     module = nn.Module()
     module.phase = z
     with pytest.raises(ValueError, match=r"'phase'.*complex64"):
-        sk.sparsify(module, Selection({"phase": Index.full(z.shape)}))
+        sk.train_only(module, Selection({"phase": Index.full(z.shape)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("flag", ["foreach", "fused"])
 @pytest.mark.parametrize("form", FORMS)
 def test_implementations_agree(form: str, flag: str, dtype: torch.dtype, device: torch.device) -> None:
-    """The flag picks torch's loop for kind 3, bit for bit the one torch picks; for the others it changes no bit."""
+    """The flag picks torch's loop for dense parameters, bit for bit as in torch; for the others it changes no bit."""
     for what, options in optimizer_inputs(device):
         if options.get("fused") or options.get("foreach"):
             continue
@@ -190,7 +190,7 @@ def _gathered(change: str) -> tuple[sk.SparseAdamW, nn.Parameter]:
 
 def _compact(change: str) -> tuple[sk.SparseAdamW, nn.Parameter]:
     model = nn.Sequential(nn.Linear(4, 3))
-    tuned = sk.sparsify(model, Selection.random(model, 0.5, names=["0.weight"]))
+    tuned = sk.train_only(model, Selection.random(model, 0.5, names=["0.weight"]))
     optimizer = sk.SparseAdamW(tuned.parameters())
     model(torch.randn(2, 4)).sum().backward()
     optimizer.step()

@@ -259,7 +259,7 @@ def test_names_of_parameters(form: str, device: torch.device) -> None:
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
     if form == "compact":
-        tuned = sk.sparsify(Problem(device), sk.Selection({"weight": sk.Index.full((10, 5))}))
+        tuned = sk.train_only(Problem(device), sk.Selection({"weight": sk.Index.full((10, 5))}))
         assert sk.SparseAdamW(tuned.named_parameters()).param_groups[0]["param_names"] == ["weight"]
     train(problem, optimizer, 2)
     other = Problem(device)

@@ -33,7 +33,7 @@ def prepared(form: str, seed: int = 0) -> tuple[nn.Module, Selection | None, Any
     chosen = Selection.random(model, 0.1, names=names, seed=seed)
     if form == "gathered":
         return model, chosen, chosen.param_groups(model)
-    return model, chosen, sk.sparsify(model, chosen).parameters()
+    return model, chosen, sk.train_only(model, chosen).parameters()
 
 
 def assert_only_selected_moved(model: nn.Module, before: dict[str, Tensor], chosen: Selection | None) -> None:
@@ -127,8 +127,8 @@ def test_trainer_with_optimizer_and_scheduler(form: str, tmp_path: Path) -> None
     assert {float(state["step"]) for state in own.state.values()} == {5.0}
     assert own.param_groups[0]["lr"] == pytest.approx(0.02 / 6)
 
-    # torch's AdamW trains kind 3 as it is, and the other two as compact Parameters: but with gathered indices the norm
-    # that is clipped is that of all gradients, so that form is held against its own loop above.
+    # torch's AdamW trains dense parameters as they are, and the other two as compact Parameters: but with gathered
+    # indices the norm that is clipped is that of all gradients, so that form is held against its own loop above.
     if form != "gathered":
         twin, _, params = prepared(form)
         plain = torch.optim.AdamW(params, **DECAY)

@@ -12,7 +12,7 @@ import torch
 from models import Zoo, ids, transformer
 from reselecting import Oracle, by_elements, pick, random_grads, selection, stepped
 from samples.case import put, take
-from test_sparsify import found
+from test_train_only import found
 from torch import Tensor, nn
 
 import sparsekernels as sk
@@ -27,7 +27,7 @@ def test_every_position_is_trained_as_if_it_were_alone(form: str, amsgrad: bool,
     oracle = Oracle(model, **options)
     chosen = by_elements(selection(0))
     oracle.select(chosen, restore)
-    tuned = sk.sparsify(model, chosen) if form == "compact" else None
+    tuned = sk.train_only(model, chosen) if form == "compact" else None
     optimizer = sk.SparseAdamW(tuned.parameters() if tuned else chosen.param_groups(model), **options)
     seed = 0
     for number in range(5):
@@ -55,7 +55,7 @@ def test_every_position_is_trained_as_if_it_were_alone(form: str, amsgrad: bool,
 
 def test_an_age_for_each_position_only_where_they_differ() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    tuned = sk.sparsify(
+    tuned = sk.train_only(
         model, Selection({"0.weight": Index(torch.tensor([1, 4, 9]), (3, 4)), "1.weight": Index.full((2, 3))})
     )
     optimizer = sk.SparseAdamW(tuned.parameters())
@@ -102,7 +102,7 @@ CASES = [(dtype, restore) for dtype in (torch.float32, torch.bfloat16) for resto
 def test_restore_and_delta_stay_exact(optimizer: str, dtype: torch.dtype, restore: bool) -> None:
     model = Zoo().to(dtype)
     base, before = copy.deepcopy(model), found(model)
-    tuned = sk.sparsify(model, selection(0))
+    tuned = sk.train_only(model, selection(0))
     stepper: torch.optim.Optimizer = (
         sk.SparseAdamW(tuned.parameters(), lr=0.05)
         if optimizer == "SparseAdamW"
@@ -143,7 +143,7 @@ def test_mixed_ways_of_leaving() -> None:
     """What one call left stays when the next restores, comes back with its originals, and merges as it is."""
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     base = model[0].weight.detach().clone()
-    tuned = sk.sparsify(model, pick([0, 1]))
+    tuned = sk.train_only(model, pick([0, 1]))
     optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)
     stepped(tuned, optimizer, 0)
     first = model[0].weight.detach().clone()
@@ -171,7 +171,7 @@ def test_mixed_ways_of_leaving() -> None:
 
 def test_values_are_kept_wider_than_their_weights() -> None:
     model = nn.Sequential(nn.Linear(4, 1, bias=False)).to(torch.bfloat16)
-    tuned = sk.sparsify(model, pick([0, 1]))
+    tuned = sk.train_only(model, pick([0, 1]))
     optimizer = sk.SparseAdamW(tuned.parameters(), lr=1e-5)
     stepped(tuned, optimizer, 0)
     (before,) = tuned.parameters()
@@ -186,7 +186,7 @@ def test_values_are_kept_wider_than_their_weights() -> None:
 
 def test_values_changed_by_hand_are_written_first() -> None:
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
-    tuned = sk.sparsify(model, pick([0, 1]))
+    tuned = sk.train_only(model, pick([0, 1]))
     with torch.no_grad():
         next(tuned.parameters()).copy_(torch.tensor([5.0, 6.0]))
     tuned.reselect(pick([1, 2]), restore=False)
@@ -199,7 +199,7 @@ def test_only_what_changes_is_exchanged(gradual: bool) -> None:
     model = Zoo()
     first = selection(1)
     second = Selection({**first, "up.weight": selection(2)["up.weight"]})
-    tuned = sk.sparsify(model, first)
+    tuned = sk.train_only(model, first)
     optimizer = sk.SparseAdamW(tuned.parameters())
     before = dict(tuned.named_parameters())
     loss = model(ids(4, 7)).square().sum()
@@ -229,7 +229,7 @@ def momentum(params: Iterable[Tensor]) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop, momentum])
 def test_other_optimizers_keep_what_is_shaped_like_the_values(make: Callable) -> None:
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
-    tuned = sk.sparsify(model, pick([0, 1]))
+    tuned = sk.train_only(model, pick([0, 1]))
     optimizer = make(tuned.parameters())
     for seed in range(2):
         stepped(tuned, optimizer, seed)
@@ -252,7 +252,7 @@ def test_other_optimizers_keep_what_is_shaped_like_the_values(make: Callable) ->
 def test_a_skipped_step_leaves_the_ages() -> None:
     """An infinite gradient under GradScaler: no position grows older."""
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
-    tuned = sk.sparsify(model, pick([0, 1]))
+    tuned = sk.train_only(model, pick([0, 1]))
     optimizer = sk.SparseAdamW(tuned.parameters(), fused=True)
     stepped(tuned, optimizer, 0)
     tuned.reselect(pick([1, 2]), optimizer)
@@ -277,7 +277,7 @@ def test_a_tied_weight_under_its_other_name() -> None:
     def rows(name: str, *positions: int) -> Selection:
         return Selection({name: Index(torch.tensor(positions), shape, rows=True)})
 
-    tuned = sk.sparsify(model, rows(names[0], 1, 3))
+    tuned = sk.train_only(model, rows(names[0], 1, 3))
     optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)
     next(tuned.parameters()).grad = torch.ones(2, shape[1])
     optimizer.step()
@@ -305,7 +305,7 @@ def test_a_tied_weight_under_its_other_name() -> None:
 def test_a_copy_is_reselected_by_itself(copied: Callable) -> None:
     model = Zoo()
     base = copy.deepcopy(model.state_dict())
-    tuned = sk.sparsify(model, by_elements(selection(0)))
+    tuned = sk.train_only(model, by_elements(selection(0)))
     optimizer = sk.SparseAdamW(tuned.parameters())
     stepped(tuned, optimizer, 0)
     tuned.reselect(by_elements(selection(1)), optimizer, restore=False)

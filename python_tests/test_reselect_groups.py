@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import Zoo, ids, transformer
 from reselecting import by_elements, pick, selection, stepped
-from test_sparsify import found
+from test_train_only import found
 from torch import nn
 
 import sparsekernels as sk
@@ -27,7 +27,7 @@ def test_places_in_the_groups() -> None:
     def chosen(*names: str) -> Selection:
         return Selection({name: full[name] for name in names})
 
-    tuned = sk.sparsify(model, chosen("up.weight", "norm.bias", "up.bias"))
+    tuned = sk.train_only(model, chosen("up.weight", "norm.bias", "up.bias"))
     values = dict(tuned.named_parameters())
     optimizer = sk.SparseAdamW(
         [
@@ -97,7 +97,7 @@ def test_what_is_refused_changes_nothing(case: str) -> None:
     make, words = REFUSED[case]
     model = Zoo()
     model.limited = nn.Embedding(3, 2, max_norm=1.0)
-    tuned = sk.sparsify(model, by_elements(selection(1)))
+    tuned = sk.train_only(model, by_elements(selection(1)))
     optimizer = sk.SparseAdamW(tuned.named_parameters())
     stepped(tuned, optimizer, 0)
     untouched(model, tuned, optimizer, lambda: tuned.reselect(make(model), optimizer), words)
@@ -127,7 +127,7 @@ def untouched(
 
 def test_optimizers_that_are_refused() -> None:
     model = Zoo()
-    tuned = sk.sparsify(model, selection(3))
+    tuned = sk.train_only(model, selection(3))
     optimizer = sk.SparseAdamW(list(tuned.parameters())[1:])
     stepped(tuned, optimizer, 0)
     name = next(iter(tuned.slots))
@@ -164,7 +164,7 @@ def test_through_the_wrapper_of_accelerate() -> None:
     from accelerate import Accelerator
 
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
-    tuned = sk.sparsify(model, pick([0, 1]))
+    tuned = sk.train_only(model, pick([0, 1]))
     optimizer = Accelerator(cpu=True).prepare(sk.SparseAdamW(tuned.parameters()))
     stepped(tuned, optimizer, 0)
     tuned.reselect(pick([1, 2]), optimizer)
@@ -237,8 +237,8 @@ def test_what_is_refused_for_dense_parameters() -> None:
     refused(pick([1], (16,), "norm.bias"), "no parameter group with indices", sk.SparseAdamW([model.head.bias]))
     model.down.weight = nn.Parameter(model.down.weight.detach().T.contiguous().T)
     refused(pick([1], (16, 32), "down.weight"), "'down.weight' must be floating point and contiguous")
-    with sk.sparsify(model, pick([1], (5,), "head.bias")):
-        refused(selection(2), "sparsified")
+    with sk.train_only(model, pick([1], (5,), "head.bias")):
+        refused(selection(2), "trains a selection")
     tied = transformer("gpt2")
     names = [n for n, p in tied.named_parameters(remove_duplicate=False) if p is tied.get_output_embeddings().weight]
     index = Index(torch.tensor([1]), tied.get_output_embeddings().weight.shape)

@@ -113,7 +113,7 @@ def test_a_copy_saves_what_its_original_would(form: str, copied: Callable) -> No
 def plain(index: Index | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, sk.SparseModel]:
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
-    return model, sk.sparsify(model, Selection({"0.weight": index or Index(torch.tensor([1, 4, 9]), (5, 6))}))
+    return model, sk.train_only(model, Selection({"0.weight": index or Index(torch.tensor([1, 4, 9]), (5, 6))}))
 
 
 def stepped(tuned: sk.SparseModel, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
@@ -131,7 +131,7 @@ def test_other_positions_of_the_same_size_are_refused(form: str, named: bool) ->
         model = nn.Sequential(nn.Linear(6, 5))
         chosen = Selection({"0.weight": Index(torch.tensor(positions), (5, 6))})
         if form == "compact":
-            tuned = sk.sparsify(model, chosen)
+            tuned = sk.train_only(model, chosen)
             optimizer = sk.SparseAdamW(tuned.named_parameters() if named else tuned.parameters())
         else:
             (group,) = chosen.param_groups(model)

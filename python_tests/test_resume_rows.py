@@ -71,7 +71,7 @@ class Elements:
         chosen = Selection({"0.weight": Index(torch.arange(0, 30, 2), (5, 6))})
         groups: list[dict[str, Any]] = [{"params": [self.model[0].bias]}]
         if form == "compact":
-            groups.append({"params": list(sk.sparsify(self.model, chosen).parameters())})
+            groups.append({"params": list(sk.train_only(self.model, chosen).parameters())})
             self.model[0].bias.requires_grad_(True)
         else:
             groups += chosen.param_groups(self.model)

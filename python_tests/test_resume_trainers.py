@@ -24,7 +24,7 @@ def prepared(form: str, dtype: torch.dtype) -> tuple[nn.Module, sk.SparseAdamW]:
         return model, sk.SparseAdamW(model.parameters(), lr=0.001, weight_decay=0.1)
     names = [n for n, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in n]
     chosen = Selection.random(model, 0.1, names=names)
-    params = sk.sparsify(model, chosen).parameters() if form == "compact" else chosen.param_groups(model)
+    params = sk.train_only(model, chosen).parameters() if form == "compact" else chosen.param_groups(model)
     return model, sk.SparseAdamW(params, lr=0.001, weight_decay=0.1)
 
 

@@ -71,7 +71,7 @@ def sharding(rank: int, world: int, folder: str) -> None:
 
 
 def refuses_after(model: nn.Module, selection: Selection, shard: Callable[[nn.Module], nn.Module], x: Tensor) -> None:
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     wrapped = shard(model)
     for call in (lambda: wrapped(x), lambda: list(tuned.parameters()), tuned.sync_, tuned.delta):
         refused(call)
@@ -80,7 +80,7 @@ def refuses_after(model: nn.Module, selection: Selection, shard: Callable[[nn.Mo
 def refuses_before(model: nn.Module, selection: Selection) -> None:
     weights = {name: p for name, p in model.named_parameters() if name in selection}
     group = {"params": list(weights.values()), "indices": [selection[name] for name in weights]}
-    refused(lambda: sk.sparsify(model, selection))
+    refused(lambda: sk.train_only(model, selection))
     refused(lambda: selection.param_groups(model))
     refused(lambda: sk.SparseAdamW([group]))
     for method in METHODS:
@@ -88,7 +88,7 @@ def refuses_before(model: nn.Module, selection: Selection) -> None:
 
 
 def test_sharded_models_are_refused(tmp_path: Path) -> None:
-    """By fully_shard, FSDP and tensor parallelism; before sparsify, and after it at the first use."""
+    """By fully_shard, FSDP and tensor parallelism; before train_only, and after it at the first use."""
     in_processes(sharding, tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_quantised_weights_are_refused() -> None:
     model[0].weight = nn.Parameter(Wrapped(torch.ones(4, 4, dtype=torch.int8)), requires_grad=False)
     index = Index(torch.arange(3), (4, 4))
     words = "is Wrapped: quantised .* without quantisation"
-    refused(lambda: sk.sparsify(model, Selection({"0.weight": index})), words)
+    refused(lambda: sk.train_only(model, Selection({"0.weight": index})), words)
     refused(lambda: sk.SparseAdamW([{"params": [model[0].weight], "indices": [index]}]), words)
     model = net()
     model[1].weight = nn.Parameter(Wrapped(torch.ones(8, 8, dtype=torch.int8)), requires_grad=False)
@@ -124,7 +124,7 @@ def test_quantised_weights_are_refused() -> None:
 
 def test_weights_without_values_are_refused() -> None:
     model = nn.Sequential(nn.LazyLinear(4))
-    refused(lambda: sk.sparsify(model, Selection({"0.weight": Index(torch.arange(3), (4, 4))})), "no values yet")
+    refused(lambda: sk.train_only(model, Selection({"0.weight": Index(torch.arange(3), (4, 4))})), "no values yet")
 
 
 def flat_buffer(tuned: sk.SparseModel) -> Tensor:
@@ -146,7 +146,7 @@ def test_values_that_change_through_a_flat_buffer_reach_the_weights(names: list[
     model, oracle = Zoo(), Zoo()
     oracle.load_state_dict(model.state_dict())
     selection = Selection.random(model, 0.3, names=names)
-    tuned, plain = sk.sparsify(model, selection), sk.sparsify(oracle, selection)
+    tuned, plain = sk.train_only(model, selection), sk.train_only(oracle, selection)
     flat = flat_buffer(tuned)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.125)
     for step in range(3):
@@ -171,7 +171,7 @@ def test_a_compiled_forward_with_values_in_a_flat_buffer_is_refused(names: list[
     """It writes no weights, and nobody would see that they change."""
     torch._dynamo.reset()
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3, names=names))
+    tuned = sk.train_only(model, Selection.random(model, 0.3, names=names))
     flat = flat_buffer(tuned)
     run = torch.compile(model, backend="aot_eager")
     with pytest.raises((ValueError, InternalTorchDynamoError), match=r"share memory.*do not compile"):
@@ -185,7 +185,7 @@ def test_a_compiled_forward_with_values_in_a_flat_buffer_is_refused(names: list[
 def test_values_in_new_memory_are_written_once() -> None:
     """After `values.data = ...` the weight follows at the next forward, and later ones leave it alone."""
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     values = next(tuned.parameters())
     values.data = values.detach() + 1
     model(ids(4, 7))
@@ -200,7 +200,7 @@ def test_partitioned_parameters_are_refused() -> None:
     """DeepSpeed ZeRO-3 takes the data of all parameters away, and marks them."""
     model = nn.Sequential(nn.Linear(4, 4))
     index = Index(torch.arange(3), (4, 4))
-    tuned = sk.sparsify(model, Selection({"0.weight": index}))
+    tuned = sk.train_only(model, Selection({"0.weight": index}))
     for p in model.parameters():
         p.ds_id, p.data = 1, torch.empty(0)
     refused(lambda: model(torch.ones(1, 4)))

@@ -332,7 +332,7 @@ def test_bad_input() -> None:
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         run()
     selection = sk.Selection({"classifier.bias": sk.Index(torch.tensor([0]), (3,))})
-    with sk.sparsify(model, selection), pytest.raises(ValueError, match="sparsified"):
+    with sk.train_only(model, selection), pytest.raises(ValueError, match="trains a selection"):
         run()
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert model.training

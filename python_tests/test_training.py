@@ -51,7 +51,7 @@ def mixed(model: nn.Module) -> Selection:
 def test_unselected_weights_keep_their_bits(optimizer: str, dtype: torch.dtype) -> None:
     model = Zoo().to(dtype)
     before, selection = copy.deepcopy(model.state_dict()), mixed(model)
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     stepper = OPTIMIZERS[optimizer](tuned.parameters(), lr=0.05, weight_decay=0.5)
     first = loss_of(model, 0).item()
     for seed in range(8):
@@ -70,7 +70,7 @@ def test_any_optimizer_trains_the_same_model(optimizer: str) -> None:
     model = Zoo().double()
     twin = copy.deepcopy(model)
     for m, name in ((model, "SparseAdamW"), (twin, optimizer)):
-        tuned = sk.sparsify(m, mixed(m))
+        tuned = sk.train_only(m, mixed(m))
         stepper = OPTIMIZERS[name](tuned.parameters(), lr=0.05, weight_decay=0.1)
         for seed in range(5):
             loss_of(m, seed).backward()
@@ -83,7 +83,7 @@ def test_any_optimizer_trains_the_same_model(optimizer: str) -> None:
 def test_all_positions_are_dense_fine_tuning() -> None:
     model = Zoo().double()
     dense = copy.deepcopy(model)
-    tuned = sk.sparsify(model, Selection({name: Index.full(p.shape) for name, p in model.named_parameters()}))
+    tuned = sk.train_only(model, Selection({name: Index.full(p.shape) for name, p in model.named_parameters()}))
     runs = (
         (model, sk.SparseAdamW(tuned.parameters(), lr=0.02)),
         (dense, torch.optim.AdamW(dense.parameters(), lr=0.02)),
@@ -103,9 +103,9 @@ def test_bf16_weights_follow_an_fp32_run(optimizer: str) -> None:
     model = nn.Linear(8, 8, bias=False).to(torch.bfloat16)
     wide = nn.Linear(8, 8, bias=False)
     wide.load_state_dict(model.state_dict())
-    tuned = sk.sparsify(model, Selection.random(model, 0.5))
+    tuned = sk.train_only(model, Selection.random(model, 0.5))
     (index,) = tuned.selection.values()
-    master = sk.sparsify(wide, Selection(dict(tuned.selection)))
+    master = sk.train_only(wide, Selection(dict(tuned.selection)))
     steppers = [OPTIMIZERS[optimizer](t.parameters(), lr=1e-5, weight_decay=0.0) for t in (tuned, master)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -123,7 +123,7 @@ def test_bf16_weights_follow_an_fp32_run(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_gradient_clipping(optimizer: str) -> None:
     model = Zoo()
-    tuned = sk.sparsify(model, mixed(model))
+    tuned = sk.train_only(model, mixed(model))
     stepper = OPTIMIZERS[optimizer](tuned.parameters(), lr=0.05)
     loss_of(model, 0).backward()
     expected = torch.stack([values.grad.norm() for values in tuned.parameters()]).norm()
@@ -139,7 +139,7 @@ def test_grad_scaler(optimizer: str) -> None:
     model = Zoo()
     plain = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10**6)
-    tuned, other = sk.sparsify(model, mixed(model)), sk.sparsify(plain, mixed(plain))
+    tuned, other = sk.train_only(model, mixed(model)), sk.train_only(plain, mixed(plain))
     stepper, plain_stepper = (OPTIMIZERS[optimizer](t.parameters(), lr=0.05) for t in (tuned, other))
     for seed in range(4):
         scaler.scale(loss_of(model, seed)).backward()
@@ -204,7 +204,7 @@ def test_hugging_face_trainer(optimizer: str, tmp_path: Path) -> None:
     def prepared() -> tuple[nn.Module, sk.SparseModel, torch.optim.Optimizer | None]:
         model = transformer("bert")
         names = [n for n, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in n]
-        tuned = sk.sparsify(model, Selection.random(model, 0.1, names=names))
+        tuned = sk.train_only(model, Selection.random(model, 0.1, names=names))
         own = sk.SparseAdamW(tuned.parameters(), lr=0.02, weight_decay=0.1) if optimizer == "SparseAdamW" else None
         return model, tuned, own
 
@@ -230,7 +230,7 @@ def test_trainer_with_checkpointing_and_bf16(tmp_path: Path) -> None:
         model, 0.1, names=[n for n, p in model.named_parameters() if "layer" in n and p.dim() == 2]
     )
     before = copy.deepcopy(model.state_dict())
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     own = sk.SparseAdamW(tuned.parameters(), lr=0.02)
     model.gradient_checkpointing_enable()
     trainer(model, tmp_path, own, bf16=True, max_steps=2, save_strategy="no").train()

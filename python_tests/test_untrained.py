@@ -41,7 +41,7 @@ def test_weights_that_another_module_reads_are_named(make: type[torch.optim.Opti
     model = mamba()
     mixer = "backbone.layers.0.mixer"
     names = [f"{mixer}.conv1d.weight", f"{mixer}.dt_proj.weight", f"{mixer}.x_proj.weight"]
-    tuned = sk.sparsify(model, Selection.random(model, 0.3, names=names))
+    tuned = sk.train_only(model, Selection.random(model, 0.3, names=names))
     optimizer = make(tuned.parameters(), lr=1e-2)
     assert step(model, optimizer) == names[:2]
     assert step(model, optimizer) == []
@@ -52,7 +52,7 @@ def test_frozen_values_are_named(make: type[torch.optim.Optimizer]) -> None:
     """peft freezes all that is not its own."""
     model = transformer("llama")
     name = "model.layers.0.mlp.up_proj.weight"
-    tuned = sk.sparsify(model, Selection.random(model, 0.3, names=[name]))
+    tuned = sk.train_only(model, Selection.random(model, 0.3, names=[name]))
     optimizer = make(tuned.parameters(), lr=1e-2)
     assert step(model, optimizer) == []
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -64,7 +64,7 @@ def test_frozen_values_are_named(make: type[torch.optim.Optimizer]) -> None:
 def test_what_has_trained_before_may_pause(make: type[torch.optim.Optimizer]) -> None:
     """An expert without a token in one batch is nothing to warn of."""
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-    tuned = sk.sparsify(model, Selection.random(model, 0.5, names=["0.weight", "1.weight"]))
+    tuned = sk.train_only(model, Selection.random(model, 0.5, names=["0.weight", "1.weight"]))
     optimizer = make(tuned.parameters(), lr=1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -77,7 +77,7 @@ def test_what_has_trained_before_may_pause(make: type[torch.optim.Optimizer]) ->
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_the_warning_points_at_the_call(make: type[torch.optim.Optimizer]) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    optimizer = make(sk.sparsify(model, Selection.random(model, 0.5)).parameters(), lr=1e-2)
+    optimizer = make(sk.train_only(model, Selection.random(model, 0.5)).parameters(), lr=1e-2)
     with pytest.warns(RuntimeWarning, match="not trained") as caught:
         optimizer.step()
     assert [warning.filename for warning in caught] == [__file__]
@@ -88,7 +88,7 @@ def test_the_warning_points_at_the_call(make: type[torch.optim.Optimizer]) -> No
 def test_values_that_another_parameter_replaced(make: type[torch.optim.Optimizer], zeroed: bool) -> None:
     """After load_state_dict(assign=True) the optimizer steps what no forward reads."""
     model = nn.Sequential(nn.Linear(4, 4))
-    tuned = sk.sparsify(model, Selection.random(model, 0.5))
+    tuned = sk.train_only(model, Selection.random(model, 0.5))
     optimizer = make(tuned.parameters(), lr=1e-2)
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()

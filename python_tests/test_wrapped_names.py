@@ -69,7 +69,7 @@ def plain() -> nn.Module:
 
 def train(model: nn.Module, selection: Selection) -> Delta:
     """By hand, so that no wrapper has a say in the result."""
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     with torch.no_grad():
         for values in tuned.parameters():
             values.add_(torch.rand_like(values))
@@ -158,9 +158,9 @@ def test_fisher_of_a_plain_selection_inside_peft() -> None:
     assert torch.equal(found[own], same[own])
 
 
-def test_wrapped_after_it_was_sparsified() -> None:
+def test_wrapped_after_it_was_train_only() -> None:
     model = plain()
-    tuned = sk.sparsify(model, wanted())
+    tuned = sk.train_only(model, wanted())
     lora(model)
     assert dict(tuned.delta().selection) == dict(wanted())
 

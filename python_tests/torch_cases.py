@@ -80,7 +80,7 @@ def later_flags(device: torch.device) -> list[str]:
 
 
 class Problem(nn.Module):
-    """Two parameters; `problem(f)` is f(weight, bias), inside a forward, where `sparsify` takes part."""
+    """Two parameters; `problem(f)` is f(weight, bias), inside a forward, where `train_only` takes part."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (10, 5)):
         super().__init__()
@@ -101,7 +101,7 @@ def groups_of(form: str, problem: nn.Module) -> list[dict[str, Any]]:
     dense = dict(problem.named_parameters())
     index = {name: Index.full(p.shape) if i % 2 == 0 else elements(p) for i, (name, p) in enumerate(dense.items())}
     if form == "compact":
-        tuned = sk.sparsify(problem, Selection(index))
+        tuned = sk.train_only(problem, Selection(index))
         return [{"params": [tuned.slots[name].values]} for name in dense]
     if form == "gathered":
         return [{"params": [p], "indices": [index[name].to(p.device)]} for name, p in dense.items()]

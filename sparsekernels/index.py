@@ -31,10 +31,10 @@ class Index:
         if any(size < 0 for size in self.shape) or math.prod(max(size, 1) for size in self.shape) >= 2**63:
             raise ValueError(f"shape must be that of a tensor, with fewer than 2^63 elements, got {list(self.shape)}")
         self.rows = bool(rows)
-        self.positions = _validated(positions, self.limit, self.rows)
+        self.positions = _validated(positions, self.num_positions, self.rows)
 
     @property
-    def limit(self) -> int:
+    def num_positions(self) -> int:
         """Positions are below this: rows, or elements, of the tensor."""
         if not self.rows:
             return self.shape.numel()
@@ -43,14 +43,14 @@ class Index:
         return self.shape[0]
 
     @property
-    def width(self) -> int:
+    def elements_per_position(self) -> int:
         """Elements that one position stands for."""
         return self.shape[1:].numel() if self.rows else 1
 
     @property
     def numel(self) -> int:
         """Selected elements."""
-        return len(self) * self.width
+        return len(self) * self.elements_per_position
 
     @property
     def compact_shape(self) -> torch.Size:
@@ -72,18 +72,18 @@ class Index:
 
     def to(self, device: torch.device | str) -> Index:
         """The same Index with its positions on `device`."""
-        return Index.trusted(self.positions.to(device), self.shape, self.rows)
+        return Index.unchecked(self.positions.to(device), self.shape, self.rows)
 
     def to_elements(self) -> Index:
         """The same set, written element by element."""
         if not self.rows:
             return self
-        starts = self.positions.long()[:, None] * self.width
-        flat = (starts + torch.arange(self.width, device=starts.device)).reshape(-1)
-        return Index.trusted(flat.to(_dtype_for(self.shape.numel())), self.shape, False)
+        starts = self.positions.long()[:, None] * self.elements_per_position
+        flat = (starts + torch.arange(self.elements_per_position, device=starts.device)).reshape(-1)
+        return Index.unchecked(flat.to(_dtype_for(self.shape.numel())), self.shape, False)
 
     @staticmethod
-    def trusted(positions: Tensor, shape: torch.Size, rows: bool) -> Index:
+    def unchecked(positions: Tensor, shape: torch.Size, rows: bool) -> Index:
         """An Index around positions that come out of one: nothing is checked."""
         index = object.__new__(Index)
         index.positions, index.shape, index.rows = positions, shape, rows

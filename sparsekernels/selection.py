@@ -75,7 +75,7 @@ class Selection(Mapping[str, Index]):
                 raise ValueError(f"{name!r} has shape {list(a.shape)} on the left, {list(b.shape)} on the right")
             if a.rows != b.rows:
                 a, b = a.to_elements(), b.to_elements()
-            index = Index.trusted(rule(a.positions, b.positions.to(a.positions.device)), a.shape, a.rows)
+            index = Index.unchecked(rule(a.positions, b.positions.to(a.positions.device)), a.shape, a.rows)
             if len(index):
                 out[name] = index
         return Selection(out)
@@ -87,7 +87,7 @@ class Selection(Mapping[str, Index]):
         return cls({name: index for name, index in indices.items() if len(index)})
 
     @classmethod
-    def top_k(
+    def topk(
         cls,
         scores: Mapping[str, Tensor],
         k: int | None = None,
@@ -153,7 +153,7 @@ class Selection(Mapping[str, Index]):
             if not shapes[name].numel():
                 continue
             scores = torch.rand(shapes[name], generator=generator)
-            out.update(cls.top_k({name: scores}, density=density))
+            out.update(cls.topk({name: scores}, density=density))
         return cls(out)
 
     def broadcast(self, src: int = 0, group: torch.distributed.ProcessGroup | None = None) -> Selection:
@@ -172,7 +172,7 @@ class Selection(Mapping[str, Index]):
         Example::
 
             >>> selection = sk.methods.sift(model, my_batches).broadcast(src=0)
-            >>> tuned = sk.sparsify(model, selection)
+            >>> tuned = sk.train_only(model, selection)
             >>> model = torch.nn.parallel.DistributedDataParallel(model)
         """
         import torch.distributed as dist

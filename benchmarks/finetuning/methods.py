@@ -17,7 +17,7 @@ from .config import Config
 from .text_task import Batch
 
 if TYPE_CHECKING:
-    from sparsekernels.training.sparsify import SparseModel
+    from sparsekernels.training.train_only import SparseModel
 
 
 @dataclass
@@ -112,7 +112,7 @@ def prepare_reversed(model: nn.Module, batches: list[Batch], config: Config) -> 
     names = [name for name, _ in model.named_parameters() if name not in head]
     fisher = sk.fisher_diagonal(model, take(batches, config.samples), names=names)
     count = sum(index.numel for name, index in chosen.items() if name not in head)
-    smallest = sk.Selection.top_k({name: -total for name, total in fisher.items()}, count)
+    smallest = sk.Selection.topk({name: -total for name, total in fisher.items()}, count)
     heads = sk.Selection({name: index for name, index in chosen.items() if name in head})
     return sparse(model, smallest | heads, config)
 
@@ -127,7 +127,7 @@ def prepare_uniform(model: nn.Module, batches: list[Batch], config: Config) -> P
     generator = torch.Generator().manual_seed(config.seed)
     scores = {n: torch.rand(p.shape, generator=generator) for n, p in parameters.items() if n not in head}
     heads = sk.Selection({name: sk.Index.full(parameters[name].shape) for name in head})
-    return sparse(model, sk.Selection.top_k(scores, count) | heads, config)
+    return sparse(model, sk.Selection.topk(scores, count) | heads, config)
 
 
 def sparse(
@@ -139,7 +139,7 @@ def sparse(
 ) -> Prepared:
     """Train a selection with `SparseAdamW`."""
     head = set(default_head(model))
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     parameters = dict(tuned.named_parameters())
     return Prepared(parameters, sk.SparseAdamW(groups(parameters, head, config)), head, tuned, curve, history)
 

@@ -104,7 +104,7 @@ def embed_tune(samples: Samples) -> Run:
     model, batches = samples.make()
 
     def call() -> Tensor:
-        tuned = sk.methods.embed_tune(model, batches, epochs=1, progress=False)
+        tuned = sk.methods.ks_lottery.embed_tune(model, batches, epochs=1, progress=False)
         ((_, values),) = tuned.named_parameters()
         total = values.detach().sum()
         tuned.restore()
@@ -115,7 +115,7 @@ def embed_tune(samples: Samples) -> Run:
 
 def ks_lottery(samples: Samples) -> Run:
     model, batches = samples.make()
-    tuned = sk.methods.embed_tune(model, batches, epochs=1, progress=False)
+    tuned = sk.methods.ks_lottery.embed_tune(model, batches, epochs=1, progress=False)
 
     def check(selections: list[Any]) -> None:
         for selection in selections:
@@ -125,4 +125,4 @@ def ks_lottery(samples: Samples) -> Run:
             if not bool((selection.report["statistics"] > 0).any()):
                 raise WrongResult("tuning moved no row")
 
-    return Run(lambda: sk.methods.ks_lottery(tuned, fallback_density=0), check)
+    return Run(lambda: sk.methods.ks_lottery.select(tuned, fallback_density=0), check)

@@ -140,7 +140,7 @@ def sift(
         for parameter in parameters.values():
             parameter.requires_grad_(True)
     else:
-        parameters = dict(sk.sparsify(model, selection).named_parameters())
+        parameters = dict(sk.train_only(model, selection).named_parameters())
 
     def optimizer(chosen: sk.Selection, seed: int) -> sk.SparseAdamW:
         compact = [{"params": [parameters[name] for name in chosen]}]

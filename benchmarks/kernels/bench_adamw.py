@@ -108,7 +108,7 @@ def solved(step: Step, weights: list[Any], call: Callable[[], Any], **more: Any)
 def sparse_adamw(step: Step, **options: Any) -> Contender:
     model = nn.ParameterList(weight.clone() for weight in step.weights)
     weights = list(model.parameters())
-    tuned = sk.sparsify(model, sk.Selection({str(i): index for i, index in enumerate(step.indices)}))
+    tuned = sk.train_only(model, sk.Selection({str(i): index for i, index in enumerate(step.indices)}))
     for values, grad in zip(tuned.parameters(), step.compact, strict=True):
         values.grad = grad
     optimizer = sk.SparseAdamW(tuned.parameters(), LR, (BETA1, BETA2), EPS, DECAY, **options)

@@ -184,9 +184,9 @@ def trained(layer: Layer, model: nn.Module, parameter: nn.Parameter) -> Contende
     return Contender(call, result)
 
 
-def sparsified(layer: Layer) -> Contender:
+def train_only(layer: Layer) -> Contender:
     model = module(layer)
-    tuned = sk.sparsify(model, sk.Selection({"0.weight": layer.index}))
+    tuned = sk.train_only(model, sk.Selection({"0.weight": layer.index}))
     return trained(layer, model, next(tuned.parameters()))
 
 
@@ -249,9 +249,9 @@ def cases(small: bool) -> list[Case]:
         return Case(name, problem, contenders, "masked_grad_embedding", versus, tolerance=1e-5)
 
     def layer(name: str, problem: Any, alternative: str, contender: Any, warm: tuple[str, ...]) -> Case:
-        contenders = {"sparsify": sparsified, alternative: contender, "dense layer": dense}
+        contenders = {"train_only": train_only, alternative: contender, "dense layer": dense}
         versus = {alternative: None, "dense layer": None}
-        return Case(name, problem, contenders, "sparsify", versus, warm, tolerance=1e-5)
+        return Case(name, problem, contenders, "train_only", versus, warm, tolerance=1e-5)
 
     by_rows = {"masked_grad_linear": linear_op, DENSE: linear_dense}
     some = partial(random_elements, shape)

@@ -66,7 +66,14 @@ def adapt(model: nn.Module, samples: Sequence[Batch], objective: str, rhos: Sequ
     """One backward ranks, the best few are evaluated on the same texts."""
     started = time.perf_counter()
     reduced = laser.adapt(
-        model, samples, evaluator(samples, objective), rhos=rhos, tried=TRIED, rounds=ROUNDS, progress=False, **options
+        model,
+        samples,
+        evaluator(samples, objective),
+        rhos=rhos,
+        num_candidates=TRIED,
+        max_matrices=ROUNDS,
+        progress=False,
+        **options,
     )
     seconds = time.perf_counter() - started
     report = reduced.report
@@ -84,7 +91,7 @@ def search(
     """Everything is evaluated; `seen` gets the quality of the model, and of every reduction in order."""
     started = time.perf_counter()
     reduced = laser.search(
-        model, evaluator(texts, objective, seen), rhos=rhos, rounds=ROUNDS, progress=sys.stderr.isatty()
+        model, evaluator(texts, objective, seen), rhos=rhos, max_matrices=ROUNDS, progress=sys.stderr.isatty()
     )
     seconds = time.perf_counter() - started
     evaluations = reduced.report["evaluations"]

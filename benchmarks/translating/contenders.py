@@ -59,7 +59,7 @@ class Ticket:
     def draw(cls, embed: Any, alpha: float) -> Ticket:
         """Test the rows of an embed-tuned model."""
         found = {
-            correction: sk.methods.ks_lottery(embed, alpha=alpha, correction=correction, fallback_density=0)
+            correction: sk.methods.ks_lottery.select(embed, alpha=alpha, correction=correction, fallback_density=0)
             for correction in CORRECTIONS
         }
         report = found[None].report
@@ -93,8 +93,8 @@ def choose(
     drawn = torch.randperm(index.shape[0], generator=torch.Generator().manual_seed(seed))[: len(index)].sort().values
     return {
         TICKET: ticket.selection,
-        SHIFT: sk.methods.by_shift(embed, k=len(index)),
-        FREQUENCY: sk.methods.by_frequency(embed.model, batches, k=len(index)),
+        SHIFT: sk.methods.ks_lottery.by_shift(embed, k=len(index)),
+        FREQUENCY: sk.methods.ks_lottery.by_frequency(embed.model, batches, k=len(index)),
         RANDOM: sk.Selection({name: sk.Index(drawn, index.shape, rows=True)}),
         ONE_ROW: sk.Selection({name: sk.Index(torch.tensor([before_answer]), index.shape, rows=True)}),
     }
@@ -122,11 +122,11 @@ def tuned(
             with fully_tuned(model, batches, lr, epochs):
                 yield None
         elif name == EMBED:
-            with sk.methods.embed_tune(model, batches, **same) as embed:
+            with sk.methods.ks_lottery.embed_tune(model, batches, **same) as embed:
                 yield embed
         else:
             assert selection is not None
-            with sk.methods.partial_tune(model, selection, batches, **same) as partial:
+            with sk.methods.ks_lottery.partial_tune(model, selection, batches, **same) as partial:
                 yield partial
     except ValueError as error:
         raise ModelError(f"{name}: {error}") from error

@@ -133,7 +133,7 @@ class Study:
 
         def evaluate(name: str, selection: sk.Selection | None = None) -> None:
             scores, written = self.measure(job.test)
-            predicted[name] = sk.methods.predictions(self.model, labelled)
+            predicted[name] = sk.methods.ks_lottery.predictions(self.model, labelled)
             weights = sum(p.numel() for p in self.model.parameters()) if name == contenders.FULL else 0
             weights = selection.numel if selection is not None else weights
             results[name] = {"scores": scores, "trained": weights, "examples": written[:3]}
@@ -149,14 +149,14 @@ class Study:
             evaluate(EMBED, embed.selection)
             ticket = Ticket.draw(embed, self.settings.alpha)
             selections = contenders.choose(embed, ticket, batches, self.before_answer, seed)
-            transfer = sk.methods.partial_transfer(embed, ticket.selection)
+            transfer = sk.methods.ks_lottery.partial_transfer(embed, ticket.selection)
         with transfer.apply(self.model):
             evaluate(TRANSFER, ticket.selection)
         for name in (contenders.FULL, *selections):
             with self.tuned(name, rates[name], batches, selections.get(name)):
                 evaluate(name, selections.get(name))
         for name, result in results.items():
-            certified = sk.methods.certificate(predicted[name], predicted[EMBED], self.settings.alpha)
+            certified = sk.methods.ks_lottery.certificate(predicted[name], predicted[EMBED], self.settings.alpha)
             result["agreement"] = {
                 "share": certified.agreement,
                 "lower": certified.lower,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Delta, Index, Selection
-from sparsekernels.methods import certificate, embed_tune, partial_transfer, partial_tune, predictions
-from sparsekernels.methods.ks_lottery.select import ks_lottery
+from sparsekernels.methods import ks_lottery
+from sparsekernels.methods.ks_lottery import certificate, embed_tune, partial_transfer, partial_tune, predictions
 
 NAME = "model.embed_tokens.weight"
 
@@ -78,8 +78,8 @@ def test_tune_select_transfer_and_tune_again(tied: bool, dtype: torch.dtype) -> 
     tuned = embed_tune(model, batches(), lr=0.05, epochs=2, progress=False)
     assert [m.training for m in model.modules()] == modes
     assert changed(before, model) == ({NAME, "lm_head.weight"} if tied else {NAME})
-    pvalues = ks_lottery(tuned).report["pvalues"]
-    ticket = ks_lottery(tuned, alpha=min(0.5, float(pvalues.median())))  # a tied table moves in every row
+    pvalues = ks_lottery.select(tuned).report["pvalues"]
+    ticket = ks_lottery.select(tuned, alpha=min(0.5, float(pvalues.median())))  # a tied table moves in every row
     assert 0 < ticket.numel < before[NAME].numel()
     moved = model.get_parameter(NAME).detach().clone()
     delta = partial_transfer(tuned, ticket)
@@ -111,7 +111,7 @@ def test_a_transfer_is_a_file_that_knows_its_base(tmp_path: Any) -> None:
     partial_transfer(tuned, rows(1, 4)).save(tmp_path / "ticket.safetensors")
     delta = Delta.load(tmp_path / "ticket.safetensors")
     assert torch.equal(delta.changes[NAME].values, values)
-    with pytest.raises(ValueError, match="sparsified"):
+    with pytest.raises(ValueError, match="trains a selection"):
         delta.apply(model)
     delta.apply(tuned.restore())
     other = llama()
@@ -134,7 +134,7 @@ def test_the_loss_may_be_ones_own_and_gradients_clipped() -> None:
             return super().step(closure)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["sparsekernels.methods.ks_lottery.tune"], "SparseAdamW", Spy)
+        patch.setattr(sys.modules["sparsekernels.methods.ks_lottery.tuning"], "SparseAdamW", Spy)
         embed_tune(llama().eval(), batches(), loss=loss, epochs=1, max_grad_norm=0.01, progress=False)
         assert len(norms) == 3
         assert max(norms) == pytest.approx(0.01, rel=1e-3)
@@ -243,7 +243,7 @@ def test_from_the_first_line_to_the_last_at_the_usual_rate() -> None:
     before = state(model)
     tuned = embed_tune(model, given, progress=False)
     with pytest.warns(RuntimeWarning, match=r"has p < 0\.05.*The ticket is the 2 rows"):
-        ticket = ks_lottery(tuned)
+        ticket = ks_lottery.select(tuned)
     assert (len(ticket[NAME]), ticket.report["significant"]) == (2, 0)
     reference = predictions(model, given)
     delta = partial_transfer(tuned, ticket)

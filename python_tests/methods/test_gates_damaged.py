@@ -34,7 +34,7 @@ def compressed(kind: str, granularity: str, seed: int = 0) -> nn.Module:
             p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + i)))
     gates = sk.methods.gates.attach(model, 0.3, 10, granularity=granularity)
     measure(gates, seed)
-    gates.settle()
+    gates.freeze()
     return gates.compress()
 
 

@@ -32,7 +32,7 @@ def one_step(model: nn.Module, gates: sk.methods.gates.Gates, optimizer: torch.o
 
 def test_the_readme_on_a_model_in_eval_mode_raises() -> None:
     model = from_pretrained()
-    gates = sk.methods.gates.attach(model, target=0.3, steps=10, granularity="head+mlp", lora_rank=4)
+    gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=10, granularity="head+mlp", lora_rank=4)
     optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
     state = copy.deepcopy(gates.state_dict())
     with pytest.raises(RuntimeError, match=r"call model\.train\(\) before the forward"):
@@ -68,9 +68,9 @@ def test_settling_without_any_importance_raises() -> None:
     gates = sk.methods.gates.attach(model, 0.3, 20)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match=r"call model\.train\(\)"):
-        gates.settle()
+        gates.freeze()
     assert_same(model, before)
-    assert not gates.settled
+    assert not gates.frozen
 
 
 class Skipping(nn.Module):
@@ -107,7 +107,7 @@ def test_a_layer_that_was_never_measured_is_not_cut() -> None:
     assert gates.removed() >= 0.4
     gates.compress()
     assert torch.equal(model.blocks[1].weight, whole)
-    assert all(type(model.blocks[i]) is sk.CompactLinear for i in (0, 2))
+    assert all(type(model.blocks[i]) is sk.PrunedLinear for i in (0, 2))
 
 
 def test_a_share_out_of_reach_without_unmeasured_layers_raises() -> None:
@@ -159,7 +159,7 @@ def test_equal_importance_empties_no_layer(granularity: str) -> None:
     gates = sk.methods.gates.attach(model, 0.3, 20, granularity=granularity)
     importance = gates._importance
     importance.squares, importance.seen = importance.elements.clone(), torch.ones_like(importance.elements)
-    gates.settle()
+    gates.freeze()
     assert 0.3 <= gates.removed() < 0.45
     for layer, sides in gates.open_gates().items():
         for values in sides.values():

@@ -13,8 +13,8 @@ from torch import nn
 import sparsekernels as sk
 from sparsekernels.methods.gates.parts import Vector
 from sparsekernels.methods.gates.rounding import Dimensions, _multiple
-from sparsekernels.nn.pruned import CompactLinear
-from sparsekernels.structure.architectures import Mlp, Part
+from sparsekernels.nn.pruned import PrunedLinear
+from sparsekernels.structure.architectures import Mlp, OutputSlice
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 50}
 
@@ -69,7 +69,7 @@ def test_sizes_are_multiples(kind: str, granularity: str) -> None:
     assert (
         target <= model.cuts.removed / model.cuts.total < target + 0.03
     )  # eight neurons or a head of so small a model are 1 to 2 %
-    assert granularity != "row+column" or any(isinstance(module, CompactLinear) for module in model.modules())
+    assert granularity != "row+column" or any(isinstance(module, PrunedLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.6])
@@ -117,7 +117,7 @@ def test_as_many_open_as_are_missing() -> None:
         Vector("down", "columns", 128, 128, 1),
         Vector("down", "rows", 256, 50, 1),
     ]
-    dimensions = Dimensions(vectors, [], [Mlp("mlp", (Part("up"),), "down", 128)])
+    dimensions = Dimensions(vectors, [], [Mlp("mlp", (OutputSlice("up"),), "down", 128)])
     is_open = torch.ones(306, dtype=torch.bool)
     is_open[:3] = False  # three neurons lack a row, three a column, and one of them both
     is_open[128 + 2 : 128 + 5] = False
@@ -147,19 +147,19 @@ def test_nothing_opens_where_sizes_are_good() -> None:
 def test_training_keeps_open_what_rounding_would_open_again() -> None:
     """Gates below the price that will stay are not closed, and the price is that of the rounded share."""
     gates = trained(make("bert"), 0.3, "row+column", steps=15)
-    assert not gates.settled
+    assert not gates.frozen
     closing = gates._weights > 0
     scores = gates._importance.values()
     stays = gates._dimensions.rounding(scores)(~closing)
     assert stays.equal(~closing)
-    assert bool((scores[~closing] < gates.price).any())
+    assert bool((scores[~closing] < gates.threshold).any())
     wanted = gates.schedule.wanted(14)
     assert wanted <= gates._removed(stays) < wanted + 0.02
 
 
 def test_parts_of_a_fused_layer_are_told_apart() -> None:
     """Rows 0 to 99 are a neuron's, the others stand by themselves."""
-    mlp = Mlp("mlp", (Part("fused", slice(0, 100)),), "down", 100)
+    mlp = Mlp("mlp", (OutputSlice("fused", slice(0, 100)),), "down", 100)
     dimensions = Dimensions([Vector("fused", "rows", 0, 160, 1)], [], [mlp])
     assert [each.gates.shape for each in dimensions.all] == [(1, 100), (1, 60)]
     assert np.concatenate([each.gates.flatten() for each in dimensions.all]).tolist() == list(range(160))

@@ -25,7 +25,7 @@ def compressed(model: nn.Module, granularity: str = "row+column") -> nn.Module:
         for logits in gates._logits():
             logits.uniform_(-1.0, 0.6)
     measure(gates)
-    gates.settle()
+    gates.freeze()
     return gates.compress()
 
 

@@ -17,7 +17,7 @@ import sparsekernels as sk
 from sparsekernels.methods.gates.attaching import NOISES
 from sparsekernels.methods.gates.parts import OPEN, SHUT
 from sparsekernels.methods.gates.schedule import Importance, Schedule, price
-from sparsekernels.nn.pruned import CompactLinear
+from sparsekernels.nn.pruned import PrunedLinear
 
 GRANULARITIES = ("row+column", "head", "mlp", "head+mlp")
 TARGETS = {"row+column": 0.4, "head": 0.15, "mlp": 0.2, "head+mlp": 0.4}
@@ -44,7 +44,7 @@ def test_trained_and_compressed(kind: str, granularity: str) -> None:
     target = TARGETS[granularity]
     gates = sk.methods.gates.attach(model, target, 40, granularity=granularity, lora_rank=2)
     removed = train(model, gates, kind, 40)
-    assert gates.settled
+    assert gates.frozen
     assert removed[3] == 0
     assert removed[-1] >= target  # a unit of these models is many percent of them
     before = outputs(model, kind)
@@ -54,7 +54,7 @@ def test_trained_and_compressed(kind: str, granularity: str) -> None:
     torch.testing.assert_close(outputs(model, kind), before, rtol=1e-5, atol=1e-5)
     classes = {type(module).__name__ for module in model.modules()}
     assert not any("Gate" in name for name in classes if name != "GatedMLP")
-    compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
+    compact = [module for module in model.modules() if isinstance(module, PrunedLinear)]
     # Whole heads and neurons leave plain layers; the one that stays where all are gone is not computed.
     assert granularity == "row+column" or all(module.weight.numel() == 0 for module in compact)
     if kind == "llama":
@@ -76,7 +76,7 @@ def test_gates_close_before_they_are_made_to() -> None:
     model = transformer("bert")
     gates = sk.methods.gates.attach(model, 0.4, 200)
     removed = train(model, gates, "bert", 155)
-    assert not gates.settled
+    assert not gates.frozen
     assert removed[19] == 0
     assert abs(removed[-1] - 0.4) < 0.05
 
@@ -161,8 +161,8 @@ def test_stop_and_go_on() -> None:
     again.load_state_dict(saved[1])
     torch.manual_seed(0)
     train(other, again, "bert", 8)
-    assert again.settled
-    assert gates.settled
+    assert again.frozen
+    assert gates.frozen
     assert_same(other, snapshot(model))
     smaller = sk.methods.gates.attach(transformer("bert"), 0.3, 20, granularity="head")
     with pytest.raises(ValueError, match="gates"):
@@ -173,7 +173,7 @@ def test_a_failed_compress_leaves_the_gates(monkeypatch: pytest.MonkeyPatch) -> 
     model = transformer("bert")
     gates = sk.methods.gates.attach(model, 0.3, 10)
     measure(gates)
-    gates.settle()
+    gates.freeze()
     before, expected = snapshot(model), outputs(model, "bert")
 
     def fail(*args: object) -> None:
@@ -227,7 +227,7 @@ def test_schedule() -> None:
     assert wanted[50] == pytest.approx(0.4)
     assert wanted == sorted(wanted)
     assert wanted[100] == 0.4
-    assert [schedule.settles(step) for step in (79, 80)] == [False, True]
+    assert [schedule.freezes(step) for step in (79, 80)] == [False, True]
 
 
 def test_importance_is_per_element_and_skips_closed_gates() -> None:
@@ -255,7 +255,7 @@ def test_penalty_pushes_towards_the_price() -> None:
     model = transformer("bert")
     gates = sk.methods.gates.attach(model, 0.3, 20)
     assert float(gates.penalty()) == 0
-    gates.price = 1.0
+    gates.threshold = 1.0
     gates._weights = torch.linspace(-1, 1, len(gates._weights))
     penalty = gates.penalty()
     penalty.backward()
@@ -300,7 +300,7 @@ def test_settling_keeps_the_order_of_importance() -> None:
     with torch.no_grad():
         for logits in gates._logits():
             logits.fill_(-1.0)
-    gates.settle()
+    gates.freeze()
     stays = gates._open()
     assert 0.3 <= gates.removed() < 0.31
     assert scores[stays].min() >= scores[~stays].max()
@@ -320,7 +320,7 @@ def test_compressed_once() -> None:
     model = transformer("bert")
     gates = sk.methods.gates.attach(model, 0.3, 12, granularity="mlp")
     measure(gates)
-    gates.settle()
+    gates.freeze()
     gates.compress()
     with pytest.raises(ValueError, match="compressed already"):
         sk.methods.gates.attach(model, 0.3, 12)
@@ -334,15 +334,15 @@ def test_after_restore_nothing_works() -> None:
     gates = sk.methods.gates.attach(transformer("bert"), 0.3, 12)
     state = gates.state_dict()
     gates.restore()
-    for call in (gates.penalty, gates.step, gates.settle, gates.removed, gates.open_gates, gates.compress):
+    for call in (gates.penalty, gates.step, gates.freeze, gates.removed, gates.open_gates, gates.compress):
         with pytest.raises(RuntimeError, match="no gates any more"):
             call()
     with pytest.raises(RuntimeError, match="no gates any more"):
         gates.load_state_dict(state)
     settled = sk.methods.gates.attach(transformer("bert"), 0.3, 12)
     measure(settled)
-    settled.settle()
-    with pytest.raises(ValueError, match="not settled"):
+    settled.freeze()
+    with pytest.raises(ValueError, match="not frozen"):
         settled.load_state_dict(state)
 
 
@@ -356,7 +356,7 @@ def test_settled_gates_stay_under_an_optimizer_with_momentum() -> None:
         optimizer.step()
         optimizer.zero_grad()
         gates.step()
-        if gates.settled:
+        if gates.frozen:
             seen.append(torch.cat(gates._logits()).detach().clone())
     assert all(torch.equal(seen[0], later) for later in seen)
 

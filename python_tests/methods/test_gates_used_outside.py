@@ -168,7 +168,7 @@ def test_a_model_all_of_whose_layers_are_used_elsewhere() -> None:
         train(gates, 1, regularised)
     assert gates.steps == 0
     measure(gates)
-    gates.settle()
+    gates.freeze()
 
 
 def test_a_structure_with_a_layer_that_is_left_out_is_not_taken_as_one() -> None:

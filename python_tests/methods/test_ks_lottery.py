@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
-from sparsekernels.methods import by_frequency, by_shift
-from sparsekernels.methods.ks_lottery.select import ks_lottery
+from sparsekernels.methods import ks_lottery
+from sparsekernels.methods.ks_lottery import by_frequency, by_shift
 
 NAME = "embed.weight"
 ROWS, WIDTH = 40, 300
@@ -54,7 +54,7 @@ def rows(selection: Selection) -> list[int]:
 def test_equals_scipy_row_by_row(dtype: torch.dtype, correction: Any, alpha: float) -> None:
     before, after = tables(dtype)
     statistics, pvalues = expected(before, after)
-    ticket = ks_lottery(before, after, alpha, correction, name=NAME)
+    ticket = ks_lottery.select(before, after, alpha, correction, name=NAME)
     torch.testing.assert_close(ticket.report["statistics"], statistics, rtol=1e-12, atol=0)
     torch.testing.assert_close(ticket.report["pvalues"], pvalues, rtol=1e-12, atol=0)
     adjusted = pvalues
@@ -75,7 +75,7 @@ def test_equals_scipy_row_by_row(dtype: torch.dtype, correction: Any, alpha: flo
 def test_rows_that_stayed_have_p_one() -> None:
     before, after = tables()
     after[3] = before[3].flip(0)
-    ticket = ks_lottery(before, after, name=NAME)
+    ticket = ks_lottery.select(before, after, name=NAME)
     assert ticket.report["pvalues"][:10].eq(1).all()
     assert ticket.report["statistics"][:10].eq(0).all()
 
@@ -83,7 +83,7 @@ def test_rows_that_stayed_have_p_one() -> None:
 def test_no_row_is_an_empty_selection() -> None:
     before, _ = tables()
     with pytest.warns(RuntimeWarning, match="No row changed; the ticket is empty"):
-        ticket = ks_lottery(before, before.clone(), name=NAME)
+        ticket = ks_lottery.select(before, before.clone(), name=NAME)
     assert len(ticket) == 0
     assert len(ticket.report["pvalues"]) == ROWS
 
@@ -102,11 +102,11 @@ def test_where_no_row_is_significant_the_ticket_goes_by_size(correction: Any, dt
     assert len(set(pvalues.tolist())) < 10
     for density in (0.02, 0.1, 0.3, 1.0):
         with pytest.warns(RuntimeWarning, match=r"none of 50 rows of 'embed\.weight' has p < 1e-09") as said:
-            ticket = ks_lottery(before, after, 1e-9, correction, fallback_density=density, name=NAME)
+            ticket = ks_lottery.select(before, after, 1e-9, correction, fallback_density=density, name=NAME)
         moved = [row for row in order[: min(int(density * 50) + 1, 50)] if statistics[row] > 0]
         assert rows(ticket) == sorted(moved)
         assert ticket.report["significant"] == 0
-        assert torch.equal(ticket.report["pvalues"], ks_lottery(before, after, name=NAME).report["pvalues"])
+        assert torch.equal(ticket.report["pvalues"], ks_lottery.select(before, after, name=NAME).report["pvalues"])
         assert said[0].filename == __file__
     assert len(moved) == int((statistics > 0).sum()) < 20
 
@@ -116,9 +116,9 @@ def test_the_papers_rule_by_itself() -> None:
     before, after = tables()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        empty = ks_lottery(before, after, 1e-60, fallback_density=0, name=NAME)
+        empty = ks_lottery.select(before, after, 1e-60, fallback_density=0, name=NAME)
         assert len(empty) == empty.report["significant"] == 0
-        few = ks_lottery(before, after, 1e-20, fallback_density=1.0, name=NAME)
+        few = ks_lottery.select(before, after, 1e-20, fallback_density=1.0, name=NAME)
     assert 0 < len(rows(few)) == few.report["significant"] < 10
     assert rows(few) == (few.report["pvalues"] < 1e-20).nonzero().reshape(-1).tolist()
 
@@ -129,7 +129,7 @@ def test_a_bf16_table_is_compared_with_fp32_values() -> None:
     after = before.float()
     after[1] += 2e-5
     assert torch.equal(after.bfloat16(), before)
-    assert rows(ks_lottery(before, after, name=NAME)) == [1]
+    assert rows(ks_lottery.select(before, after, name=NAME)) == [1]
     assert rows(by_shift(before, after, k=1, name=NAME)) == [1]
 
 
@@ -138,21 +138,21 @@ def test_models_and_sparse_models_give_name_and_tables(kind: str) -> None:
     base, model = transformer(kind), transformer(kind)
     name = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     before = base.get_parameter(name).detach()
-    tuned = sk.sparsify(model, Selection({name: Index.full(before.shape)}))
+    tuned = sk.train_only(model, Selection({name: Index.full(before.shape)}))
     with torch.no_grad():
         next(iter(tuned.parameters()))[[2, 5]] += 3.0
     tuned.sync_()
     found = [
-        ks_lottery(tuned),
-        ks_lottery(base, tuned),
-        ks_lottery(model, tuned),  # not the weights that are in the model now, but those it came with
-        ks_lottery(tuned, model),
-        ks_lottery(before, tuned),
-        ks_lottery(model.get_parameter(name), tuned),  # nor these, which are the same memory
-        ks_lottery(model.state_dict()[name], tuned),
-        ks_lottery(tuned, model.get_input_embeddings().weight),
-        ks_lottery(base, model),
-        ks_lottery(before, model.get_parameter(name), name=name),
+        ks_lottery.select(tuned),
+        ks_lottery.select(base, tuned),
+        ks_lottery.select(model, tuned),  # not the weights that are in the model now, but those it came with
+        ks_lottery.select(tuned, model),
+        ks_lottery.select(before, tuned),
+        ks_lottery.select(model.get_parameter(name), tuned),  # nor these, which are the same memory
+        ks_lottery.select(model.state_dict()[name], tuned),
+        ks_lottery.select(tuned, model.get_input_embeddings().weight),
+        ks_lottery.select(base, model),
+        ks_lottery.select(before, model.get_parameter(name), name=name),
     ]
     for ticket in found:
         assert ticket[name].positions.tolist() == [2, 5]
@@ -163,7 +163,7 @@ def test_models_and_sparse_models_give_name_and_tables(kind: str) -> None:
 def test_wide_rows_are_tested_exactly_too() -> None:
     before = torch.randn(2, 10_001, generator=torch.Generator().manual_seed(0))
     after = before + torch.tensor([[0.05], [0.3]])
-    found = ks_lottery(before, after, name=NAME).report["pvalues"]
+    found = ks_lottery.select(before, after, name=NAME).report["pvalues"]
     torch.testing.assert_close(found, expected(before, after)[1], rtol=1e-12, atol=0)
 
 
@@ -171,12 +171,17 @@ def test_wide_rows_are_tested_exactly_too() -> None:
 def test_a_table_under_a_name_of_its_own(dtype: torch.dtype) -> None:
     """Whatever table the SparseModel trains, and whether the model knows it as its input embedding or not."""
     model = Plain().to(dtype)
-    tuned = sk.sparsify(model, Selection({NAME: Index.full(model.embed.weight.shape)}))
+    tuned = sk.train_only(model, Selection({NAME: Index.full(model.embed.weight.shape)}))
     with torch.no_grad():
         next(iter(tuned.parameters()))[3] += 9.0
-    assert rows(ks_lottery(tuned)) == rows(ks_lottery(model.embed.weight, tuned)) == rows(by_shift(tuned, k=1)) == [3]
+    assert (
+        rows(ks_lottery.select(tuned))
+        == rows(ks_lottery.select(model.embed.weight, tuned))
+        == rows(by_shift(tuned, k=1))
+        == [3]
+    )
     tied = transformer("llama")
-    tuned = sk.sparsify(tied, Selection({"lm_head.weight": Index.full(tied.lm_head.weight.shape)}))
+    tuned = sk.train_only(tied, Selection({"lm_head.weight": Index.full(tied.lm_head.weight.shape)}))
     assert tuple(by_shift(tuned, k=1)) == ("lm_head.weight",)
     assert by_shift(tuned, k=1, name="model.embed_tokens.weight").numel == tied.lm_head.weight.shape[1]
 
@@ -192,9 +197,9 @@ def test_by_shift_takes_the_furthest_rows_ties_to_the_lower() -> None:
 
 def test_large_tables_are_worked_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = tables()
-    whole, shifted = ks_lottery(before, after, name=NAME), by_shift(before, after, k=7, name=NAME)
-    monkeypatch.setattr(sys.modules["sparsekernels.methods.ks_lottery.select"], "CHUNK", 3 * WIDTH + 1)
-    parts = ks_lottery(before, after, name=NAME)
+    whole, shifted = ks_lottery.select(before, after, name=NAME), by_shift(before, after, k=7, name=NAME)
+    monkeypatch.setattr(sys.modules["sparsekernels.methods.ks_lottery.selecting"], "CHUNK", 3 * WIDTH + 1)
+    parts = ks_lottery.select(before, after, name=NAME)
     assert torch.equal(parts.report["pvalues"], whole.report["pvalues"])
     assert rows(parts) == rows(whole)
     assert rows(by_shift(before, after, k=7, name=NAME)) == rows(shifted)
@@ -245,7 +250,7 @@ def test_bad_input_is_refused() -> None:
         ((Plain(), Plain()), {"name": "embed.bias"}, "no two-dimensional parameter"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ks_lottery(*arguments, **{"name": NAME, **more})
+            ks_lottery.select(*arguments, **{"name": NAME, **more})
     for k in (0, ROWS + 1, 1.5):
         with pytest.raises(ValueError, match=rf"k must be an integer in \[1, {ROWS}\], got {k}"):
             by_shift(before, after, k=k, name=NAME)
@@ -271,9 +276,9 @@ def test_a_sparse_model_must_train_every_row() -> None:
     name = "model.embed_tokens.weight"
     shape = model.get_parameter(name).shape
     with (
-        sk.sparsify(model, Selection({name: Index(torch.tensor([1, 2]), shape, rows=True)})) as tuned,
+        sk.train_only(model, Selection({name: Index(torch.tensor([1, 2]), shape, rows=True)})) as tuned,
         pytest.raises(ValueError, match=f"does not train every row of '{name}'"),
     ):
-        ks_lottery(tuned)
+        ks_lottery.select(tuned)
     with pytest.raises(RuntimeError, match="given back"):
-        ks_lottery(tuned)
+        ks_lottery.select(tuned)

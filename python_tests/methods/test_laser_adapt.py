@@ -35,12 +35,14 @@ def minus_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
 def test_search_tries_everything() -> None:
     model, batches = trained_bert()
     before, labels = snapshot(model), list(matrices(model))
-    reduced = laser.search(model, lambda m: minus_loss(m, batches), rhos=(0.03, 0.5), rounds=2, progress=False)
+    reduced = laser.search(model, lambda m: minus_loss(m, batches), rhos=(0.03, 0.5), max_matrices=2, progress=False)
     assert model.training
     report = reduced.report
-    assert [(r.matrix, r.rho) for r in report["tried"]] == [(label, rho) for label in labels for rho in (0.5, 0.03)]
-    assert reduced.plan[0] == max(report["tried"], key=lambda reduction: reduction.measured)
-    assert report["evaluations"] > len(report["tried"])
+    assert [(r.matrix, r.rho) for r in report["candidates"]] == [
+        (label, rho) for label in labels for rho in (0.5, 0.03)
+    ]
+    assert reduced.plan[0] == max(report["candidates"], key=lambda reduction: reduction.measured)
+    assert report["evaluations"] > len(report["candidates"])
     model.eval()
     with torch.no_grad():
         assert report["after"] == pytest.approx(minus_loss(model, batches), abs=1e-5)
@@ -52,10 +54,10 @@ def test_search_tries_everything() -> None:
 
 def test_adapt_that_tries_everything_finds_what_search_finds() -> None:
     model, batches = trained_bert()
-    options = {"rhos": (0.5, 0.1, 0.03), "rounds": 1, "progress": False}
+    options = {"rhos": (0.5, 0.1, 0.03), "max_matrices": 1, "progress": False}
     found = laser.search(model, lambda m: minus_loss(m, batches), **options)
     found.revert()
-    reduced = laser.adapt(model, batches, tried=1000, **options)
+    reduced = laser.adapt(model, batches, num_candidates=1000, **options)
     assert reduced.plan == found.plan
     assert reduced.plan[0].measured == pytest.approx(found.plan[0].measured, rel=1e-4)
     assert reduced.plan[0].predicted is not None
@@ -64,7 +66,7 @@ def test_adapt_that_tries_everything_finds_what_search_finds() -> None:
 def test_adapt_composes_greedily() -> None:
     model, batches = trained_bert()
     before = snapshot(model)
-    reduced = laser.adapt(model, batches, rhos=(0.5, 0.1, 0.03), tried=4, rounds=3, progress=False)
+    reduced = laser.adapt(model, batches, rhos=(0.5, 0.1, 0.03), num_candidates=4, max_matrices=3, progress=False)
     report = reduced.report
     assert len(reduced.plan) >= 2
     assert len({r.matrix for r in reduced.plan}) == len(reduced.plan)
@@ -73,9 +75,9 @@ def test_adapt_composes_greedily() -> None:
     model.eval()
     with torch.no_grad():
         assert report["after"] == pytest.approx(minus_loss(model, batches), abs=1e-5)
-    assert report["backwards"] == len(report["tried"]) <= 3
-    assert report["evaluations"] == 1 + sum(map(len, report["tried"]))
-    for i, tried in enumerate(report["tried"][1:], 1):  # what is reduced already is not tried again
+    assert report["backwards"] == len(report["candidates"]) <= 3
+    assert report["evaluations"] == 1 + sum(map(len, report["candidates"]))
+    for i, tried in enumerate(report["candidates"][1:], 1):  # what is reduced already is not tried again
         assert not {r.matrix for r in tried} & {r.matrix for r in reduced.plan[:i]}
     model.train()
     reduced.revert()
@@ -84,15 +86,15 @@ def test_adapt_composes_greedily() -> None:
 
 def test_rows_in_groups_are_tried_too() -> None:
     model, batches = trained_bert()
-    options = {"rhos": (0.1,), "rounds": 1, "progress": False}
-    reduced = laser.adapt(model, batches, blocks=(1, 2), clusters=(3,), tried=1000, **options)
+    options = {"rhos": (0.1,), "max_matrices": 1, "progress": False}
+    reduced = laser.adapt(model, batches, blocks=(1, 2), clusters=(3,), num_candidates=1000, **options)
     assert reduced.report["backwards"] == 2
-    (tried,) = reduced.report["tried"]
+    (tried,) = reduced.report["candidates"]
     assert len(tried) == 3 * 12
     assert {(r.blocks, r.clustered) for r in tried} == {(1, False), (2, False), (3, True)}
     reduced.revert()
-    reduced = laser.adapt(model, batches, blocks=(1, 2), clusters=(3,), tried=4, **options)
-    (tried,) = reduced.report["tried"]
+    reduced = laser.adapt(model, batches, blocks=(1, 2), clusters=(3,), num_candidates=4, **options)
+    (tried,) = reduced.report["candidates"]
     assert len(tried) == 4
     assert [r.predicted for r in tried] == sorted((r.predicted for r in tried), reverse=True)
 
@@ -105,7 +107,7 @@ def test_nothing_is_kept_that_does_not_help() -> None:
         laser.search(model, lambda model: 0.0, rhos=(0.5,), progress=False),
     ):
         assert reduced.plan == []
-        assert reduced.saved == 0
+        assert reduced.parameters_saved == 0
         assert_same(model, before)
 
 
@@ -124,7 +126,7 @@ def test_an_evaluate_that_stops_leaves_the_model_whole(way: str) -> None:
 
     def run() -> None:
         if way == "adapt":
-            laser.adapt(model, batches, evaluate, tried=4, progress=False)
+            laser.adapt(model, batches, evaluate, num_candidates=4, progress=False)
         else:
             laser.search(model, evaluate, rhos=(0.5,), progress=False)
 
@@ -144,11 +146,11 @@ def test_what_cannot_be_evaluated_is_not_kept(way: str) -> None:
     def run(values: list[float]) -> laser.Reduced:
         feed = iter([*values, *[0.0] * 1000])
         if way == "adapt":
-            return laser.adapt(model, batches, lambda m: next(feed), tried=4, rounds=1, progress=False)
-        return laser.search(model, lambda m: next(feed), rhos=(0.5,), rounds=1, progress=False)
+            return laser.adapt(model, batches, lambda m: next(feed), num_candidates=4, max_matrices=1, progress=False)
+        return laser.search(model, lambda m: next(feed), rhos=(0.5,), max_matrices=1, progress=False)
 
     reduced = run([0.0, float("-inf"), float("nan"), float("inf"), 1.0])
-    tried = reduced.report["tried"][0] if way == "adapt" else reduced.report["tried"]
+    tried = reduced.report["candidates"][0] if way == "adapt" else reduced.report["candidates"]
     assert [r.measured for r in tried[:4]] == [float("-inf")] * 3 + [1.0]
     assert reduced.plan == [tried[3]]
     reduced.revert()
@@ -160,8 +162,8 @@ def test_what_cannot_be_evaluated_is_not_kept(way: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tried": 0}, "tried"),
-        ({"rounds": 0}, "rounds"),
+        ({"num_candidates": 0}, "num_candidates"),
+        ({"max_matrices": 0}, "max_matrices"),
         ({"rhos": []}, "rhos must be"),
         ({"rhos": [2.0]}, "rhos must be"),
         ({"score": "best"}, "score must be"),
@@ -228,7 +230,7 @@ def test_models_of_many_kinds(kind: str) -> None:
         labels = torch.tensor([0, 1, 1])
     batches = [{"input_ids": tokens, "labels": labels}]
     before = snapshot(model)
-    reduced = laser.adapt(model, batches, rhos=(0.5, 0.1), tried=6, progress=False)
+    reduced = laser.adapt(model, batches, rhos=(0.5, 0.1), num_candidates=6, progress=False)
     assert reduced.plan
     with torch.no_grad():
         assert reduced.report["after"] == pytest.approx(minus_loss(model, batches), abs=1e-5)

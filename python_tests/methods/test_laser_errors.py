@@ -127,12 +127,12 @@ def test_a_failure_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(model, before)
 
 
-def test_sparsified_models_are_refused() -> None:
+def test_train_only_models_are_refused() -> None:
     model = Zoo()
-    with sk.sparsify(model, sk.Selection({"head.bias": sk.Index(torch.tensor([0]), (5,))})):
-        with pytest.raises(ValueError, match="sparsified"):
+    with sk.train_only(model, sk.Selection({"head.bias": sk.Index(torch.tensor([0]), (5,))})):
+        with pytest.raises(ValueError, match="trains a selection"):
             laser.reduce(model, [Reduction("up.weight", 0.5)])
-        with pytest.raises(ValueError, match="sparsified"):
+        with pytest.raises(ValueError, match="trains a selection"):
             laser.search(model, lambda m: 1 / 0, names=["up.weight"], progress=False)  # refused before it is called
 
 

@@ -19,7 +19,7 @@ def test_predictions_are_first_order_gains(kind: str) -> None:
     model = transformer(kind)
     batches = [batch(kind), batch(kind, rows=2, seed=1)]
     groups = {"blocks": (1, 3), "clusters": (3,)}
-    ranking = laser.rank(model, batches, rhos=(0.9, 0.5, 0.2, 0.0), score="gain", **groups, progress=False)
+    ranking = laser.rank(model, batches, rhos=(0.9, 0.5, 0.2, 0.0), score="first_order", **groups, progress=False)
     assert len(ranking) == 4 * 3 * len(ranking.matrices)
     predicted = [reduction.predicted for reduction in ranking]
     assert predicted == sorted(predicted, reverse=True)
@@ -40,7 +40,7 @@ def test_predictions_are_first_order_gains(kind: str) -> None:
 def test_prediction_is_the_gain_of_a_small_step() -> None:
     """Going a thousandth of the way to the reduced weight, the loss falls by a thousandth of the prediction."""
     model, batches = transformer("bert").double().eval(), [batch("bert")]
-    ranking = laser.rank(model, batches, score="gain", progress=False)
+    ranking = laser.rank(model, batches, score="first_order", progress=False)
     for reduction in (ranking.reductions[0], ranking.reductions[-1]):
         parameter = model.get_parameter(reduction.matrix)
         before = parameter.detach().clone()
@@ -59,7 +59,7 @@ def test_second_order_gains(rhos: tuple[float, ...]) -> None:
     model, names = wide_bert().eval(), ["*.0.intermediate.dense.weight", "*.1.output.dense.weight"]
     b = batch("bert", rows=5, length=9)
     batches = [{key: x[:3] for key, x in b.items()}, {key: x[3:] for key, x in b.items()}]
-    ranking = laser.rank(model, batches, rhos=rhos, names=names, blocks=(1, 4), score="second", progress=False)
+    ranking = laser.rank(model, batches, rhos=rhos, names=names, blocks=(1, 4), score="second_order", progress=False)
     assert len(ranking) == 2 * 2 * len(rhos)
     grads = []
     for i in range(5):
@@ -84,27 +84,12 @@ def test_scores_by_hand() -> None:
     inner = (s * values).sum(1)
     cut = torch.tensor([-2.0 + 0.5, 4.0 - 0.5])
     scores = ranking._scores
-    assert scores("gain", [(whole[0][0], values.mean(0))], inner.mean(), [0.34]) == [float(cut.mean())]
-    assert scores("second", whole, inner, [0.34]) == [float(cut.mean() - cut.square().mean() / 2)]
-    assert scores("sum", [(whole[0][0], values.mean(0))], inner.mean(), [0.34]) == [0.5 + 0.0]
-    assert scores("count", [(whole[0][0], values.mean(0))], inner.mean(), [0.34]) == [1.0]
+    assert scores("first_order", [(whole[0][0], values.mean(0))], inner.mean(), [0.34]) == [float(cut.mean())]
+    assert scores("second_order", whole, inner, [0.34]) == [float(cut.mean() - cut.square().mean() / 2)]
     few = [(sk.Factors(vectors[:, :2], s[:2], vectors[:, :2]), values[:, :2])]
-    assert scores("second", few, inner, [0.34, 0.0]) == pytest.approx(
+    assert scores("second_order", few, inner, [0.34, 0.0]) == pytest.approx(
         [float(x.mean() - x.square().mean() / 2) for x in (cut, inner)]
     )
-
-
-def test_other_scores() -> None:
-    model, batches = transformer("bert").eval(), [batch("bert")]
-    model(**batches[0]).loss.backward()
-    name = "bert.encoder.layer.0.intermediate.dense.weight"
-    weight = model.get_parameter(name)
-    u, _, vh = torch.linalg.svd(weight.detach(), full_matrices=False)
-    values = torch.diagonal(u.T @ weight.grad @ vh.T)
-    cut = values[int(0.2 * min(weight.shape)) :]
-    for score, expected in (("sum", float(cut.sum())), ("count", int((cut > 0).sum()))):
-        (only,) = laser.rank(model, batches, rhos=[0.2], names=[name], score=score, progress=False)
-        assert only.predicted == pytest.approx(expected, rel=1e-3)
 
 
 def test_truncated_factors_predict_what_whole_ones_do() -> None:
@@ -112,13 +97,13 @@ def test_truncated_factors_predict_what_whole_ones_do() -> None:
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     with torch.no_grad():  # singular values that fall, as those of trained weights do
         model.get_parameter(name).mul_(torch.linspace(1, 0, 96) ** 4 * 20)
-    whole = laser.rank(model, batches, rhos=[0.1, 0.05, 1.0], names=[name], score="gain", progress=False)
+    whole = laser.rank(model, batches, rhos=[0.1, 0.05, 1.0], names=[name], score="first_order", progress=False)
     by_rho = {reduction.rho: reduction.predicted for reduction in whole}
     before = model.get_parameter(name).detach().clone()
     model.eval()(**batches[0]).loss.backward()
     grad = model.get_parameter(name).grad.clone()
     for rho in (0.1, 0.05):
-        few = laser.rank(model, batches, rhos=[rho], names=[name], score="gain", progress=False)
+        few = laser.rank(model, batches, rhos=[rho], names=[name], score="first_order", progress=False)
         ((part,),) = few.decompositions.of(model, [(few.matrices[name], decompositions.Split(1, False))], rho).values()
         assert len(part.s) == int(rho * 96)
         (reduction,) = few

@@ -68,10 +68,10 @@ def test_factored_and_dense_agree(kind: str) -> None:
     plan = [Reduction(label, 0.3, 1 + i % 2) for i, label in enumerate(matrices(model))]
     b = batch(kind)
     with laser.reduce(model, plan) as reduced, torch.no_grad():
-        assert reduced.saved > 0
+        assert reduced.parameters_saved > 0
         factored = model(**b).logits
     with laser.reduce(model, plan, factored=False) as reduced, torch.no_grad():
-        assert reduced.saved == 0
+        assert reduced.parameters_saved == 0
         dense = model(**b).logits
     torch.testing.assert_close(factored, dense, rtol=1e-4, atol=1e-5)
 
@@ -81,8 +81,8 @@ def test_what_is_saved_is_counted() -> None:
     before = sum(p.numel() for p in model.parameters())
     names = [f"bert.encoder.layer.0.{part}.weight" for part in ("intermediate.dense", "attention.self.query")]
     reduced = laser.reduce(model, [Reduction(names[0], 0.1), Reduction(names[1], 0.6)])
-    assert reduced.saved == 192 * 96 - 9 * (192 + 96)  # 0.6 of a square matrix would take more in factors
-    assert before - sum(p.numel() for p in model.parameters()) == reduced.saved
+    assert reduced.parameters_saved == 192 * 96 - 9 * (192 + 96)  # 0.6 of a square matrix would take more in factors
+    assert before - sum(p.numel() for p in model.parameters()) == reduced.parameters_saved
     assert "LowRankLinear" in repr(model.bert.encoder.layer[0].intermediate)
     assert type(model.bert.encoder.layer[0].attention.self.query) is nn.Linear
 
@@ -95,7 +95,7 @@ def test_parts_of_a_fused_projection() -> None:
     whole = layer.c_attn(x)
     with laser.reduce(model, [Reduction("transformer.h.0.attn.c_attn.weight[k]", 0.2)]) as reduced:
         assert isinstance(layer.c_attn, LowRankLinear)
-        assert reduced.saved == 16 * 16 - 3 * 32
+        assert reduced.parameters_saved == 16 * 16 - 3 * 32
         parts = layer.c_attn(x).split(16, -1)
     with laser.reduce(model, [Reduction("transformer.h.0.attn.c_attn.weight[q]", 0.2)]):
         assert layer.c_attn.rows is None  # in order: nothing is permuted
@@ -131,7 +131,7 @@ def test_tied_modules_share_their_factors() -> None:
         assert model.a.up0 is model.b.up0
         assert model.a.bias is not model.b.bias
         assert type(model.hooked) is nn.Linear  # its hook would be lost
-        assert reduced.saved == 144 - 3 * 24
+        assert reduced.parameters_saved == 144 - 3 * 24
         torch.testing.assert_close(model(x), dense)
     assert model.a.weight is model.b.weight
     assert_same(model, before)
@@ -151,7 +151,7 @@ def test_merge_and_commit(kind: str) -> None:
     names = list(model.state_dict())
     plan = [Reduction(label, 0.2) for label in matrices(model)]
     reduced = laser.reduce(model, plan)
-    assert reduced.saved > 0
+    assert reduced.parameters_saved > 0
     logits = model(**b).logits
     reduced.merge()
     assert list(model.state_dict()) == names
@@ -161,13 +161,13 @@ def test_merge_and_commit(kind: str) -> None:
     reduced.revert()  # no way back
     assert_same(model, after)
 
-    assert reduced.saved == 0
+    assert reduced.parameters_saved == 0
     reduced = laser.reduce(model, plan)
-    saved = reduced.saved
-    reduced.commit()
+    saved = reduced.parameters_saved
+    reduced.discard_originals()
     logits = model(**b).logits
     reduced.revert()
-    assert reduced.saved == saved > 0
+    assert reduced.parameters_saved == saved > 0
     assert any(isinstance(module, LowRankLinear) for module in model.modules())
     assert torch.equal(model(**b).logits, logits)
 

@@ -58,7 +58,7 @@ def test_selections_are_of_the_model(method: Any, kind: str) -> None:
     assert set(found) <= set(base_parameters(adapted))
     if method is not sift:
         assert found.numel == int(0.05 * sum(p.numel() for p in untied().parameters()))
-    with sk.sparsify(adapted, found) as tuned:
+    with sk.train_only(adapted, found) as tuned:
         adapted(**batch("llama")).loss.backward()
         assert all(p.grad is not None for p in tuned.parameters())
 
@@ -81,7 +81,7 @@ def test_a_copy_of_the_head_is_the_head_while_it_is_in_use() -> None:
     found = sift(adapted, [batch("bert")], 0.05, **QUIET)
     assert set(copy) <= set(found)
     assert not any("lora" in name or "original_module" in name or ".other." in name for name in found)
-    with sk.sparsify(adapted, found) as tuned:
+    with sk.train_only(adapted, found) as tuned:
         adapted(**batch("bert")).loss.backward()
         assert all(p.grad is not None for p in tuned.parameters())
     with adapted.disable_adapter():

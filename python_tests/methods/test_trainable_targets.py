@@ -1,4 +1,4 @@
-"""Weights that are used outside the forward of their module: no method selects what sparsify could not train."""
+"""Weights that are used outside the forward of their module: no method selects what train_only could not train."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def texts(seed: int = 0) -> dict[str, Tensor]:
 
 
 def assert_all_train(model: nn.Module, selection: sk.Selection, loss: Callable[[nn.Module], Tensor]) -> None:
-    with sk.sparsify(model, selection) as tuned:
+    with sk.train_only(model, selection) as tuned:
         loss(model).backward()
         assert all(p.grad is not None for p in tuned.parameters())
 

@@ -90,7 +90,7 @@ class Maker:
         count = round(layout.share * limit)
         chosen = torch.tensor([limit - 1]) if layout.share == LAST else order[:count].sort().values
         positions = self.put(chosen.to(torch.int64 if layout.wide else torch.int32))
-        return Index.trusted(positions, torch.Size(layout.shape), layout.rows)
+        return Index.unchecked(positions, torch.Size(layout.shape), layout.rows)
 
 
 LAST = -1.0  # the share that stands for the last position alone

@@ -256,9 +256,9 @@ def looked_up(total: Tensor, index: Index | None, ids: Tensor, width: int) -> In
     """The part of `total` that may change."""
     ids = ids.cpu().long().unique()
     if index is None:
-        return Index.trusted(ids, total.shape, rows=True)
+        return Index.unchecked(ids, total.shape, rows=True)
     rows = index.positions.cpu().long() // (1 if index.rows else width)
-    return Index.trusted(torch.isin(rows, ids).nonzero().view(-1), total.shape, index.rows)
+    return Index.unchecked(torch.isin(rows, ids).nonzero().view(-1), total.shape, index.rows)
 
 
 def embedding_samples() -> Iterator[Sample]:

@@ -37,7 +37,7 @@ def fish(
         num_samples: the first so many samples are used; None for all.
         targets: patterns (as in `fnmatch`) of the parameters that compete; default: all but the head, embeddings,
             biases and norms too, frozen ones as well, without the adapters of PEFT, and without what is used outside
-            the forward of its module as well, where `sparsify` cannot train it. A warning names the latter.
+            the forward of its module as well, where `train_only` cannot train it. A warning names the latter.
         head: patterns of parameters to train densely; default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
         max_fisher_bytes: targets are worked through in groups whose Fisher diagonals fit in this, each group with its

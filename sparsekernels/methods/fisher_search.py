@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..common.names import base_parameters, default_head, groups, matching
 from ..index import Index
 from ..ops import topk
-from ..scoring.fisher import Labels, Plan, accumulate, prepare, say_slow, zeros_for
+from ..scoring.fisher import FisherPlan, Labels, accumulate, prepare, say_slow, zeros_for
 from ..scoring.losses import Batch, Loss, batch_size, rows_of
 from ..scoring.own_forward import refuse_outside, say_left_out
 from ..selection import Selection
@@ -48,7 +48,7 @@ class Search:
     head: list[str]
     k: int
     max_bytes: int
-    plan: Plan
+    plan: FisherPlan
     progress: bool
     left_out: list[str]
 

@@ -47,7 +47,7 @@ def sift(
         density: share of each target in (0, 1].
         targets: patterns (as in `fnmatch`) of parameter names; default: every weight of two or more dimensions inside
             the numbered blocks, that is attention and MLP projections, frozen ones as well, without embeddings, norms,
-            the head, adapters of PEFT, and what is used outside the forward of its module as well, where `sparsify`
+            the head, adapters of PEFT, and what is used outside the forward of its module as well, where `train_only`
             cannot train it. A warning names the latter.
         head: patterns of parameters to train densely; default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
@@ -90,7 +90,7 @@ def sift(
     curve = GradientCurve()
 
     def take(name: str, grad: Tensor) -> None:
-        found.update(Selection.top_k({name: grad}, density=density, magnitude=True))
+        found.update(Selection.topk({name: grad}, density=density, magnitude=True))
         curve.add(grad)
         bar.update()
 

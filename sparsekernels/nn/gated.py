@@ -24,14 +24,14 @@ class Gating:
         probing: whether backward also leaves dL/dz of every open gate in `probes` of its layer.
         watching: whether training notes in `LayerGates.used_outside` that a layer's weight or bias was used outside its
             module's forward, where no gate reaches. For that, reading it there gives an alias instead of the Parameter.
-        settled: gates have no noise and a gradient of zero, in train mode too; in eval mode there never is noise.
+        frozen: gates have no noise and a gradient of zero, in train mode too; in eval mode there never is noise.
     """
 
     kind: Kind
     noise: float
     probing: bool = False
     watching: bool = False
-    settled: bool = False
+    frozen: bool = False
 
 
 SIDES = ("rows", "columns")
@@ -51,14 +51,14 @@ class _Gated(torch.autograd.Function):
         transposed: bool, gating: Gating, group: int, scale: float,
     ) -> Tensor:  # fmt: skip
         ctx.options = (gating.kind, gating.noise, transposed, group, scale)
-        ctx.settled = gating.settled
+        ctx.frozen = gating.frozen
         needed = ctx.needs_input_grad
         if needed[1]:
             raise RuntimeError("the weight of a gated layer must stay frozen; call requires_grad_(False) on it")
         folded, shift = _fold(x.dtype, weight, bias, rows, columns, a, b, key, *ctx.options)
         y = _linear(x, folded, shift, transposed)
-        keep_x = needed[5] or needed[6] or (not gating.settled and (needed[4] or needed[8]))
-        keep_y = not gating.settled and (needed[3] or needed[7])
+        keep_x = needed[5] or needed[6] or (not gating.frozen and (needed[4] or needed[8]))
+        keep_y = not gating.frozen and (needed[3] or needed[7])
         ctx.save_for_backward(
             x if keep_x else None, y if keep_y else None, weight, bias, rows, columns, a, b, key
         )  # fmt: skip
@@ -77,7 +77,7 @@ class _Gated(torch.autograd.Function):
         draw: dict[str, Any] = {"kind": kind, "noise": noise, "key": key}
         needed, dy = list(ctx.needs_input_grad), _matrix(grads[0])
         out: list[Tensor | None] = [None] * 14
-        if ctx.settled:
+        if ctx.frozen:
             sides = zip((rows, columns), needed[3:5], strict=True)
             out[3:5] = [torch.zeros_like(logits) if want else None for logits, want in sides]
             needed[3] = needed[4] = needed[7] = needed[8] = False
@@ -191,7 +191,7 @@ class LayerGates(nn.Module):
         bias = layer._parameters["bias"]
         if self.left_out:
             return _linear(input, weight, bias, self.transposed)
-        noisy = layer.training and not self.gating.settled
+        noisy = layer.training and not self.gating.frozen
         # From torch's generator: a forward that checkpointing runs again starts from the same state of it.
         key = torch.randint(2**63 - 1, (1,), device=input.device) if noisy else None
         device, dtype = input.device.type, input.dtype
@@ -215,11 +215,11 @@ class LayerGates(nn.Module):
         return (weight.T if self.transposed else weight), bias
 
     def _parts(self, weight: Tensor) -> list[Tensor | None]:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return [None if p is None else p.to(wide) for p in (self.rows, self.columns, self.lora_A, self.lora_B)]
+        compute_dtype = torch.promote_types(weight.dtype, torch.float32)
+        return [None if p is None else p.to(compute_dtype) for p in (self.rows, self.columns, self.lora_A, self.lora_B)]
 
     def _probe(self, name: str, logits: Tensor | None) -> Tensor | None:
-        if logits is None or not self.gating.probing or self.gating.settled:
+        if logits is None or not self.gating.probing or self.gating.frozen:
             return None
         probe = self.probes.get(name)
         if probe is None or probe.device != logits.device:
@@ -280,8 +280,8 @@ def gate(
 
 
 def _parameter(x: Tensor | None, weight: Tensor) -> nn.Parameter | None:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return None if x is None else nn.Parameter(x.to(weight.device, wide))
+    compute_dtype = torch.promote_types(weight.dtype, torch.float32)
+    return None if x is None else nn.Parameter(x.to(weight.device, compute_dtype))
 
 
 def ungate(module: nn.Module) -> LayerGates:

@@ -110,9 +110,12 @@ class LowRankLinear(nn.Module):
         It is computed by every access, and costs what a forward of N tokens does: who needs the dtype alone asks
         `down`.
         """
-        wide = torch.promote_types(self.down.dtype, torch.float32)
+        compute_dtype = torch.promote_types(self.down.dtype, torch.float32)
         with torch.autocast(self.down.device.type, enabled=False):
-            parts = [b.down if b.up is None else (b.up.to(wide) @ b.down.to(wide)).to(b.down) for b in self.blocks]
+            parts = [
+                b.down if b.up is None else (b.up.to(compute_dtype) @ b.down.to(compute_dtype)).to(b.down)
+                for b in self.blocks
+            ]
             weight = torch.cat(parts)
         return weight if self.places is None else weight[self.places]
 

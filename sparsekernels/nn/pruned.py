@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 
 
-class CompactLinear(nn.Module):
+class PrunedLinear(nn.Module):
     """`nn.Linear` whose other rows and columns are 0, and not stored.
 
         y = input.new_zeros(*input.shape[:-1], out_features)
@@ -34,7 +34,7 @@ class CompactLinear(nn.Module):
         ValueError: shapes, dtypes, devices or sizes that do not fit, or rows or columns that are not sorted and unique.
 
     Example:
-        >>> layer = sk.CompactLinear(torch.ones(2, 3), rows=torch.tensor([0, 3]), out_features=4)
+        >>> layer = sk.PrunedLinear(torch.ones(2, 3), rows=torch.tensor([0, 3]), out_features=4)
         >>> layer(torch.ones(3))
         tensor([3., 0., 0., 3.], grad_fn=<_PutBackward>)
     """

@@ -12,31 +12,31 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..selection import Selection
 from ..training.regroup import reselect_indices
-from ..training.sparsify import STEP_HOOKS
+from ..training.train_only import STEP_HOOKS
 from . import checkpoint, options
 from .amp import GIVEN, NOTHING, Scaling, check_capture, scaling, takes_scaling
 from .batch import Ready, prepared
 from .dense import check_dense, dense_lists, step_dense, step_sparse
-from .group import Plan, checked_indices
+from .group import GroupPlan, checked_indices
 from .interrupts import hold_interrupts, release_interrupts
 from .state import placed_step
 
 
 class SparseAdamW(torch.optim.AdamW):
-    r"""AdamW that touches only what is trained; in the place of `torch.optim.AdamW` and of `torch.optim.SparseAdam`.
+    r"""AdamW that touches only what is trained: a drop-in for `torch.optim.AdamW` and `torch.optim.SparseAdam`.
 
     Three kinds of parameter, told apart by what they are:
 
-    1. compact Parameters from `sparsify`: moments, decay and the write into the dense weight in one pass over the
-       selected positions of all tensors;
-    2. dense Parameters of a group that has `indices` (one `Index` for each parameter; `Selection.param_groups(model)`
-       makes such groups): `.grad` is dense, but state exists for the selected positions only and nothing else is read
-       or written; unselected weights keep their bits, weight decay included;
-    3. any other Parameter: with a dense gradient exactly `torch.optim.AdamW`; with a sparse (COO) one, as
-       `nn.Embedding(sparse=True)` makes it, the rows that it lists are stepped in one pass, duplicates summed in their
-       order: exactly `torch.optim.SparseAdam`, with decay of the rows on top (weight_decay=0 for none). There eps is
-       added to the root of v before its bias is corrected, as in SparseAdam. With several sparse dimensions, as
-       `grad.to_sparse()` has, a row is what one entry of its indices names, down to a single element.
+    - compact: Parameters from `train_only`. Moments, decay and the write into the dense weight in one pass over the
+      selected positions of all tensors.
+    - indexed: dense Parameters of a group that has `indices`, one `Index` for each parameter, as
+      `Selection.param_groups(model)` makes them. `.grad` is dense, but state exists for the selected positions only,
+      and nothing else is read or written: unselected weights keep their bits, weight decay included.
+    - dense: any other Parameter. With a dense gradient exactly `torch.optim.AdamW`; with a sparse (COO) one, as
+      `nn.Embedding(sparse=True)` makes it, the rows that it lists are stepped in one pass, duplicates summed in their
+      order: exactly `torch.optim.SparseAdam`, with decay of the rows on top (weight_decay=0 for none). There eps is
+      added to the root of v before its bias is corrected, as in SparseAdam. With several sparse dimensions, as
+      `grad.to_sparse()` has, a row is what one entry of its indices names, down to a single element.
 
     The rule, defaults, arguments, errors, hooks and `state_dict` are those of `torch.optim.AdamW`. With the gradient
     :math:`g_t` (negated by `maximize`), for each element that is trained:
@@ -58,7 +58,7 @@ class SparseAdamW(torch.optim.AdamW):
     Example::
 
         >>> model = torch.nn.Linear(4, 3)
-        >>> tuned = sk.sparsify(model, sk.Selection.random(model, density=0.5))
+        >>> tuned = sk.train_only(model, sk.Selection.random(model, density=0.5))
         >>> optimizer = sk.SparseAdamW(tuned.parameters(), lr=1e-2)
         >>> model(torch.ones(2, 4)).square().sum().backward()
         >>> optimizer.step()  # half of the weights moved, the others kept their bits
@@ -66,13 +66,13 @@ class SparseAdamW(torch.optim.AdamW):
     Args:
         params: Parameters, (name, Parameter) pairs or groups of them; a group may hold `indices`, one `Index` for each
             Parameter, of its shape. Parameters at indices are floating point and contiguous, of any shape, empty ones
-            too; complex Parameters are of kind 3.
-        lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`. For kinds 1 and 2 a tensor lr stays
-            where it is, in fp32, on a GPU or with capturable; a tensor beta is read on the host.
-        foreach, fused: choose the implementation for kind 3 only; kinds 1 and 2 are always fused.
+            too; complex Parameters are dense ones.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`. For compact and indexed parameters a
+            tensor lr stays where it is, in fp32, on a GPU or with capturable; a tensor beta is read on the host.
+        foreach, fused: choose the implementation for dense parameters; the others are always fused.
         capturable: state["step"] lives on the device of the parameter (with fused=True, too), and step() reads nothing
             there on the host: a CUDA graph may hold it.
-        differentiable: dense gradients of kind 3 only.
+        differentiable: dense gradients of dense parameters only.
         sparse_state: for sparse gradients, "seen" keeps state for the rows that ever had one (and 4 B for each row of
             the table, not saved), "all" for every row; only with "all" may gradients change between sparse and dense,
             or in their number of sparse dimensions, during a run.
@@ -80,35 +80,37 @@ class SparseAdamW(torch.optim.AdamW):
             all steps that the row missed, at their own rates. A row never touched again stays behind.
         sparse_bias_correction: for sparse gradients, "global" counts the steps of the table, as SparseAdam does, "row"
             those of each row.
-        state_dtype: of the moments of kinds 1 and 2 and of sparse gradients: None or torch.float32 (fp64 for fp64
-            weights), or torch.bfloat16, half as large; computed in fp32 all the same. Rounded to nearest, exp_avg_sq
-            stands still in bf16 near its limit: use stochastic_rounding with it.
-        stochastic_rounding: what they store in bf16 or fp16, moments and weights, is rounded up or down by chance, so
+        state_dtype: of the moments of compact and indexed parameters and of sparse gradients: None or torch.float32
+            (fp64 for fp64 weights), or torch.bfloat16, half as large; computed in fp32 all the same. Rounded to
+            nearest, exp_avg_sq stands still in bf16 near its limit: use stochastic_rounding with it.
+        stochastic_rounding: what they store in bf16 or fp16, moments and weights, is rounded stochastically, so
             that small steps are not lost. Compact Parameters keep an fp32 master and need it for bf16 moments only.
         seed: of the random bits, which it, the step, the position and the place of the parameter among all determine: a
             run can be replayed and resumed.
 
-    State of kinds 1 and 2: `step` as in AdamW, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) of the size of the
-    selection, of `state_dtype` whatever the dtype of the weight. For sparse gradients the same of the size of the rows
-    seen, and `rows` [N], their numbers. A half-precision weight of kind 2 or 3 is rounded once a step and loses updates
-    below its resolution without stochastic_rounding; kind 1 keeps an fp32 master and does not.
+    State of compact and indexed parameters: `step` as in AdamW, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) of the
+    size of the selection, of `state_dtype` whatever the dtype of the weight. For sparse gradients the same of the size
+    of the rows seen, and `rows` [N], their numbers. An indexed or dense half-precision weight is rounded once a step
+    and loses updates below its resolution without stochastic_rounding; a compact one keeps an fp32 master and does not.
 
-    Under `torch.amp.GradScaler`, kinds 1 and 2 take the scale and the verdict to their kernel, and nothing waits, if
-    their step is counted where they are; `.grad` stays scaled. Beside a parameter that cannot (kind 3 with a sparse
-    gradient, or without fused=True) GradScaler unscales every `.grad` and reads its verdict, as it does for torch's.
+    Under `torch.amp.GradScaler`, compact and indexed ones pass scale and found_inf to their kernel without a sync, if
+    their step is counted where they are; `.grad` stays scaled. Beside a parameter that cannot (a dense one with a
+    sparse gradient, or without fused=True) GradScaler unscales every `.grad` and reads its verdict, as it does for
+    torch's.
 
-    Kinds 1 and 2 are deterministic: an element's new value depends on nothing but its own state, so the same steps give
-    the same bits on one device, whatever the number of threads and the parameters beside it. `.grad` is read only.
+    Steps of compact and indexed parameters are deterministic: an element's new value depends on its own state alone, so
+    the same steps give the same bits on one device, whatever the number of threads and the parameters beside it.
+    `.grad` is read only.
     A step that is interrupted by Ctrl-C (SIGINT) leaves each parameter group either wholly stepped or untouched: a
     native call for each group cannot be interrupted, and anything else is finished before KeyboardInterrupt is raised.
     Inside `torch.compile` a step is one graph break and runs as it is, hooks included; `fullgraph=True` is refused.
 
     Raises:
         ValueError: as `torch.optim.AdamW`; a gradient, option or state that does not go with the parameter, named,
-            before any parameter is stepped; indices that do not fit their parameters; differentiable with kinds 1 or 2;
-            a Parameter of kind 1 or 2 that changed its shape, strides, dtype or device after it was given;
-            a state_dict made for a selection of another size, or for other indices. TypeError: indices that are no
-            `Index`.
+            before any parameter is stepped; indices that do not fit their parameters; differentiable with compact or
+            indexed parameters; a compact or indexed Parameter that changed its shape, strides, dtype or device after it
+            was given; a state_dict made for a selection of another size, or for other indices. TypeError: indices that
+            are no `Index`.
     """
 
     writes_weights = True  # steps write the dense weights, too: nothing is left to do after them
@@ -134,7 +136,7 @@ class SparseAdamW(torch.optim.AdamW):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, GroupPlan] = {}
         self._own_defaults = {
             "sparse_state": sparse_state,
             "sparse_decay": sparse_decay,
@@ -185,7 +187,7 @@ class SparseAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`; kinds 1 and 2 carry their positions, and narrow weights a master."""
+        """As `torch.optim.Optimizer.state_dict`; compact and indexed ones store positions, half weights a master."""
         return checkpoint.packed(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -198,28 +200,29 @@ class SparseAdamW(torch.optim.AdamW):
     def reselect(self, selection: Selection, model: nn.Module) -> None:
         """Step `selection` from now on, in place of the indices that parameters of `model` have in this optimizer.
 
-        The counterpart of `SparseModel.reselect` for kind 2, which calls that with the optimizer for kind 1. Positions
-        kept keep their moments and their age, others start without; no weight changes. A parameter that comes in joins
-        the first group with indices of parameters of the model (or, failing that, the first with indices); one that
-        leaves takes its state along. Parameters without indices stay as they are.
+        The counterpart of `SparseModel.reselect` for indexed parameters; for compact ones call that, with this
+        optimizer. Positions kept keep their moments and their per-position step count, others start without; no weight
+        changes. A parameter that comes in joins the first group with indices of parameters of the model (or, failing
+        that, the first with indices); one that leaves takes its state along. Parameters without indices stay as they
+        are.
 
         Raises:
             ValueError: names or shapes that do not fit the model, a parameter that a group without indices holds, a
-                sparsified model, no group with indices to join. Nothing has changed then.
+                model under train_only, no group with indices to join. Nothing has changed then.
         """
         reselect_indices(self, selection, model)
 
-    def carried_step(self, ages: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+    def remapped_step(self, step_counts: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
         """state["step"] for a Parameter whose positions were stepped so often; `SparseModel.reselect` asks for it.
 
         Args:
-            ages ([], or [K] with one entry for each position; any dtype): not changed.
+            step_counts ([], or [K] with one entry for each position; any dtype): not changed.
             p: a Parameter of `group`.
 
         Returns:
             fp32: 0-d, where torch.optim.AdamW counts it, if all are the same; else [K], on the device of `p`.
         """
-        return placed_step(ages, p, group)
+        return placed_step(step_counts, p, group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Perform a single optimization step.
@@ -251,12 +254,12 @@ class SparseAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         ready: list[Ready] = []
-        others: list[tuple[dict[str, Any], Plan]] = []
+        others: list[tuple[dict[str, Any], GroupPlan]] = []
         first = 0
         for number, group in enumerate(self.param_groups):
             plan = self._plans.get(number)
             if plan is None or not plan.holds(group, first):
-                plan = self._plans[number] = Plan(group, first)
+                plan = self._plans[number] = GroupPlan(group, first)
             first += len(plan.params)
             for kind in plan.kinds:
                 found = prepared(kind, group, plan, scale, self.state)
@@ -274,7 +277,7 @@ class SparseAdamW(torch.optim.AdamW):
         return loss
 
     def _step_several(
-        self, ready: list[Ready], others: list[tuple[dict[str, Any], Plan]], scale: Scaling, modes: bool
+        self, ready: list[Ready], others: list[tuple[dict[str, Any], GroupPlan]], scale: Scaling, modes: bool
     ) -> None:
         native = all(each[0].native for each in ready)
         held = hold_interrupts() if others or modes or not native else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.backend import has_native
 from ..training.slot import warn_untrained
 from .amp import Scaling, numbers
-from .group import Plan, check_unchanged, misfit, name_of
+from .group import GroupPlan, check_unchanged, misfit, name_of
 from .state import fresh_state, step_device
 
 _CALL = partial.__call__
@@ -28,7 +28,7 @@ class Batch:
         self,
         kind: str,
         group: dict[str, Any],
-        plan: Plan,
+        plan: GroupPlan,
         params: list[Tensor],
         states: Mapping[Tensor, dict[str, Any]],
     ) -> None:
@@ -111,7 +111,7 @@ class Batch:
             if grad.dtype != p.dtype or grad.device != p.device:
                 raise ValueError(f"{name_of(group, p)}: {misfit(p, grad)}")
 
-    def options(self, group: dict[str, Any], plan: Plan, scale: Scaling) -> tuple[Any, ...]:
+    def options(self, group: dict[str, Any], plan: GroupPlan, scale: Scaling) -> tuple[Any, ...]:
         """What the op takes after the lists."""
         lr, *on_device = numbers(group, self.params[0], scale)
         beta1, beta2 = group["betas"]
@@ -156,11 +156,11 @@ class Batch:
             slot.written, slot.pending = p._version, False
 
 
-Ready = tuple[Batch, list[Tensor], tuple[Any, ...], dict[str, Any], Plan]  # with gradients, options, group
+Ready = tuple[Batch, list[Tensor], tuple[Any, ...], dict[str, Any], GroupPlan]  # with gradients, options, group
 
 
 def prepared(
-    kind: str, group: dict[str, Any], plan: Plan, scale: Scaling, states: Mapping[Tensor, dict[str, Any]]
+    kind: str, group: dict[str, Any], plan: GroupPlan, scale: Scaling, states: Mapping[Tensor, dict[str, Any]]
 ) -> Ready | None:
     """The parameters of a kind that have gradients, and all that their step needs; None if none has one."""
     batch = plan.batches.get(kind)

@@ -103,7 +103,7 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
     if "step" not in entry:
         raise ValueError(f"{name}: its saved state has no 'step'; this is not a state_dict of AdamW")
     shape = index.compact_shape if index is not None else p.shape
-    ages = torch.as_tensor(entry["step"]).shape
+    step_counts = torch.as_tensor(entry["step"]).shape
     if index is None and "rows" in entry:
         rows = entry["rows"]
         if rows.dtype.is_floating_point:
@@ -118,8 +118,8 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
                 f"{name}: the state_dict was made for another selection: {what} has shape {list(entry[what].shape)}, "
                 f"this optimizer needs {list(shape)}"
             )
-    if len(ages) and (index is None or ages != (len(index),)):
-        raise ValueError(f"{name}: the state_dict was made for another selection: step has shape {list(ages)}")
+    if len(step_counts) and (index is None or step_counts != (len(index),)):
+        raise ValueError(f"{name}: the state_dict was made for another selection: step has shape {list(step_counts)}")
     if index is not None and POSITIONS in entry:
         saved = entry[POSITIONS].to(index.positions.device)  # in the dtype of p, if torch's AdamW had it meanwhile
         if saved.shape != index.positions.shape or not torch.equal(saved, index.positions.to(saved.dtype)):

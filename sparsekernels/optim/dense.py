@@ -11,13 +11,13 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from .amp import Scaling
-from .group import Plan, misfit, name_of
+from .group import GroupPlan, misfit, name_of
 from .rows import problem_of_rows, step_rows
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
-def check_dense(group: dict[str, Any], plan: Plan, states: Mapping[Tensor, dict[str, Any]]) -> None:
+def check_dense(group: dict[str, Any], plan: GroupPlan, states: Mapping[Tensor, dict[str, Any]]) -> None:
     """Raise ValueError for gradients and state that do not go together, before anything changes."""
     for p in plan.dense:
         if p.grad is None:
@@ -45,7 +45,7 @@ def _problem(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, An
     return None
 
 
-def step_sparse(group: dict[str, Any], plan: Plan, states: Mapping[Tensor, dict[str, Any]]) -> None:
+def step_sparse(group: dict[str, Any], plan: GroupPlan, states: Mapping[Tensor, dict[str, Any]]) -> None:
     """One step of the parameters whose gradient is sparse."""
     for i, p in enumerate(plan.dense):
         if p.grad is None or not p.grad.is_sparse:
@@ -57,7 +57,7 @@ def step_sparse(group: dict[str, Any], plan: Plan, states: Mapping[Tensor, dict[
             plan.seen[p] = seen
 
 
-def dense_lists(optimizer: torch.optim.AdamW, group: dict[str, Any], plan: Plan) -> tuple[Lists, bool]:
+def dense_lists(optimizer: torch.optim.AdamW, group: dict[str, Any], plan: GroupPlan) -> tuple[Lists, bool]:
     """Parameters with dense gradients, their gradients and state, as torch makes and refuses them; any complex one."""
     lists: Lists = ([], [], [], [], [], [])
     params = [p for p in plan.dense if p.grad is not None and not p.grad.is_sparse]

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..common.supported import refuse_unsupported
 from ..index import Index
 from ..training.slot import SLOT, Slot
-from .state import MOMENTS, SeenRows, state_dtype, wide
+from .state import MOMENTS, SeenRows, compute_dtype, state_dtype
 
 
-class Plan:
+class GroupPlan:
     """The parameters of one group by kind, and what a step makes of them, kept while the group stays as it is."""
 
     def __init__(self, group: dict[str, Any], first: int) -> None:
@@ -58,7 +58,7 @@ def name_of(group: dict[str, Any], param: Tensor) -> str:
     return repr(names[i]) if names else f"params[{i}] of shape {list(param.shape)}"
 
 
-def check_unchanged(group: dict[str, Any], plan: Plan, params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
+def check_unchanged(group: dict[str, Any], plan: GroupPlan, params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
     """Raise ValueError for a parameter that is no more what the optimizer was given: after `p.data = ...`, say."""
     for p in params:
         problem = _change(p, group, plan.slots.get(p), plan.index.get(p), state.get(p) or {})
@@ -71,8 +71,8 @@ def _change(
 ) -> str | None:
     if slot is not None:
         weight, index = slot.weight, slot.index
-        if p.dtype != wide(weight):
-            return f"became {p.dtype}, but compact values must be wide; change the dtype of a model before sparsify"
+        if p.dtype != compute_dtype(weight):
+            return f"became {p.dtype}, but must be in the compute dtype; change the dtype of a model before train_only"
         if weight.shape != index.shape or not weight.is_contiguous() or weight.device != p.device:
             found = f"shape {list(weight.shape)} and strides {list(weight.stride())} on {weight.device}"
             return f"has a weight of {found} by now; its values, on {p.device}, need {list(index.shape)}, contiguous"
@@ -119,7 +119,9 @@ def checked_indices(group: dict[str, Any]) -> dict[str, Any]:
             continue
         what = f"params[{i}]" if name is None else f"params[{i}] ({name!r})"
         if SLOT in p.__dict__:
-            raise ValueError(f"{what} is a compact Parameter of sparsify, which knows its positions; leave out indices")
+            raise ValueError(
+                f"{what} is a compact Parameter of train_only, which knows its positions; leave out indices"
+            )
         refuse_unsupported(what, p)
         if index.shape != p.shape:
             raise ValueError(f"indices[{i}] was made for shape {list(index.shape)}, {what} has {list(p.shape)}")

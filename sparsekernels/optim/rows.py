@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops import adamw_rows_
 from .group import misfit
-from .state import MOMENTS, SeenRows, state_dtype, wide
+from .state import MOMENTS, SeenRows, compute_dtype, state_dtype
 
 
 def problem_of_rows(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str | None:
@@ -132,15 +132,15 @@ def _flat(grad: Tensor) -> Tensor:
 def _scales(p: Tensor, lines: Tensor, step: float, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
     """(decay, step size) for all rows, or for each entry of `lines`."""
     beta1, beta2 = map(float, group["betas"])
-    lr, dtype = float(group["lr"]), wide(p)
+    lr, dtype = float(group["lr"]), compute_dtype(p)
     decay: float | Tensor = lr * group["weight_decay"]
-    age: float | Tensor = step
+    step_count: float | Tensor = step
     if "row_step" in state:
-        age = state["row_step"][lines].double() + 1
+        step_count = state["row_step"][lines].double() + 1
     if "row_decay" in state:
         total = state["decay_sum"] + math.log1p(-lr * group["weight_decay"])
         decay = -torch.expm1(total - state["row_decay"][lines])
-    step_size = lr * (1 - beta2**age) ** 0.5 / (1 - beta1**age)
+    step_size = lr * (1 - beta2**step_count) ** 0.5 / (1 - beta1**step_count)
     if isinstance(decay, float) and isinstance(step_size, float):
         return torch.tensor([[decay, step_size]], dtype=dtype).to(lines.device, non_blocking=True)
     columns = [torch.as_tensor(x, dtype=dtype, device=lines.device).expand(len(lines)) for x in (decay, step_size)]

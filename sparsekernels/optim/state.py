@@ -11,7 +11,7 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-def wide(param: Tensor) -> torch.dtype:
+def compute_dtype(param: Tensor) -> torch.dtype:
     """The dtype of the arithmetic for a parameter."""
     return torch.promote_types(param.dtype, torch.float32)
 
@@ -19,7 +19,7 @@ def wide(param: Tensor) -> torch.dtype:
 def state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
     """The dtype of its moments: the group's option, but for fp64."""
     dtype: torch.dtype = group.get("state_dtype") or torch.float32
-    return dtype if wide(param) == torch.float32 else torch.float64
+    return dtype if compute_dtype(param) == torch.float32 else torch.float64
 
 
 def fresh_state(
@@ -74,9 +74,9 @@ def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
 
 
 def placed_step(step: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """An age as the ops take it: one for all positions where AdamW counts it, one for each where the Parameter is.
+    """The step count as the ops take it: of all positions, on the CPU where AdamW counts, or one per position.
 
-    Ages that are all the same become one.
+    Counts that are all equal become one.
     """
     if step.dim() and len(step) and bool((step == step[0]).all()):
         step = step[0]

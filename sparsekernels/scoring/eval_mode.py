@@ -28,7 +28,7 @@ def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) ->
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within, the model is in eval mode; on leaving, every module is in the mode that it was in.
 
     Layers of transformers checkpoint in train mode alone: those that are told to stay in it, and go into eval mode

@@ -16,7 +16,7 @@ from ..common.names import base_parameters, matching, own_names
 from ..common.supported import refuse_unsupported_of
 from ..index import Index
 from ..selection import Selection
-from ..training.layers import refuse_sparsified
+from ..training.layers import refuse_train_only
 from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
 from .per_sample import Collector, Misfit, Trust
 
@@ -69,10 +69,10 @@ def fisher_diagonal(
             for name, g in zip(names, torch.autograd.grad(model(**sample).loss, parameters)): fisher[name] += g**2
 
     Args:
-        model: any torch model; a sparsified one must be restored first. Linear, GPT-2's Conv1D, Embedding, LayerNorm
-            and RMSNorm are split by sample; tied weights count once. Parameters of any other module take an exact
-            backward for each sample, and a warning names them, as do those whose norms differ from autograd's on the
-            first sample, or whose inputs have not one row of tokens a sample.
+        model: any torch model; one under train_only must be restored first. Linear, GPT-2's Conv1D, Embedding,
+            LayerNorm and RMSNorm are split by sample; tied weights count once. Parameters of any other module take an
+            exact backward for each sample, and a warning names them, as do those whose norms differ from autograd's on
+            the first sample, or whose inputs have not one row of tokens a sample.
         samples: batches in Hugging Face form (mappings of tensors with labels), of any size; moved to the model's
             device. The result does not depend on how samples are batched.
         loss: function of (model, batch) that returns one loss for each sample, [B], without mixing them; other models
@@ -138,7 +138,7 @@ def squared_gradient_norms(
 
 def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str] | None) -> dict[str, Index | None]:
     """Name -> the part of the parameter that counts, None for the whole."""
-    refuse_sparsified(model)
+    refuse_train_only(model)
     if selection is not None:
         parameters = selection.check(model)
         if not selection:
@@ -165,7 +165,7 @@ def zeros_for(parameter: Tensor, index: Index | None) -> Tensor:
 
 
 @dataclass
-class Plan:
+class FisherPlan:
     """How the samples are differentiated, and which parameters are split by sample."""
 
     terms: PerSampleLoss
@@ -174,7 +174,7 @@ class Plan:
 
 def prepare(
     model: nn.Module, batches: Sequence[Batch], indices: Mapping[str, Index | None], loss: Loss | None, labels: str
-) -> Plan:
+) -> FisherPlan:
     """Check the loss and the model on the first batch."""
     if not batches:
         raise ValueError("samples holds no batch")
@@ -182,7 +182,7 @@ def prepare(
         raise ValueError("there are no gradients within torch.inference_mode(); leave it first")
     refuse_unsupported_of(model, indices)
     sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
-    plan = Plan(PerSampleLoss(loss, labels), Trust())
+    plan = FisherPlan(PerSampleLoss(loss, labels), Trust())
     with Collector(model, indices, trust=plan.trust) as collector, torch.enable_grad():
         first = to_device(batches[0], collector.device)
         plan.terms.check(model, first)
@@ -197,7 +197,7 @@ def accumulate(
     batches: Sequence[Batch],
     indices: Mapping[str, Index | None],
     totals: Mapping[str, Tensor],
-    plan: Plan,
+    plan: FisherPlan,
     progress: bool,
 ) -> Tensor:
     """Add squares of all samples to `totals`, which are zero; return the squared norm of each sample."""

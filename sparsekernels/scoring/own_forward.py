@@ -21,7 +21,7 @@ ALIAS = "sparsekernels: alias"  # what marks its node in the graph
 class OwnForward:
     """Within it, a module's own forward reads an alias of each parameter; any other code reads the parameter itself.
 
-    What `sparsify` gives a sparse backward is exactly what is an alias here: both put theirs into the __dict__ of the
+    What `train_only` gives a sparse backward is exactly what is an alias here: both put theirs into the __dict__ of the
     module, where Python looks first. The model runs uncompiled: a compiled graph does not tell who reads what.
 
     Args:
@@ -103,7 +103,7 @@ class OwnForward:
 
 
 def refuse_outside(names: Iterable[str], argument: str) -> None:
-    """Raise ValueError if there are any: they were asked for, and sparsify could not train them."""
+    """Raise ValueError if there are any: they were asked for, and train_only could not train them."""
     if names := list(names):
         raise ValueError(f"{argument}: {listed(names)} cannot be trained: {OUTSIDE}; leave them out")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..index import Index
 from ..ops import fisher_squares_, gather
 from ..structure.layers import kind_of
-from .eval_mode import evaluating, only_trainable
+from .eval_mode import in_eval_mode, only_trainable
 from .own_forward import OwnForward
 from .pairs import Pair, add_squares_, pair_of, uncancelled
 
@@ -141,11 +141,11 @@ class Collector:
 
     def __enter__(self) -> Collector:
         parameter = next(iter(self.targets.values())).parameter
-        self.device, self._wide = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+        self.device, self._compute_dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         with ExitStack() as stack:
             stack.enter_context(only_trainable(self.model))
-            stack.enter_context(evaluating(self.model))
+            stack.enter_context(in_eval_mode(self.model))
             for module in self.owners:
                 stack.callback(module.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._after).remove)
@@ -170,7 +170,7 @@ class Collector:
         Raises:
             Misfit: a parameter has just been moved to the fallback; totals are void.
         """
-        norms = torch.zeros(size, dtype=self._wide, device=self.device)
+        norms = torch.zeros(size, dtype=self._compute_dtype, device=self.device)
         for target in self.targets.values():
             target.norms = norms
         self._run(terms, size, length)
@@ -236,8 +236,8 @@ class Collector:
         def freed(target: Target, parameter: Tensor) -> None:
             assert parameter.grad is not None
             grad = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            norm = float(torch.linalg.vector_norm(grad, dtype=wide))
+            compute_dtype = torch.promote_types(grad.dtype, torch.float32)
+            norm = float(torch.linalg.vector_norm(grad, dtype=compute_dtype))
             expected[target.name] = expected.get(target.name, 0.0) + norm**2 / 4
             parameter.grad = None
 
@@ -353,7 +353,7 @@ class Collector:
         grad = grad.detach().reshape(self.size, -1, grad.shape[-1])
         bias = targets.get("bias")
         if bias is None or bias.index is not None:  # else the norm of its gradient, the same sum, will tell
-            self._finite &= grad.flatten(1).sum(1, dtype=self._wide).isfinite()
+            self._finite &= grad.flatten(1).sum(1, dtype=self._compute_dtype).isfinite()
         for attribute, target in targets.items():
             target.pairs.append(pair_of(module, attribute, grad, x.detach()))
             if len(target.pairs) >= target.calls:

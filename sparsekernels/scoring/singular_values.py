@@ -23,8 +23,8 @@ from ..ops import singular_value_grad, singular_value_grad_linear
 from ..structure.layers import kind_of
 from ..structure.matrices import Matrix
 from ..structure.svd import Factors
-from ..training.layers import refuse_sparsified
-from .eval_mode import evaluating, only_trainable
+from ..training.layers import refuse_train_only
+from .eval_mode import in_eval_mode, only_trainable
 from .losses import IGNORED, Batch, Loss, batch_size, check_loss, default_loss, rows_of, to_device
 
 AGREES, AGREES_HALF = 1e-2, 0.2  # relative, between the derivatives of a sample in its batch and alone
@@ -60,8 +60,8 @@ class _Sink:
     def start(self, samples: int | None) -> None:
         """Begin a batch; samples None: its samples are summed."""
         self.per_sample = samples is not None
-        wide = torch.promote_types(self.parameter.dtype, torch.float32)
-        self.total = nn.Parameter(self.parameter.new_zeros((samples or 1, sum(self._sizes())), dtype=wide))
+        compute_dtype = torch.promote_types(self.parameter.dtype, torch.float32)
+        self.total = nn.Parameter(self.parameter.new_zeros((samples or 1, sum(self._sizes())), dtype=compute_dtype))
 
     def finish(self, scale: float) -> None:
         """End the batch: its derivatives, scaled, are kept.
@@ -180,7 +180,7 @@ class _Scoring:
                 holders.setdefault(id(parameter), []).append((module, attribute))
         with ExitStack() as stack:
             stack.enter_context(only_trainable(self.model))
-            stack.enter_context(evaluating(self.model))
+            stack.enter_context(in_eval_mode(self.model))
             for sink in self.sinks:
                 mine = holders[id(sink.parameter)]
                 if sink.name not in self.dense and all(_is_product(*holder) for holder in mine):
@@ -228,8 +228,8 @@ def singular_value_gradients(
         [torch.diagonal(f.u.T @ G[f.rows] @ f.v) for f in factors[matrix]]
 
     Args:
-        model: any torch model; a sparsified one must be restored first. The weight of a Linear or Conv1D that is used
-            past the forward of its module, and by it as well, counts with what its module does only.
+        model: any torch model; one under train_only must be restored first. The weight of a Linear or Conv1D that is
+            used past the forward of its module, and by it as well, counts with what its module does only.
         samples: batches in Hugging Face form (mappings of tensors with labels), of any size; moved to the model's
             device. A batch counts by the number of its samples.
         factors: for each matrix of `matrices(model)` that is wanted, any number of decompositions, of all of its rows
@@ -258,7 +258,7 @@ def singular_value_gradients(
         raise ValueError("samples holds no batch")
     if torch.is_inference_mode_enabled():
         raise ValueError("there are no gradients within torch.inference_mode(); leave it first")
-    refuse_sparsified(model)
+    refuse_train_only(model)
     sinks: dict[str, _Sink] = {}
     for matrix, parts in factors.items():
         name = matrix.parameter

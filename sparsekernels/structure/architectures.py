@@ -14,7 +14,7 @@ from .layers import weight_size
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class OutputSlice:
     """Outputs of a Linear or Conv1D, in their order.
 
     Attributes:
@@ -52,9 +52,9 @@ class Attention:
     """
 
     name: str
-    query: Part
-    key: Part
-    value: Part
+    query: OutputSlice
+    key: OutputSlice
+    value: OutputSlice
     output: str
     groups: int
     query_rows: int
@@ -79,7 +79,7 @@ class Mlp:
     """
 
     name: str
-    inputs: tuple[Part, ...]
+    inputs: tuple[OutputSlice, ...]
     output: str
     neurons: int
     attributes: Mapping[str, int] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def _apart(name: str, module: Any, children: str, output: str, width: int, rotar
     query, key, value = children.split()
     groups = weight_size(getattr(module, key))[0] // width
     queries = weight_size(getattr(module, query))[0] // groups
-    q, k, v = (Part(_under(name, child)) for child in (query, key, value))
+    q, k, v = (OutputSlice(_under(name, child)) for child in (query, key, value))
     return Attention(name, q, k, v, output, groups, queries, width, rotary, units)
 
 
@@ -154,7 +154,7 @@ def _llama(name: str, a: Any) -> Attention:
 
 def _gpt2(name: str, a: Any) -> Attention:
     """Of cross attention too, whose c_attn has two of the three parts, and so does not fit."""
-    q, k, v = (Part(_under(name, "c_attn"), slice(i * a.split_size, (i + 1) * a.split_size)) for i in range(3))
+    q, k, v = (OutputSlice(_under(name, "c_attn"), slice(i * a.split_size, (i + 1) * a.split_size)) for i in range(3))
     width, units = a.head_dim, {"num_heads": 1, "split_size": a.head_dim}
     return Attention(name, q, k, v, _under(name, "c_proj"), a.num_heads, width, width, False, units)
 
@@ -163,7 +163,7 @@ def _neox(name: str, a: Any) -> Attention:
     fused, width = _under(name, "query_key_value"), a.head_size
     heads = weight_size(a.query_key_value)[0] // (3 * width)
     places = torch.arange(heads * 3 * width).view(heads, 3, width)  # query, key and value of the first head, and so on
-    q, k, v = (Part(fused, places[:, i].flatten()) for i in range(3))
+    q, k, v = (OutputSlice(fused, places[:, i].flatten()) for i in range(3))
     return Attention(name, q, k, v, _under(name, "dense"), heads, width, width, True)
 
 
@@ -171,7 +171,7 @@ def _phi3(name: str, a: Any) -> Attention:
     fused, width, groups = _under(name, "qkv_proj"), a.head_dim, a.num_key_value_heads
     heads = a.config.num_attention_heads
     ends = [0, heads * width, (heads + groups) * width, (heads + 2 * groups) * width]
-    q, k, v = (Part(fused, slice(ends[i], ends[i + 1])) for i in range(3))
+    q, k, v = (OutputSlice(fused, slice(ends[i], ends[i + 1])) for i in range(3))
     each = heads // groups
     units = {"num_key_value_heads": 1, "config.num_attention_heads": each, "config.num_key_value_heads": 1}
     return Attention(name, q, k, v, _under(name, "o_proj"), groups, each * width, width, True, units)
@@ -214,9 +214,9 @@ def _mlp(name: str, module: Any, inputs: str, output: str, activation: str, attr
     if not _keeps_zero(attrgetter(activation)(module)):
         return None
     neurons = weight_size(module.get_submodule(output))[1]
-    parts = [Part(_under(name, child)) for child in inputs.split()]
+    parts = [OutputSlice(_under(name, child)) for child in inputs.split()]
     if inputs == "gate_up_proj":  # one above the other
-        parts = [Part(parts[0].module, slice(i * neurons, (i + 1) * neurons)) for i in range(2)]
+        parts = [OutputSlice(parts[0].module, slice(i * neurons, (i + 1) * neurons)) for i in range(2)]
     return Mlp(name, tuple(parts), _under(name, output), neurons, {attribute: 1} if attribute else {})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.pruned import CompactLinear
+from ..nn.pruned import PrunedLinear
 from .layers import weight_size
 
 WeightOf = Callable[[str], tuple[Tensor, "Tensor | None"]]
@@ -68,7 +68,7 @@ def cut(model: nn.Module, cuts: Cuts, weight_of: WeightOf | None = None) -> None
     """Take out of the model what `cuts` leaves out, in place; nothing is changed if anything raises.
 
     A module all of whose inputs left are read and outputs left are computed stays the same object, with narrower
-    Parameters in it; any other is replaced by a CompactLinear. Attributes of attentions and MLPs follow. dtype, device,
+    Parameters in it; any other is replaced by a PrunedLinear. Attributes of attentions and MLPs follow. dtype, device,
     mode and requires_grad stay as they are, gradients go; what nothing is taken out of stays as it is.
 
     Args:
@@ -139,7 +139,7 @@ def prepare_cut(model: nn.Module, cuts: Cuts, weight_of: WeightOf | None = None)
         if each.rows is None and each.columns is None:
             values[name] = _narrower(module, weight, bias, outputs, inputs)
         else:
-            made[name] = CompactLinear(
+            made[name] = PrunedLinear(
                 weight,
                 bias,
                 _places(each.outputs, each.rows),

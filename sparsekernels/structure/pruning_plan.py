@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .architectures import Attention, Mlp, Part, structures
+from .architectures import Attention, Mlp, OutputSlice, structures
 from .layers import kind_of
 from .prune import Cut, Cuts, PreparedCut, cut, prepare_cut
 
@@ -69,8 +69,8 @@ class Planner:
         self.total = sum(parameters.values())
         self.uncut = [name for name in self.names if name not in set(self._cuttable)]
         attentions, mlps = structures(model)
-        self.attentions = [a for a in attentions if self._has(a.query, a.key, a.value, Part(a.output))]
-        self.mlps = [mlp for mlp in mlps if self._has(*mlp.inputs, Part(mlp.output))]
+        self.attentions = [a for a in attentions if self._has(a.query, a.key, a.value, OutputSlice(a.output))]
+        self.mlps = [mlp for mlp in mlps if self._has(*mlp.inputs, OutputSlice(mlp.output))]
 
     def only_cuttable(self) -> None:
         """Neither name nor count from now on what cannot be cut."""
@@ -86,10 +86,10 @@ class Planner:
             self.total -= outputs * (inputs + bias)
         self._cuttable = [name for name in self._cuttable if name not in gone]
         self.uncut = [name for name in self.names if name not in set(self._cuttable)]
-        self.attentions = [a for a in self.attentions if self._has(a.query, a.key, a.value, Part(a.output))]
-        self.mlps = [mlp for mlp in self.mlps if self._has(*mlp.inputs, Part(mlp.output))]
+        self.attentions = [a for a in self.attentions if self._has(a.query, a.key, a.value, OutputSlice(a.output))]
+        self.mlps = [mlp for mlp in self.mlps if self._has(*mlp.inputs, OutputSlice(mlp.output))]
 
-    def _has(self, *parts: Part) -> bool:
+    def _has(self, *parts: OutputSlice) -> bool:
         return {part.module for part in parts} <= set(self._cuttable)
 
     def plan(self, open_rows: Mapping[str, Tensor], open_columns: Mapping[str, Tensor]) -> Cuts:
@@ -210,13 +210,13 @@ class _Alive:
             self.inputs[mlp.output] = left
             self._follow(mlp.name, mlp.attributes, left)
 
-    def _read(self, part: Part) -> Any:
+    def _read(self, part: OutputSlice) -> Any:
         return self.rows[part.module][_index(part)]
 
-    def _write(self, part: Part, mask: Mask) -> None:
+    def _write(self, part: OutputSlice, mask: Mask) -> None:
         self.rows[part.module][_index(part)] = mask.reshape(-1)
 
-    def _narrow(self, part: Part, left: Mask) -> None:
+    def _narrow(self, part: OutputSlice, left: Mask) -> None:
         if part.module not in self.outputs:
             self.outputs[part.module] = np.ones_like(self.rows[part.module])
         self.outputs[part.module][_index(part)] = left
@@ -233,7 +233,7 @@ def _keep_one(mask: Mask) -> Mask:
     return mask
 
 
-def _index(part: Part) -> Any:
+def _index(part: OutputSlice) -> Any:
     return slice(None) if part.rows is None else part.rows if isinstance(part.rows, slice) else part.rows.numpy()
 
 

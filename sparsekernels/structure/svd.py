@@ -84,9 +84,9 @@ def factorize(weights: Sequence[Tensor], rank: int | None = None, *, seed: int =
         alike[w.shape, w.dtype, w.device].append(i)
     found: dict[int, Factors] = {}
     for (shape, dtype, _), places in alike.items():
-        wide = torch.promote_types(dtype, torch.float32)
+        compute_dtype = torch.promote_types(dtype, torch.float32)
         for some in torch.tensor(places).split(max(1, AT_ONCE // max(shape.numel(), 1))):
-            stack = torch.stack([weights[i].detach().to(wide) for i in some.tolist()])
+            stack = torch.stack([weights[i].detach().to(compute_dtype) for i in some.tolist()])
             broken = stack.isfinite().flatten(1).all(1).logical_not().nonzero()
             if len(broken):
                 raise ValueError(f"weights[{int(some[broken[0]])}] holds NaN or infinity, so it has no singular values")
@@ -152,17 +152,17 @@ def cluster_rows(weight: Tensor, clusters: int, rank: int, *, iterations: int = 
         raise ValueError(f"clusters must lie in [1, {m}], the rows of the weight, got {clusters}")
     if not 0 <= rank <= n:
         raise ValueError(f"rank must lie in [0, {n}], the columns of the weight, got {rank}")
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    compute_dtype = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     members = split_rows(m, clusters)
     label = torch.cat([torch.full_like(rows, k) for k, rows in enumerate(members)])
     for _ in range(iterations if rank else 0):
-        parts = factorize([wide[rows.to(wide.device)] for rows in members], rank)
-        with in_full_precision(wide):
-            inside = torch.stack([(wide @ part.v[:, :rank]).square().sum(1) for part in parts])
+        parts = factorize([compute_dtype[rows.to(compute_dtype.device)] for rows in members], rank)
+        with in_full_precision(compute_dtype):
+            inside = torch.stack([(compute_dtype @ part.v[:, :rank]).square().sum(1) for part in parts])
         # A row moves only where it gains: among equals it stays.
-        own = inside.gather(0, label.to(wide.device)[None])[0]
+        own = inside.gather(0, label.to(compute_dtype.device)[None])[0]
         best = inside.max(0)
-        moved = torch.where(best.values > own, best.indices, label.to(wide.device)).cpu()
+        moved = torch.where(best.values > own, best.indices, label.to(compute_dtype.device)).cpu()
         if torch.equal(moved, label):
             break
         _, label = moved.unique(return_inverse=True)

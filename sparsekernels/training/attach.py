@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..index import Index
-from .layers import SLOTS, SparseEmbedding, SparseLinear, attach, detach, is_sparsified, slots_of
+from .layers import SLOTS, SparseEmbedding, SparseLinear, attach, detach, slots_of, trains_selection
 from .replicas import REPLICAS, Replicas, before_forward
 from .slot import SLOT, VALUES, CompactParameter, Holders, Slot
 from .state_hooks import KEPT, LOADING, after_save, before_load, before_loading, before_save, keep
 
 
-class Found:
+class Installation:
     """How the model was found: requires_grad and grad of every parameter, classes of modules, hooks to take off."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,7 +30,7 @@ class Found:
 
     def watch(self) -> None:
         """Compare replicas before a forward; where the model itself has a slot, that is the first to be reached."""
-        if not self.watched and not is_sparsified(self.model):  # for a hook costs time
+        if not self.watched and not trains_selection(self.model):  # for a hook costs time
             self.hooks.append(self.model.register_forward_pre_hook(before_forward))
             self.watched = True
 

@@ -18,13 +18,13 @@ from ..common.names import plain_names
 from ..index import Index
 from ..ops import gather, scatter_
 from ..selection import Selection
-from .carry import joined
-from .layers import refuse_sparsified
+from .layers import refuse_train_only
+from .remap import joined
 from .slot import Left, Slot
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class TensorDelta:
     """What a delta does to one tensor.
 
     values (index.compact_shape, dtype of the weight) replace what is there; `base` is the fingerprint of what must be
@@ -36,7 +36,7 @@ class Change:
     base: str
 
     @classmethod
-    def of(cls, index: Index, values: Tensor, originals: Tensor) -> Change:
+    def of(cls, index: Index, values: Tensor, originals: Tensor) -> TensorDelta:
         """The change from originals to values, on the CPU."""
         base = "" if _is_whole(index) else fingerprint(originals)
         return cls(index.to("cpu"), values.cpu(), base)
@@ -55,7 +55,7 @@ class Delta:
     The file is safetensors: `<name>.indices` (int32, or int64 past 2^31 elements), `<name>.values`, and metadata.
     """
 
-    def __init__(self, changes: Mapping[str, Change]) -> None:
+    def __init__(self, changes: Mapping[str, TensorDelta]) -> None:
         self.changes = dict(changes)
 
     @property
@@ -73,14 +73,14 @@ class Delta:
 
     @classmethod
     def from_slots(cls, model: nn.Module, slots: Mapping[str, Slot], left: Mapping[str, Left]) -> Delta:
-        """The trained state of a sparsified model; see `SparseModel.delta`."""
+        """The trained state of a model under train_only; see `SparseModel.delta`."""
         found = {name: (slot.weight, (slot.index, slot.originals)) for name, slot in slots.items()}
         for name, entry in left.items():
             part = joined(found[name][1], entry.part) if name in found else entry.part
             found[name] = (entry.weight, part)
         changes, plain = {}, plain_names(model)
         for name, (weight, (index, originals)) in found.items():
-            changes[plain.get(name, name)] = Change.of(index, gather(weight.detach(), index), originals)
+            changes[plain.get(name, name)] = TensorDelta.of(index, gather(weight.detach(), index), originals)
         return cls(changes)
 
     def save(self, path: str | Path) -> None:
@@ -112,7 +112,7 @@ class Delta:
                     raise ValueError(f"{name!r} has {values.dtype} {list(values.shape)} for the values of {index}")
                 if not re.fullmatch("" if _is_whole(index) else "[0-9a-f]{32}", kind["base"]):
                     raise ValueError(f"{name!r} has {kind['base'][:40]!r} for the fingerprint of its base")
-                changes[name] = Change(index, values, kind["base"])
+                changes[name] = TensorDelta(index, values, kind["base"])
         return cls(changes)
 
     def apply(self, model: nn.Module) -> Applied:
@@ -120,7 +120,7 @@ class Delta:
 
         Raises:
             ValueError: a parameter is missing or has another shape or dtype, the weights at the selected positions are
-                not those the delta was made from, or the model is sparsified. The model is unchanged then.
+                not those the delta was made from, or the model trains a selection. The model is unchanged then.
         """
         weights = self._checked(model)
         originals = {name: gather(w.detach(), self._index(name, w)) for name, w in weights.items()}
@@ -151,7 +151,7 @@ class Delta:
         return self.changes[name].index.to(weight.device)
 
     def _checked(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        refuse_sparsified(model)
+        refuse_train_only(model)
         weights = self.selection.check(model)
         for name, weight in weights.items():
             if weight.dtype != self.changes[name].values.dtype:
@@ -195,7 +195,9 @@ class Applied:
         self.revert()
 
 
-def _write(weights: Mapping[str, nn.Parameter], changes: Mapping[str, Change], values: Mapping[str, Tensor]) -> None:
+def _write(
+    weights: Mapping[str, nn.Parameter], changes: Mapping[str, TensorDelta], values: Mapping[str, Tensor]
+) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             scatter_(weight.detach(), changes[name].index.to(weight.device), values[name].to(weight.device))

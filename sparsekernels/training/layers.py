@@ -22,20 +22,20 @@ SLOTS = "_sparse_slots"  # where a module keeps {name of its parameter: Slot}
 
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:
-    """The slots of a sparsified module, by the name of the parameter in it."""
+    """The slots of a module that trains a selection, by the name of the parameter in it."""
     slots: dict[str, Slot] = module.__dict__[SLOTS]
     return slots
 
 
-def is_sparsified(module: nn.Module) -> bool:
+def trains_selection(module: nn.Module) -> bool:
     """Whether the module itself holds a selected parameter."""
     return SLOTS in module.__dict__
 
 
-def refuse_sparsified(model: nn.Module) -> None:
+def refuse_train_only(model: nn.Module) -> None:
     """Raise ValueError if any module of the model holds a selected parameter: its weights are not the model's own."""
-    if any(is_sparsified(module) for module in model.modules()):
-        raise ValueError("the model is sparsified; call restore() or merge() on its SparseModel first")
+    if any(trains_selection(module) for module in model.modules()):
+        raise ValueError("the model trains a selection; call restore() or merge() on its SparseModel first")
 
 
 class _Linear(torch.autograd.Function):
@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)
         if ctx.needs_input_grad[3]:
-            index = Index.trusted(positions, ctx.shape, ctx.rows)
+            index = Index.unchecked(positions, ctx.shape, ctx.rows)
             grad_values = masked_grad_linear(_matrix(grad), _matrix(input), index).to(ctx.dtype)
             _gradient_came(ctx)
         return grad_input, None, grad_bias, grad_values, None, None
@@ -83,7 +83,7 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids, positions = ctx.saved_tensors
-        index = Index.trusted(positions, ctx.shape, ctx.rows)
+        index = Index.unchecked(positions, ctx.shape, ctx.rows)
         grad = grads[0].reshape(ids.numel(), ctx.shape[1])
         found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx)
         _gradient_came(ctx)
@@ -104,7 +104,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
         dense = grads[0].to_dense() if grads[0].is_sparse else grads[0]
-        found = gather(dense.contiguous(), Index.trusted(positions, ctx.shape, ctx.rows))
+        found = gather(dense.contiguous(), Index.unchecked(positions, ctx.shape, ctx.rows))
         _gradient_came(ctx)
         return None, found.to(ctx.dtype), None, None
 
@@ -126,7 +126,7 @@ def _attached(slot: Slot) -> Tensor:
 
 
 class SparseLinear(nn.Linear):
-    """A Linear whose weight, bias or both have slots. Made by `sparsify` from an existing module."""
+    """A Linear whose weight, bias or both have slots. Made by `train_only` from an existing module."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -148,7 +148,7 @@ class SparseLinear(nn.Linear):
 
 
 class SparseEmbedding(nn.Embedding):
-    """An Embedding whose weight has a slot. Made by `sparsify` from an existing module."""
+    """An Embedding whose weight has a slot. Made by `train_only` from an existing module."""
 
     def forward(self, input: Tensor) -> Tensor:
         slot = slots_of(self)["weight"]

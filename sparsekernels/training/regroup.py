@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..index import Index
 from ..selection import Selection
-from .carry import Carry
-from .layers import is_sparsified
+from .layers import trains_selection
+from .remap import Remap
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +71,15 @@ class Regroup:
         assert x.old is not None
         assert x.old_index is not None
         assert x.new_index is not None
-        carry = Carry(x.old_index, x.new_index)
+        remap = Remap(x.old_index, x.new_index)
         state: dict[str, Any] = {}
-        for key, value in self.optimizer.state.get(x.old, {}).items() if len(carry) else ():
-            if key == "step" and hasattr(self.optimizer, "carried_step"):
-                state[key] = self.optimizer.carried_step(carry.ages(value, x.name), x.old, group)
+        for key, value in self.optimizer.state.get(x.old, {}).items() if len(remap) else ():
+            if key == "step" and hasattr(self.optimizer, "remapped_step"):
+                state[key] = self.optimizer.remapped_step(remap.step_counts(value, x.name), x.old, group)
             elif not isinstance(value, Tensor) or not value.dim():
                 state[key] = value
             elif value.shape == x.old_index.compact_shape:
-                state[key] = carry.onto(value.new_zeros(x.new_index.compact_shape), value)
+                state[key] = remap.onto(value.new_zeros(x.new_index.compact_shape), value)
             else:
                 raise ValueError(
                     f"{x.name!r}: {key!r} has shape {list(value.shape)} and cannot be divided by positions; make a new "
@@ -127,8 +127,10 @@ def _members(group: Mapping[str, Any], old: Mapping[Tensor, Exchange], ours: lis
 
 def reselect_indices(optimizer: torch.optim.Optimizer, selection: Selection, model: nn.Module) -> None:
     """See `SparseAdamW.reselect`."""
-    if any(is_sparsified(module) for module in model.modules()):
-        raise ValueError("the model is sparsified; call reselect of its SparseModel, and pass this optimizer there")
+    if any(trains_selection(module) for module in model.modules()):
+        raise ValueError(
+            "the model trains a selection; call reselect of its SparseModel, and pass this optimizer there"
+        )
     weights = selection.check(model)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     indexed: dict[Tensor, Index] = {}

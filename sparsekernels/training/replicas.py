@@ -1,4 +1,4 @@
-"""Replicas of a sparsified model under DistributedDataParallel: they must train the same positions."""
+"""Replicas of a model in DistributedDataParallel: they must train the same positions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Replicated(Protocol):
 
 KNOWN: WeakValueDictionary[str, Replicas] = WeakValueDictionary()  # by key: torch.compile takes a string as constant
 
-REPLICAS = "_sparse_replicas"  # where a sparsified model keeps its own
+REPLICAS = "_sparse_replicas"  # where a model under train_only keeps its own
 
 
 class Replicas:
@@ -64,7 +64,7 @@ class Replicas:
             if names:
                 raise ValueError(
                     f"{names[0]!r}: rank {rank} trains other positions than rank 0, and gradients of different weights "
-                    "would be averaged; select once and share it: sparsify(model, selection.broadcast(src=0))"
+                    "would be averaged; select once and share it: train_only(model, selection.broadcast(src=0))"
                 )
         self.compared = True
 

@@ -1,4 +1,4 @@
-"""Change what a sparsified model trains. All is worked out, and refused if need be, before anything changes."""
+"""Change what a model under train_only trains. All is worked out, and refused if need be, before anything changes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..index import Index
 from ..ops import scatter_
 from ..selection import Selection
-from .attach import Found, holders_of
-from .carry import Carry, Part, joined
+from .attach import Installation, holders_of
 from .regroup import Exchange, Regroup
+from .remap import IndexedValues, Remap, joined
 from .slot import CompactParameter, Holders, Left, Slot, compact_copy
 
 
@@ -25,8 +25,8 @@ class _Turn:
     index: Index | None  # afterwards, with values and originals; None if it is not trained any more
     values: nn.Parameter | None
     originals: Tensor | None
-    dropped: Part | None  # positions that leave, and their originals
-    left: Part | None  # what stays behind from earlier calls
+    dropped: IndexedValues | None  # positions that leave, and their originals
+    left: IndexedValues | None  # what stays behind from earlier calls
 
     @property
     def changed(self) -> bool:
@@ -35,7 +35,7 @@ class _Turn:
 
 @torch.no_grad()
 def reselect(
-    found: Found,
+    found: Installation,
     slots: dict[str, Slot],
     left: dict[str, Left],
     selection: Selection,
@@ -101,20 +101,20 @@ def _turn(
     values, originals = compact_copy(weight, index)
     dropped = None
     if behind is not None:
-        carry = Carry(behind[0], index)
-        carry.onto(originals, behind[1])
-        behind = carry.dropped(behind[1])
+        remap = Remap(behind[0], index)
+        remap.onto(originals, behind[1])
+        behind = remap.dropped(behind[1])
     if slot is not None:
-        carry = Carry(slot.index, index)
-        carry.onto(originals, slot.originals)
-        carry.onto(values.data, slot.values.detach())
+        remap = Remap(slot.index, index)
+        remap.onto(originals, slot.originals)
+        remap.onto(values.data, slot.values.detach())
         values.requires_grad_(slot.values.requires_grad)
-        dropped = carry.dropped(slot.originals)
+        dropped = remap.dropped(slot.originals)
     return _Turn(name, slot, index, values, originals, dropped, behind)
 
 
 def _commit(
-    found: Found,
+    found: Installation,
     turn: _Turn,
     holders: dict[str, Holders],
     restore: bool,

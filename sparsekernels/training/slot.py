@@ -16,7 +16,7 @@ from ..common.messages import listed, warn
 from ..common.supported import SHARDED, as_integers, refuse_sharded, refuse_unsupported
 from ..index import Index
 from ..ops import gather, scatter_
-from .carry import Part
+from .remap import IndexedValues
 from .replicas import Replicas, check_while_tracing
 
 VALUES = "_values"
@@ -72,8 +72,8 @@ def is_private(values: Tensor) -> bool:
 def compact_copy(weight: Tensor, index: Index) -> tuple[CompactParameter, Tensor]:
     """Values to train, fp32 (fp64 for fp64), and the originals in the dtype of the weight."""
     originals = gather(weight.detach(), index.to(weight.device))
-    wide = torch.promote_types(originals.dtype, torch.float32)
-    return CompactParameter(originals.to(wide, copy=True)), originals
+    compute_dtype = torch.promote_types(originals.dtype, torch.float32)
+    return CompactParameter(originals.to(compute_dtype, copy=True)), originals
 
 
 class Slot:
@@ -129,15 +129,15 @@ class Slot:
 
     @property
     def index(self) -> Index:
-        return Index.trusted(self.positions, self.shape, self.rows)
+        return Index.unchecked(self.positions, self.shape, self.rows)
 
     @property
     def originals(self) -> Tensor:
         """What the weight held before, in the dtype that it had then, where the weight is now."""
         if self._originals.is_meta:
             raise ValueError(
-                f"{self.label!r} was on the meta device when the model was sparsified, so nobody knows what it held "
-                "before; merge() gives the model back as it is; next time load the weights first, then call sparsify"
+                f"{self.label!r} was on the meta device when train_only was called, so nobody knows what it held "
+                "before; merge() gives the model back as it is; next time load the weights first, then call train_only"
             )
         return self._originals.to(self.weight.device)
 
@@ -244,7 +244,7 @@ class Slot:
         state of an optimizer a moment ago.
         """
         values = self.values.detach()
-        index = Index.trusted(self._positions.to(weight.device), self.shape, self.rows)
+        index = Index.unchecked(self._positions.to(weight.device), self.shape, self.rows)
         found = gather(weight.detach().contiguous(), index).to(values.dtype)
         if values.is_meta:
             return found
@@ -289,7 +289,7 @@ class Left:
         return weight
 
     @property
-    def part(self) -> Part:
+    def part(self) -> IndexedValues:
         """Positions and originals where the weight is now."""
         return self.index.to(self.weight.device), self.originals.to(self.weight.device)
 

@@ -1,4 +1,4 @@
-"""state_dict and load_state_dict of a sparsified model: plain keys, current weights, no unselected weight changed."""
+"""state_dict and load_state_dict under train_only: plain keys, current weights, no unselected weight changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layers import SLOTS, slots_of
 from .slot import VALUES
 
 LEFT = "_sparse_left"  # where a module keeps {name of its parameter: Index of what reselect(restore=False) left}
-KEPT = "_sparse_kept"  # where it keeps the names of those that it had, with values, when the model was sparsified
+KEPT = "_sparse_kept"  # where it keeps the names of those that it had, with values, when train_only was called
 LOADING = "_sparse_loading"  # where it keeps the errors of the load_state_dict that has checked it
 
 
@@ -79,7 +79,7 @@ def before_loading(
             if metadata.get("assign_to_params_buffers") and loaded.dtype != parameter.dtype:
                 raise ValueError(
                     f"load_state_dict(assign=True) would make {name!r} {loaded.dtype}, and it is {parameter.dtype}; "
-                    "load without assign, or restore() the model, load, and sparsify again"
+                    "load without assign, or restore() the model, load, and train_only again"
                 )
             if loaded.shape != parameter.shape or loaded.is_meta or parameter.is_meta:
                 continue  # torch reports the first; there is nothing to compare in the others
@@ -90,7 +90,7 @@ def before_loading(
                     "miss them and restore() would not be the base: it was trained with another selection or from "
                     "another base, or is an average of state_dicts, or the model itself changes them. Sparsify with "
                     "the selection that it was trained with (keep Selection.save beside each checkpoint), or "
-                    "restore() the model, load, and sparsify again"
+                    "restore() the model, load, and train_only again"
                 )
 
 

@@ -14,8 +14,8 @@ from ...nn.gated import Gating, LayerGates, gate
 from ...ops.gates.checks import Kind
 from ...structure.layers import kind_of, weight_size
 from ...structure.pruning_plan import Planner
-from ...training.layers import refuse_sparsified
-from .parts import OPEN, Found, Vector
+from ...training.layers import refuse_train_only
+from .parts import OPEN, Original, Vector
 from .rounding import Dimensions
 from .saving import is_compressed
 from .schedule import Schedule
@@ -27,8 +27,8 @@ NOISES = {"stg": 0.5, "finegates": 0.5, "hard_concrete": 2 / 3}
 
 def attach(
     model: nn.Module,
-    target: float,
-    steps: int,
+    pruning_ratio: float,
+    total_steps: int,
     *,
     kind: Kind = "stg",
     noise: float | None = None,
@@ -40,7 +40,7 @@ def attach(
 ) -> Gates:
     """Freeze a model, put stochastic gates on its projections, and train those, to have a smaller model at the end.
 
-        gates = sk.methods.gates.attach(model, target=0.3, steps=len(loader))
+        gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=len(loader))
         optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
         model.train()
         for batch in loader:
@@ -59,9 +59,9 @@ def attach(
 
     Args:
         model: any torch model; changed in place, undone by `restore()`.
-        target: share of the parameters of the targets (weights and biases) that is to be removed, in (0, 1).
-        steps: optimizer steps that the training will have; gates close between 10 % and 50 % of them, and are fixed
-            from 80 % on.
+        pruning_ratio: share of the parameters of the targets (weights and biases) that is to be removed, in (0, 1).
+        total_steps: optimizer steps that the training will have; gates close between 10 % and 50 % of them, and are
+            fixed from 80 % on.
         kind: "stg", clamp(mu + 0.5 + noise * normal, 0, 1); "finegates", the same of mu = tanh(l); "hard_concrete".
         noise: sigma of the first two, temperature of the last; None: 0.5, 0.5, 2/3.
         granularity: "row+column", gates on all rows and columns of the targets; "head", a gate on each attention head,
@@ -86,12 +86,12 @@ def attach(
     Source: FineGates (Svirsky et al., arXiv 2412.12951), its code for which parameters train; STG (Yamada et al., arXiv
     1810.04247); hard concrete (Louizos et al., arXiv 1712.01312). Ours: one noise for sampling and P(open), gates that
     rest where noise hardly reaches them, norms that train, what closes when (see `Gates.penalty`), and sizes that are
-    multiples of 8 in the end (see `Gates.settle`).
+    multiples of 8 in the end (see `Gates.freeze`).
     """
-    if not 0 < target < 1:
-        raise ValueError(f"target must lie in (0, 1), the share to remove, got {target}")
-    if steps < 10:
-        raise ValueError(f"steps must be at least 10, the optimizer steps of the whole training, got {steps}")
+    if not 0 < pruning_ratio < 1:
+        raise ValueError(f"pruning_ratio must lie in (0, 1), the share to remove, got {pruning_ratio}")
+    if total_steps < 10:
+        raise ValueError(f"total_steps must be at least 10, the optimizer steps of all the training, got {total_steps}")
     if kind not in NOISES:
         raise ValueError(f"kind must be one of {', '.join(map(repr, NOISES))}, got {kind!r}")
     noise = NOISES[kind] if noise is None else noise
@@ -101,7 +101,7 @@ def attach(
         raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}")
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 or more, got {lora_rank}")
-    refuse_sparsified(model)
+    refuse_train_only(model)
     refuse_unsupported_of(model)
     if any(isinstance(module, LayerGates) for module in model.modules()):
         raise ValueError("the model has gates already; call restore() or compress() on its Gates first")
@@ -120,7 +120,7 @@ def attach(
     gating = Gating(kind, noise, probing=True, watching=True)
     if len({p.device for p in parameters.values()}) > 1:
         raise ValueError("the model lies on several devices; gates need it on one")
-    _check_reach(planner, vectors, target)
+    _check_reach(planner, vectors, pruning_ratio)
 
     train = {
         name
@@ -129,7 +129,8 @@ def attach(
         and (name in dense or (p.dim() < 2 and any(part.isdigit() for part in name.split("."))))
     }
     found = {
-        name: Found(p, p.requires_grad, p.detach().clone() if name in train else None) for name, p in parameters.items()
+        name: Original(p, p.requires_grad, p.detach().clone() if name in train else None)
+        for name, p in parameters.items()
     }
     for name, p in parameters.items():
         p.requires_grad_(name in train)
@@ -146,7 +147,7 @@ def attach(
             module = model.get_submodule(name)
             gate(module, gating, **sides, lora_rank=lora_rank, lora_scale=lora_scale)
             layers[name] = module.gates
-    schedule, named = Schedule(steps, target), targets is not None
+    schedule, named = Schedule(total_steps, pruning_ratio), targets is not None
     return Gates(model, layers, vectors, planner, dimensions, elements, gating, schedule, found, dense, named)  # type: ignore[arg-type]
 
 
@@ -230,11 +231,11 @@ class _Places:
         )
 
 
-def _check_reach(planner: Planner, vectors: list[Vector], target: float) -> None:
+def _check_reach(planner: Planner, vectors: list[Vector], pruning_ratio: float) -> None:
     rows = {v.layer: torch.zeros(v.count, dtype=torch.bool) for v in vectors if v.side == "rows"}
     columns = {v.layer: torch.zeros(v.count * v.group, dtype=torch.bool) for v in vectors if v.side == "columns"}
     reach = planner.count(rows, columns) / planner.total
-    if reach < target:
+    if reach < pruning_ratio:
         raise ValueError(
-            f"target: these gates can remove {reach:.1%} of the targets' parameters, {target:.1%} is asked"
+            f"pruning_ratio is {pruning_ratio:.1%}, but these gates can remove {reach:.1%} of the targets' parameters"
         )

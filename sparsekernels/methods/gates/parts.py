@@ -30,7 +30,7 @@ class Vector:
 
 
 @dataclass(frozen=True)
-class Found:
+class Original:
     """A parameter as it was found: whether it was trained, and its value if it is trained now."""
 
     parameter: nn.Parameter

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...structure.architectures import Attention, Mlp, Part
+from ...structure.architectures import Attention, Mlp, OutputSlice
 from .parts import Vector
 
 MULTIPLE = 8  # 16 bytes of bf16, which GPUs want rows to be aligned to; products on CPUs like it, too
@@ -74,7 +74,7 @@ class Dimensions:
         of = {(v.layer, v.side): np.arange(v.start, v.start + v.count) for v in vectors if v.group == 1}
         single = {key: np.ones(len(gates), np.bool_) for key, gates in of.items()}
 
-        def take(layer: str, side: str, part: Part | None = None) -> Array:
+        def take(layer: str, side: str, part: OutputSlice | None = None) -> Array:
             places = slice(None) if part is None else part.places
             single[layer, side][places] = False
             return of[layer, side][places]

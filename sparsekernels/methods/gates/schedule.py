@@ -1,4 +1,4 @@
-"""Which gates are to close, and when: importance of gates, the share that is to be removed by now, and its price."""
+"""Which gates close, and when: importance, the share to be removed by now, and the threshold that removes it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ DECAY = 0.97  # of the running mean of squared gradients, a step
 
 @dataclass(frozen=True)
 class Schedule:
-    """Shares of the training steps: nothing closes before `begin`, all is asked for by `end`, gates rest from `settle`.
+    """Shares of the training steps: nothing closes before `begin`, all is asked for by `end`, gates rest from `freeze`.
 
     In between the share that is asked for grows as 1 - (1 - t)^3 (Zhu and Gupta, arXiv 1710.01878): fast while there is
     much that does no harm.
     """
 
-    steps: int
-    target: float
+    total_steps: int
+    pruning_ratio: float
     begin: float = 0.1
     end: float = 0.5
-    settle: float = 0.8
+    freeze: float = 0.8
 
     def wanted(self, step: int) -> float:
         """The share to be removed after `step` steps."""
-        t = (step / self.steps - self.begin) / (self.end - self.begin)
-        return self.target * (1 - (1 - min(1.0, max(0.0, t))) ** 3)
+        t = (step / self.total_steps - self.begin) / (self.end - self.begin)
+        return self.pruning_ratio * (1 - (1 - min(1.0, max(0.0, t))) ** 3)
 
-    def settles(self, step: int) -> bool:
+    def freezes(self, step: int) -> bool:
         """Whether gates become fixed after `step` steps."""
-        return step >= self.settle * self.steps
+        return step >= self.freeze * self.total_steps
 
 
 class Importance:
@@ -85,7 +85,7 @@ def closing_order(scores: Tensor, layers: Tensor, first: Tensor | None = None) -
     return torch.from_numpy(np.lexsort((turn, score, later, np.isinf(score))))
 
 
-def price(scores: Tensor, order: Tensor, removed: Callable[[Tensor], float], share: float) -> tuple[float, Tensor]:
+def threshold(scores: Tensor, order: Tensor, removed: Callable[[Tensor], float], share: float) -> tuple[float, Tensor]:
     """Close as few gates as remove the share, in this order; those never measured stay open in any case.
 
     Args:
@@ -95,8 +95,8 @@ def price(scores: Tensor, order: Tensor, removed: Callable[[Tensor], float], sha
         share: that is to go, at least.
 
     Returns:
-        The price, which is the score of the first gate that stays open, infinite if none does; and the mask [gates] of
-        those that do. Where the share is out of reach, the price is infinite, too.
+        The threshold: the score of the first gate that stays open, infinite if none does or if the share is out of
+        reach; and the mask [gates] of the gates that stay open.
     """
 
     def stays(closed: int) -> Tensor:

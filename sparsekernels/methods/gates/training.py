@@ -14,12 +14,12 @@ from ...nn.gated import Gating, LayerGates, put_back, ungate
 from ...ops import gate_values
 from ...structure.pruning_plan import Planner, cut
 from .measuring import check_measured, take_gradients
-from .parts import OPEN, RATES, SHUT, Found, Vector, Wrong
+from .parts import OPEN, RATES, SHUT, Original, Vector, Wrong
 from .rounding import Dimensions
 from .saving import mark_compressed
-from .schedule import Importance, Schedule, closing_order, price
+from .schedule import Importance, Schedule, closing_order, threshold
 
-EVERY = 10  # steps between two looks at the price
+EVERY = 10  # steps between two updates of the threshold
 
 
 class Gates:
@@ -30,8 +30,9 @@ class Gates:
 
     Attributes:
         model: the model. schedule: when which share is to be gone.
-        steps: how often `step` was called. price: what closing is worth by now, in importance; gates below it close.
-        settled: whether gates are fixed.
+        steps: how often `step` was called. threshold: gates of lower importance
+            close; it rises as training goes on.
+        frozen: whether gates are fixed.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class Gates:
         elements: Tensor,
         gating: Gating,
         schedule: Schedule,
-        found: Mapping[str, Found],
+        found: Mapping[str, Original],
         head: set[str],
         named: bool,
     ) -> None:
         self.model, self.schedule = model, schedule
-        self.steps, self.price, self.settled = 0, 0.0, False
+        self.steps, self.threshold, self.frozen = 0, 0.0, False
         self._layers, self._head = dict(layers), head
         self._vectors, self._planner, self._dimensions = vectors, planner, dimensions
         self._gating, self._found, self._named = gating, found, named
@@ -101,28 +102,28 @@ class Gates:
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in found.items()]
 
     def penalty(self) -> Tensor:
-        """What to add to the loss of each batch: 0 before the first gate is to close, and after they have settled.
+        """What to add to the loss of each batch: 0 before the first gate is to close, and after they are frozen.
 
-        A gate with importance s is to close if s is below the price, unless it makes a size a multiple of 8, and to
-        stay open if it is above. The penalty is the sum of |(price - s) / (price + s)| times the probability of the
-        opposite, over all gates: nearly 0 once gates are where they should be. Ours; papers have the sum of P(open)
-        times a constant. The price stands for their lambda: `step` raises it until what is below it is the share that
-        is wanted by then.
+        A gate with importance s is to close if s is below the threshold, unless it makes a size a multiple of 8, and to
+        stay open if it is above. The penalty is the sum of |(threshold - s) / (threshold + s)| times the probability of
+        the opposite, over all gates: nearly 0 once gates are where they should be. Ours; papers have the sum of P(open)
+        times a constant lambda. `step` raises the threshold until the gates below it make up the share that is wanted
+        by then.
         """
         self._check_in_use()
         logits = self._logits()
-        if self.settled or self.price == 0:
+        if self.frozen or self.threshold == 0:
             return logits[0].new_zeros(())
         result: Tensor = Wrong.apply(self._weights.to(logits[0].device), self._gating, *logits)
         return result
 
     @torch.no_grad()
     def step(self) -> None:
-        """Go on by a step of the schedule; call it after `optimizer.step()`, once each.
+        """Advance the schedule by one step; call it after each `optimizer.step()`.
 
-        It takes in what backward left of the gates' gradients, keeps logits within their range, looks every 10 steps
-        which price removes the share that is wanted by now, counted as `compress` will, and settles in the end. Gates
-        that no gradient ever reached stay open: nothing is known of their importance.
+        It updates importance from the gates' gradients, clamps logits to their range, sets the threshold every 10 steps
+        so that the share wanted by now is removed, counted as `compress` counts, and freezes the gates in the end.
+        Gates that no gradient ever reached stay open: their importance is unknown.
 
         Raises:
             ValueError: a layer that `targets` names is also used outside its module's forward. Nothing has changed.
@@ -131,7 +132,7 @@ class Gates:
                 reached: the step counts, and gates close as before it.
         """
         self._check_in_use()
-        if self.settled:
+        if self.frozen:
             self.steps += 1
             for logits, fixed in zip(self._logits(), self._fixed, strict=True):
                 logits.copy_(fixed)  # an optimizer's momentum goes on for a while
@@ -141,19 +142,19 @@ class Gates:
         kind = self._gating.kind
         for logits in self._logits():
             logits.clamp_(SHUT[kind], OPEN[kind])
-        if self.schedule.settles(self.steps):
-            self.settle()
-        elif self.steps % min(EVERY, self.schedule.steps // 10) == 0:
+        if self.schedule.freezes(self.steps):
+            self.freeze()
+        elif self.steps % min(EVERY, self.schedule.total_steps // 10) == 0:
             wanted = self.schedule.wanted(self.steps)
             if wanted > 0:
                 scores = self._importance.values()
-                self.price, stays = self._choose(scores, None, wanted)
+                self.threshold, stays = self._choose(scores, None, wanted)
                 # Of two that are infinite the quotient is NaN, and its limit 1.
-                share = ((self.price - scores) / (self.price + scores).clamp_min(1e-38)).abs().nan_to_num(1.0)
+                share = ((self.threshold - scores) / (self.threshold + scores).clamp_min(1e-38)).abs().nan_to_num(1.0)
                 self._weights = torch.where(stays, -share, share)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def freeze(self) -> None:
         """Fix the gates: as many as remove the share that was asked are shut, all others stay as open as they are.
 
         Those that are shut already come first, then those of least importance; what is shut beyond that share opens
@@ -165,7 +166,7 @@ class Gates:
         """
         self._check_in_use()
         closed = torch.cat([gate_values(x, kind=self._gating.kind, noise=1.0)[0] for x in self._logits()]).cpu() == 0
-        _, stays = self._choose(self._importance.values(), closed, self.schedule.target)
+        _, stays = self._choose(self._importance.values(), closed, self.schedule.pruning_ratio)
         kind = self._gating.kind
         for vector, logits in zip(self._vectors, self._logits(), strict=True):
             part = slice(vector.start, vector.start + vector.count)
@@ -196,16 +197,16 @@ class Gates:
         `cuts.removed` of `cuts.total` parameters of the gated layers are gone. `save_pretrained(folder)`, in place of
         that of transformers if there is one, writes a folder for `load`.
 
-        Neurons and heads go as a whole; rows and columns that go by themselves leave a `CompactLinear`. In evaluation
-        the outputs are those of the gated model, but for rounding. Gates that have not settled are taken as they are.
+        Neurons and heads go as a whole; rows and columns that go by themselves leave a `PrunedLinear`. In evaluation
+        the outputs are those of the gated model, but for rounding. Gates that are not frozen are taken as they are.
 
         Memory: the smaller layers beside the original ones, until all are made. The model is unchanged if that fails.
         """
         self._check_in_use()
-        if not self.settled:
+        if not self.frozen:
             warnings.warn(
-                f"compressing after {self.steps} of {self.schedule.steps} steps: {self.removed():.1%} of "
-                f"{self.schedule.target:.1%} will be removed; settle() removes the rest",
+                f"compressing after {self.steps} of {self.schedule.total_steps} steps: {self.removed():.1%} of "
+                f"{self.schedule.pruning_ratio:.1%} will be removed; freeze() removes the rest",
                 stacklevel=2,
             )
         rows, columns = self._masks(self._open())
@@ -252,11 +253,11 @@ class Gates:
     # Stopping and going on.
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on by itself beside the model's state_dict, which holds the gates: steps, importance, price."""
+        """What goes on by itself beside the model's state_dict, which holds the gates: steps, importance, threshold."""
         return {
             "steps": self.steps,
-            "settled": self.settled,
-            "price": self.price,
+            "frozen": self.frozen,
+            "threshold": self.threshold,
             "weights": self._weights.clone(),
             "squares": self._importance.squares.clone(),
             "seen": self._importance.seen.clone(),
@@ -272,16 +273,16 @@ class Gates:
         self._check_in_use()
         if set(state) != set(self.state_dict()) or state["squares"].shape != self._importance.squares.shape:
             raise ValueError(f"state is not a state_dict() of {len(self._importance.squares)} gates, as the model has")
-        if self.settled and not state["settled"]:
-            raise ValueError("state is of gates that have not settled, these have; attach() anew and load into that")
+        if self.frozen and not state["frozen"]:
+            raise ValueError("state is of gates that are not frozen, these are; attach() anew and load into that")
         if not set(state["left_out"]) <= set(self._layers):
             raise ValueError("state is of other gates: it leaves out layers that these do not have")
         self._check_left_out(state["left_out"])
         self._leave_out(state["left_out"])
-        self.steps, self.price = int(state["steps"]), float(state["price"])
+        self.steps, self.threshold = int(state["steps"]), float(state["threshold"])
         self._weights = state["weights"].clone()
         self._importance.squares, self._importance.seen = state["squares"].clone(), state["seen"].clone()
-        if state["settled"]:
+        if state["frozen"]:
             self._fix()
 
     # Inside.
@@ -312,12 +313,12 @@ class Gates:
         return self._planner.count(*self._masks(is_open)) / self._planner.total
 
     def _choose(self, scores: Tensor, first: Tensor | None, share: float) -> tuple[float, Tensor]:
-        """The price at which the share is removed, and the mask [gates] of what stays open, sizes rounded."""
+        """The threshold at which the share is removed, and the mask [gates] of what stays open, sizes rounded."""
         order = closing_order(scores, self._vector_of, first)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
         rounded = self._dimensions.rounding(place)
-        found, stays = price(scores, order, lambda stays: self._removed(rounded(stays)), share)
+        found, stays = threshold(scores, order, lambda stays: self._removed(rounded(stays)), share)
         stays = rounded(stays)
         if (reach := self._removed(stays)) < share:
             check_measured(~scores.isinf())
@@ -355,5 +356,5 @@ class Gates:
             self._layers[name].left_out = True
 
     def _fix(self) -> None:
-        self.settled = self._gating.settled = True
+        self.frozen = self._gating.frozen = True
         self._fixed = [logits.detach().clone() for logits in self._logits()]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...scoring.eval_mode import evaluating
+from ...scoring.eval_mode import in_eval_mode
 from ...scoring.losses import Batch, Loss, batch_size, default_loss, to_device
 from ...structure.matrices import Matrix, matrices
-from ...training.layers import refuse_sparsified
+from ...training.layers import refuse_train_only
 from .changes import product
 from .decompositions import Decompositions
 from .ranking import RHOS, NoGradient, Ranking, Reduction, Score, rank, targets
@@ -33,18 +33,18 @@ def adapt(
     names: Iterable[str] | None = None,
     blocks: Sequence[int] = (1,),
     clusters: Sequence[int] = (),
-    tried: int = 16,
-    rounds: int = 3,
-    score: Score = "second",
+    num_candidates: int = 16,
+    max_matrices: int = 3,
+    score: Score = "second_order",
     loss: Loss | None = None,
     factored: bool = True,
     progress: bool = True,
 ) -> Reduced:
     """Reduce the matrices that a model is better without, found by a few backwards over the same few samples.
 
-    In each round: rank all matrices by one backward; evaluate the `tried` best reductions; keep the best of those if
-    the model is better with it than without, and go on from there, else stop. With more than one way to group rows, a
-    second backward ranks these for the matrices that are best as a whole.
+    In each round: rank all matrices by one backward; evaluate the `num_candidates` best reductions; keep the best of
+    those if the model is better with it than without, and go on from there, else stop. With more than one way to group
+    rows, a second backward ranks these for the matrices that are best as a whole.
 
     Args:
         model: any torch model; changed in place, undone by `Reduced.revert()`.
@@ -52,27 +52,27 @@ def adapt(
         evaluate: function of the model, in eval mode and without gradients; larger is better. Default: minus the mean
             loss over the samples.
         rhos, names, blocks, clusters, score, loss: as in `rank`.
-        tried: reductions that are evaluated in a round. rounds: the most matrices that are reduced.
+        num_candidates: reductions that are evaluated in a round. max_matrices: the most matrices that are reduced.
         factored: as in `reduce`. progress: show progress bars.
 
     Returns:
         Reduced. `.plan` holds what was kept, with its predicted and measured gain; it may be empty. `.report` holds
         "backwards", "evaluations": how often the samples were gone through;
-        "before", "after": what `evaluate` gave; "tried": for each round its reductions, with their measured gains;
+        "before", "after": what `evaluate` gave; "candidates": for each round its reductions, with their measured gains;
         "ranking": of the first round, all reductions with predicted scores.
 
-    Cost: `rounds` times that of `rank` and `tried` evaluations; the decompositions of all matrices are held, see
-    `Decompositions`. Reductions that make `evaluate` infinite or NaN gain minus infinity.
+    Cost: `max_matrices` times that of `rank` and `num_candidates` evaluations; the decompositions of all matrices are
+    held, see `Decompositions`. Reductions that make `evaluate` infinite or NaN gain minus infinity.
 
     Raises:
         ValueError: as `rank`, an evaluate that is not finite for the model as it is, numbers below 1. The model is
         unchanged then.
 
     Source: Sreeram et al. (arXiv 2510.20800), as far as it could be read: one backward ranks, candidates are evaluated
-    on the same samples. Ours: the scores, `tried`, greedy composition with a new ranking in each round.
+    on the same samples. Ours: the scores, `num_candidates`, greedy composition with a new ranking in each round.
     """
-    if tried < 1 or rounds < 1:
-        raise ValueError(f"tried and rounds must be at least 1, got {tried} and {rounds}")
+    if num_candidates < 1 or max_matrices < 1:
+        raise ValueError(f"num_candidates and max_matrices must be at least 1, got {num_candidates} and {max_matrices}")
     batches = list(samples)
     if not batches:
         raise ValueError("samples holds no batch")
@@ -84,10 +84,10 @@ def adapt(
     history: list[list[Reduction]] = []
     backwards = 0
     first: Ranking | None = None
-    bar = tqdm(total=rounds, desc="adapt", unit="round", disable=not progress, leave=False)
+    bar = tqdm(total=max_matrices, desc="adapt", unit="round", disable=not progress, leave=False)
     with trial, bar:
         before = best = trial.start()
-        for _ in range(min(rounds, len(left))):
+        for _ in range(min(max_matrices, len(left))):
             backwards += 1
             try:
                 ranking = rank(model, batches, names=left, progress=False, **options)
@@ -98,7 +98,7 @@ def adapt(
             first = first or ranking
             candidates = list(ranking) if 1 in blocks else []
             if splits or clusters:
-                chosen = [reduction.matrix for reduction in ranking.best()[:tried]]
+                chosen = [reduction.matrix for reduction in ranking.best()[:num_candidates]]
                 backwards += 1
                 try:
                     again = rank(
@@ -111,7 +111,7 @@ def adapt(
                     candidates = sorted([*candidates, *again], key=lambda reduction: -(reduction.predicted or 0.0))
             if not candidates:
                 raise ValueError("blocks and clusters leave nothing to try: no matrix has so many rows")
-            measured = [trial.measure(reduction, best) for reduction in candidates[:tried]]
+            measured = [trial.measure(reduction, best) for reduction in candidates[:num_candidates]]
             history.append(measured)
             kept = max(measured, key=lambda reduction: _gain(reduction))
             bar.update()
@@ -127,7 +127,7 @@ def adapt(
         "evaluations": trial.count,
         "before": before,
         "after": best,
-        "tried": history,
+        "candidates": history,
         "ranking": list(first or ()),
     }
     return reduced
@@ -139,21 +139,21 @@ def search(
     *,
     rhos: Sequence[float] = RHOS,
     names: Iterable[str] | None = None,
-    rounds: int = 3,
+    max_matrices: int = 3,
     factored: bool = True,
     progress: bool = True,
 ) -> Reduced:
     """Reduce the matrices that a model is better without, found by evaluating every one of them at every rho.
 
     The original, exhaustive search: each reduction is evaluated by itself; then, from the best one on, each is added if
-    it makes the model better still, until `rounds` matrices are reduced.
+    it makes the model better still, until `max_matrices` matrices are reduced.
 
     Args:
-        model, rhos, names, rounds, factored, progress: as in `adapt`.
+        model, rhos, names, max_matrices, factored, progress: as in `adapt`.
         evaluate: as in `adapt`, over data of its own; it is called len(rhos) times for every matrix, and more.
 
     Returns:
-        Reduced, as from `adapt`; `.report` holds "evaluations", "before", "after" and "tried", all reductions with
+        Reduced, as from `adapt`; `.report` holds "evaluations", "before", "after" and "candidates", all reductions with
         their measured gains.
 
     Raises:
@@ -161,8 +161,8 @@ def search(
 
     Source: LASER (Sharma et al., arXiv 2312.13558). Each decomposition is computed once for all rhos.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if max_matrices < 1:
+        raise ValueError(f"max_matrices must be at least 1, got {max_matrices}")
     trial = _Trial(model, evaluate, Decompositions())
     every = [Reduction(label, rho) for label in targets(model, names) for rho in sorted(rhos, reverse=True)]
     if not every:
@@ -175,7 +175,7 @@ def search(
             measured.append(trial.measure(reduction, before))
             bar.update()
         for reduction in sorted(measured, key=lambda reduction: -_gain(reduction)):
-            if len(plan) == rounds or not _gain(reduction) > 0:
+            if len(plan) == max_matrices or not _gain(reduction) > 0:
                 break
             if reduction.matrix in [kept.matrix for kept in plan]:
                 continue
@@ -185,7 +185,7 @@ def search(
                 trial.keep(together)
                 plan.append(together)
     reduced = reduce(model, plan, factored=factored, decompositions=trial.decompositions)
-    reduced.report = {"evaluations": trial.count, "before": before, "after": best, "tried": measured}
+    reduced.report = {"evaluations": trial.count, "before": before, "after": best, "candidates": measured}
     return reduced
 
 
@@ -213,13 +213,13 @@ class _Trial:
 
     def __init__(self, model: nn.Module, evaluate: Evaluate, decompositions: Decompositions) -> None:
         self.model, self.evaluate, self.decompositions = model, evaluate, decompositions
-        refuse_sparsified(model)
+        refuse_train_only(model)
         self.matrices = matrices(model, ["*"])
         self.count = 0
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
     def value(self) -> float:
-        with evaluating(self.model), torch.no_grad():
+        with in_eval_mode(self.model), torch.no_grad():
             found = float(self.evaluate(self.model))
         self.count += 1
         return found

@@ -40,7 +40,7 @@ def product(matrix: Matrix, mine: Sequence[Piece]) -> Tensor:
 class Dense:
     """A matrix written in place."""
 
-    saved = 0
+    parameters_saved = 0
 
     def __init__(self, parameter: nn.Parameter, matrix: Matrix, value: Tensor) -> None:
         self.parameter, self.matrix = parameter, matrix
@@ -64,7 +64,7 @@ class Factored:
         layers: Sequence[LowRankLinear],
     ) -> None:
         self.modules, self.places, self.layers = modules, places, layers
-        self.saved = modules[0].weight.numel() - sum(block.numel for block in layers[0].blocks)  # type: ignore[operator]
+        self.parameters_saved = modules[0].weight.numel() - sum(block.numel for block in layers[0].blocks)  # type: ignore[operator]
         self._set(layers)
 
     def _set(self, modules: Sequence[nn.Module]) -> None:
@@ -85,15 +85,15 @@ class Factored:
             own.copy_(weight.T if kind_of(self.modules[0]) == "conv1d" else weight)
 
 
-Change = Dense | Factored
+Replacement = Dense | Factored
 
 
-def put(model: nn.Module, work: Sequence[tuple[Matrix, Sequence[Piece]]], factored: bool) -> list[Change]:
+def put(model: nn.Module, work: Sequence[tuple[Matrix, Sequence[Piece]]], factored: bool) -> list[Replacement]:
     """Make the changes; if one fails, those before it are undone."""
     by_parameter: dict[str, list[tuple[Matrix, Sequence[Piece]]]] = {}
     for matrix, mine in work:
         by_parameter.setdefault(matrix.parameter, []).append((matrix, mine))
-    changes: list[Change] = []
+    changes: list[Replacement] = []
     try:
         for name, these in by_parameter.items():
             parameter = model.get_parameter(name)

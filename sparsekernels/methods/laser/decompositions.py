@@ -73,9 +73,9 @@ class Decompositions:
     def _serves(held: _Held | None, parameter: Tensor, rho: float) -> bool:
         if held is None or held.weight() is not parameter or held.version != parameter._version:
             return False
-        wide = torch.promote_types(parameter.dtype, torch.float32)
+        compute_dtype = torch.promote_types(parameter.dtype, torch.float32)
         return all(
-            (part.u.dtype, part.u.device) == (wide, parameter.device)
+            (part.u.dtype, part.u.device) == (compute_dtype, parameter.device)
             and (part.complete or len(part.s) >= rank_for(rho, part))
             for part in held.parts
         )

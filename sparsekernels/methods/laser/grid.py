@@ -28,7 +28,7 @@ def grid(reductions: Iterable[Reduction], matrices: Mapping[str, Matrix], *, mea
     """Arrange the best reduction of each matrix by layer and kind.
 
     Args:
-        reductions: of `rank`, or the "tried" of `search`. Those of matrices outside of layers are left out.
+        reductions: of `rank`, or the "candidates" of `search`. Those of matrices outside of layers are left out.
         matrices: label -> Matrix, as `Ranking.matrices` or `sk.matrices(model)`.
         measured: take what was measured instead of what was predicted.
 

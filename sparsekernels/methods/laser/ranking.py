@@ -15,7 +15,7 @@ from ...structure.matrices import Matrix, matrices
 from ...structure.svd import Factors, group_equal
 from .decompositions import Decompositions, Split, rank_for
 
-Score = Literal["second", "gain", "sum", "count"]
+Score = Literal["second_order", "first_order"]
 RHOS = (0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
 
 
@@ -92,7 +92,7 @@ def rank(
     names: Iterable[str] | None = None,
     blocks: Sequence[int] = (1,),
     clusters: Sequence[int] = (),
-    score: Score = "second",
+    score: Score = "second_order",
     loss: Loss | None = None,
     decompositions: Decompositions | None = None,
     progress: bool = True,
@@ -102,7 +102,7 @@ def rank(
     The model is left as it was. No weight gradient of a Linear or Conv1D is formed, if it runs by its own forward.
 
     Args:
-        model: any torch model; a sparsified one must be restored first.
+        model: any torch model; one under train_only must be restored first.
         samples: batches in Hugging Face form (mappings of tensors with labels), some 100 samples in all.
         rhos: shares of the triplets to keep, in [0, 1].
         names: patterns (as in `fnmatch`) of matrices or parameters, see `sk.matrices`. Default: projections of
@@ -111,10 +111,9 @@ def rank(
         clusters: the same for clusters of rows. They are found anew for each rho, which takes long: name few matrices.
         score: by which reductions are ranked. With G the mean gradient, d_i = u_i^T G v_i, and the sum over all
             triplets that are cut off:
-            "gain": of s_i d_i, which is <G, W - W_r>: the first-order fall of the mean loss;
-            "second": that, less half the mean over samples b of <G_b, W - W_r>^2: the second-order fall, with the
-            empirical Fisher matrix for the Hessian. It tells large steps that go too far;
-            "sum": of d_i; "count": the number of positive d_i. Both need all triplets.
+            "first_order": of s_i d_i, which is <G, W - W_r>: the first-order fall of the mean loss;
+            "second_order": that, less half the mean over samples b of <G_b, W - W_r>^2: the second-order fall, with the
+            empirical Fisher matrix for the Hessian. It penalises steps that go too far.
         loss: function of (model, batch) that returns the mean loss of a batch. Default: the model's own.
         decompositions: of an earlier ranking of this model; those of weights that have not changed are used again.
         progress: show a progress bar.
@@ -123,7 +122,7 @@ def rank(
         Ranking of len(rhos) * (len(blocks) + len(clusters)) reductions for each matrix that has as many rows.
 
     Numerics: triplets of a repeated singular value are scored as one. Deterministic on the CPU.
-    Cost: the decompositions (kept), then that of `singular_value_gradients`, per sample for "second": models with
+    Cost: the decompositions (kept), then that of `singular_value_gradients`, per sample for "second_order": models with
     experts in one tensor, say, run sample by sample then, as do batches of texts with unequal numbers of labels. With
     small rho only so many triplets are computed, by a randomised method, see `factorize`.
 
@@ -136,8 +135,8 @@ def rank(
     et al. (arXiv 2510.20800); splitting rows too. Sign and aggregation could not be read: the scores are ours, and so
     are the default rhos.
     """
-    if score not in ("second", "gain", "sum", "count"):
-        raise ValueError(f'score must be "second", "gain", "sum" or "count", got {score!r}')
+    if score not in ("second_order", "first_order"):
+        raise ValueError(f'score must be "second_order" or "first_order", got {score!r}')
     if not rhos or not all(0 <= rho <= 1 for rho in rhos):
         raise ValueError(f"rhos must be shares in [0, 1], at least one, got {list(rhos)}")
     if any(k < 1 for k in blocks) or any(k < 2 for k in clusters):
@@ -149,13 +148,13 @@ def rank(
         + [Split(k, True, rho) for k in clusters for rho in rhos if k <= matrix.shape[0]]
         for label, matrix in found.items()
     }
-    most = 1.0 if score in ("sum", "count") else max(rhos)
-    parts = cache.of(model, [(found[label], split) for label, splits in wanted.items() for split in splits], most)
+    asked = [(found[label], split) for label, splits in wanted.items() for split in splits]
+    parts = cache.of(model, asked, max(rhos))
     flat = {
         matrix: [part for split in wanted[label] for part in parts[matrix, split]] for label, matrix in found.items()
     }
     derivatives, mean = singular_value_gradients(
-        model, samples, flat, per_sample=score == "second", loss=loss, progress=progress
+        model, samples, flat, per_sample=score == "second_order", loss=loss, progress=progress
     )
     if not any(bool(x.any()) for of in derivatives.values() for x in (of.inner, *of.values)):
         raise NoGradient(_flat(score))
@@ -173,8 +172,11 @@ def rank(
 
 def _flat(score: Score) -> str:
     message = "samples: the gradient of the loss is zero in all of the matrices, so nothing tells one from another"
-    if score == "second":
-        return f'{message}; "second" takes the loss of each sample alone: pass score="gain" if it compares samples'
+    if score == "second_order":
+        return (
+            f'{message}; "second_order" takes the loss of each sample alone: pass score="first_order" if the loss '
+            "compares samples"
+        )
     return f"{message}; a loss that compares samples needs several in a batch"
 
 
@@ -191,16 +193,12 @@ def _scores(score: Score, parts: Sequence[tuple[Factors, Tensor]], inner: Tensor
     whole = all(part.complete for part, _ in parts)
     found = torch.zeros(*inner.shape, len(rhos), dtype=inner.dtype, device=inner.device)
     for part, values in parts:
-        values = group_equal(values, part.s)
-        if score == "count":
-            values = (values > 0).to(values.dtype)
-        elif score != "sum":
-            values = part.s * values
+        values = part.s * group_equal(values, part.s)
         sums = torch.cat([torch.zeros_like(values[..., :1]), values.cumsum(-1)], -1)  # of the first r, for every r
         kept = sums[..., [rank_for(rho, part) for rho in rhos]]
         found += sums[..., -1:] - kept if whole else -kept
     if not whole:
         found += inner[..., None]
-    if score == "second":
+    if score == "second_order":
         found = found.mean(0) - found.square().mean(0) / 2
     return [float(x) for x in found]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...common.files import check_names, described, load_tensors, reading, save_tensors
 from ...structure.matrices import Matrix, matrices
-from ...training.layers import refuse_sparsified
-from .changes import Change, Piece, put
+from ...training.layers import refuse_train_only
+from .changes import Piece, Replacement, put
 from .decompositions import Decompositions, Split, rank_for
 from .ranking import Reduction
 
@@ -32,14 +32,15 @@ class Reduced:
 
     Attributes:
         model: the model. plan: what was reduced. report: of `adapt` and `search`, how it was found; else empty.
-        saved: elements that the replaced weights had, less those of their factors; 0 once these are out again.
+        parameters_saved: elements that the replaced weights had, less those of their factors; 0 once these are out
+            again.
     """
 
-    def __init__(self, model: nn.Module, prepared: Prepared, changes: list[Change]) -> None:
+    def __init__(self, model: nn.Module, prepared: Prepared, changes: list[Replacement]) -> None:
         self.model = model
         self.plan = [reduction for reduction, _, _ in prepared]
         self.report: dict[str, Any] = {}
-        self.saved = sum(change.saved for change in changes)
+        self.parameters_saved = sum(change.parameters_saved for change in changes)
         self._prepared = prepared
         self._changes = changes
 
@@ -64,15 +65,15 @@ class Reduced:
         self._leave()
         return self.model
 
-    def commit(self) -> nn.Module:
+    def discard_originals(self) -> nn.Module:
         """Keep the model as it is, factors and all, and free the originals: no way back. Returns the model."""
         self._changes = []
         return self.model
 
     def _leave(self) -> None:
-        """After a commit there is nothing to leave."""
+        """After `discard_originals` there is nothing to leave."""
         if self._changes:
-            self.saved = 0
+            self.parameters_saved = 0
         self._changes = []
 
     def save(self, path: str | Path) -> None:
@@ -125,7 +126,7 @@ def reduce(
 
     Raises:
         ValueError: an unknown matrix, one that occurs twice, numbers out of range, a weight that is not finite, a
-            sparsified model. The model is unchanged then.
+            model under train_only. The model is unchanged then.
 
     Source: LASER (Sharma et al., arXiv 2312.13558); by rows, Sreeram et al. (arXiv 2510.20800).
     """
@@ -173,7 +174,7 @@ def pieces(model: nn.Module, reduction: Reduction, matrix: Matrix, cache: Decomp
 
 
 def _resolved(model: nn.Module, plan: Sequence[Reduction]) -> list[Matrix]:
-    refuse_sparsified(model)
+    refuse_train_only(model)
     labels = [reduction.matrix for reduction in plan]
     twice = next((label for label, count in Counter(labels).items() if count > 1), None)
     if twice is not None:

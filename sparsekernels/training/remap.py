@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..index import Index
 
-Part = tuple[Index, Tensor]  # positions of a tensor, and one compact value for each
+IndexedValues = tuple[Index, Tensor]  # positions of a tensor, and one compact value for each
 
 
-class Carry:
+class Remap:
     """Row by row where both are rows, else element by element: entry `source` of old is entry `target` of new."""
 
     def __init__(self, old: Index, new: Index) -> None:
@@ -35,37 +35,37 @@ class Carry:
         units[self.target] = (old if self.by_row else old.reshape(-1))[self.source].to(fresh.dtype)
         return fresh
 
-    def dropped(self, old: Tensor) -> Part:
+    def dropped(self, old: Tensor) -> IndexedValues:
         """The positions that new lacks, and what `old` has there."""
         gone = torch.ones(len(self._old), dtype=torch.bool, device=self.source.device)
         gone[self.source] = False
-        index = Index.trusted(self._old.positions[gone], self.old.shape, self.by_row)
+        index = Index.unchecked(self._old.positions[gone], self.old.shape, self.by_row)
         return index, (old if self.by_row else old.reshape(-1))[gone]
 
-    def ages(self, step: Tensor, name: str) -> Tensor:
-        """The age of each position of new: that of old where kept, else 0.
+    def step_counts(self, step: Tensor, name: str) -> Tensor:
+        """The step count of each position of new: that of old where kept, else 0.
 
         Raises:
-            ValueError: new has a row of several ages.
+            ValueError: new has a row of several step counts.
         """
         old = step.to(self.source.device, torch.float32).expand(len(self.old))
         if self.old.rows and not self.by_row:
-            old = old.repeat_interleave(self.old.width)
-        ages = torch.zeros(len(self._new), device=self.source.device)
-        ages[self.target] = old[self.source]
+            old = old.repeat_interleave(self.old.elements_per_position)
+        step_counts = torch.zeros(len(self._new), device=self.source.device)
+        step_counts[self.target] = old[self.source]
         if self.by_row or not self.new.rows:
-            return ages
-        table = ages.view(len(self.new), self.new.width)
+            return step_counts
+        table = step_counts.view(len(self.new), self.new.elements_per_position)
         mixed = (table != table[:, :1]).any(1)
         if bool(mixed.any()):
             row = int(self.new.positions[mixed][0])
             raise ValueError(
-                f"row {row} of {name!r} is new in part, and a row has one age; give its index as index.to_elements()"
+                f"row {row} of {name!r} is new in part, but a row has one step count; pass index.to_elements()"
             )
         return table[:, 0].clone()
 
 
-def joined(a: Part, b: Part) -> Part:
+def joined(a: IndexedValues, b: IndexedValues) -> IndexedValues:
     """Both, of one tensor; they have no position in common."""
     if not len(a[0]) or not len(b[0]):
         return a if len(a[0]) else b
@@ -73,4 +73,4 @@ def joined(a: Part, b: Part) -> Part:
     indices = [part[0] if rows else part[0].to_elements() for part in (a, b)]
     tensors = [part[1] if rows else part[1].reshape(-1) for part in (a, b)]
     positions, order = torch.cat([index.positions for index in indices]).sort()
-    return Index.trusted(positions, a[0].shape, rows), torch.cat(tensors)[order]
+    return Index.unchecked(positions, a[0].shape, rows), torch.cat(tensors)[order]

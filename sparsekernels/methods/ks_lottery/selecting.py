@@ -14,7 +14,7 @@ from ...index import Index
 from ...ops import ks_2samp, topk
 from ...selection import Selection, count_for
 from ...training.slot import Slot
-from ...training.sparsify import SparseModel
+from ...training.train_only import SparseModel
 
 Correction = Literal["bh", "bonferroni"]
 Table = Tensor | nn.Module | SparseModel
@@ -39,7 +39,7 @@ class Tables(NamedTuple):
             raise ValueError(f"{self.name!r} has NaN in row {int(of_rows.isnan().nonzero()[0])}, before or after")
 
 
-def ks_lottery(
+def select(
     before: Table,
     after: Table | None = None,
     alpha: float = 0.05,
@@ -109,7 +109,7 @@ def ks_lottery(
             f"The ticket is the {len(rows)} rows of smallest p" if len(rows) else "No row changed; the ticket is empty"
         )
         smallest = f"none of {len(p)} rows of {tables.name!r} has p < {alpha:g}, the smallest is {float(p.min()):.3g}"
-        warn(f"ks_lottery: {smallest}. {taken}. Tune longer or at a larger lr")
+        warn(f"ks_lottery.select: {smallest}. {taken}. Tune longer or at a larger lr")
     return _selection(tables.name, rows, tables.before.shape, report)
 
 
@@ -121,10 +121,10 @@ def _least_alike(tables: Tables, statistics: Tensor, k: int) -> Tensor:
 
 
 def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | None = None) -> Selection:
-    """Select the k rows of an embedding table that moved furthest, by L2 norm: a baseline beside `ks_lottery`.
+    """Select the k rows of an embedding table that moved furthest, by L2 norm: a baseline beside `select`.
 
     Args:
-        before, after, name: as in `ks_lottery`.
+        before, after, name: as in `select`.
         k: between 1 and V. Ties go to the lower row; rows that did not move fill up what is missing.
 
     Returns:
@@ -143,7 +143,7 @@ def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | N
 def by_frequency(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, k: int, embedding: str | None = None
 ) -> Selection:
-    """Select the k rows of the input embedding whose tokens are the most frequent: a baseline beside `ks_lottery`.
+    """Select the k rows of the input embedding whose tokens are the most frequent: a baseline beside `select`.
 
     Args:
         model: gives name and shape of the table.
@@ -255,8 +255,8 @@ def _common(tables: Tables) -> torch.dtype:
 
 def _shifts(tables: Tables) -> Tensor:
     """How far each row moved, [V] on the CPU."""
-    wide = torch.promote_types(_common(tables), torch.float32)
-    return torch.cat([(y - x).norm(dim=1) for x, y in tables.parts(wide)]).cpu()
+    compute_dtype = torch.promote_types(_common(tables), torch.float32)
+    return torch.cat([(y - x).norm(dim=1) for x, y in tables.parts(compute_dtype)]).cpu()
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The gradient of every compact Parameter is the gathered dense gradient of the model as it was before sparsify."""
+"""The gradient of every compact Parameter is the gathered dense gradient of the model as it was before train_only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def assert_gathered(
     expected_loss.backward()
     parameters = dict(dense.named_parameters(remove_duplicate=False))
 
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     found_loss = loss(model)
     assert torch.equal(found_loss, expected_loss), "the forward is that of the dense model, to the last bit"
     found_loss.backward()
@@ -110,7 +110,7 @@ def test_gradient_of_the_input() -> None:
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
     x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(energy(x)(model), x)[0]
-    sk.sparsify(model, Selection.random(model, 0.2, names=["0.weight", "2.weight", "2.bias"]))
+    sk.train_only(model, Selection.random(model, 0.2, names=["0.weight", "2.weight", "2.bias"]))
     assert torch.allclose(torch.autograd.grad(energy(x)(model), x)[0], expected, rtol=1e-12, atol=0)
 
 
@@ -138,7 +138,7 @@ def test_embedding(options: dict, kind: str, shape: tuple[int, ...]) -> None:
     reference = energy(tokens)
     selection = SELECTIONS[kind](model)
     reference(dense).backward()
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     reference(model).backward()
     (values,) = tuned.parameters()
     assert torch.allclose(values.grad, take(dense.weight.grad, selection["weight"]), rtol=1e-12, atol=1e-12)
@@ -147,7 +147,7 @@ def test_embedding(options: dict, kind: str, shape: tuple[int, ...]) -> None:
 def test_accumulation() -> None:
     model = Zoo().double()
     assert_gathered(model, Selection.random(model, 0.2), energy(ids(4, 7), ids(2, 5, seed=1), ids(4, 7)))
-    tuned = sk.sparsify(model := Zoo().double(), Selection.random(model, 0.2))
+    tuned = sk.train_only(model := Zoo().double(), Selection.random(model, 0.2))
     energy(ids(4, 7))(model).backward()
     first = [values.grad.clone() for values in tuned.parameters()]
     energy(ids(4, 7))(model).backward()
@@ -229,7 +229,7 @@ def test_autocast(dtype: torch.dtype, checkpointed: bool) -> None:
 def test_no_grad_and_inference_mode() -> None:
     model = Zoo()
     expected = model(ids(4, 7))
-    sk.sparsify(model, Selection.random(model, 0.3))
+    sk.train_only(model, Selection.random(model, 0.3))
     with torch.no_grad():
         assert torch.equal(model(ids(4, 7)), expected)
     with torch.inference_mode():
@@ -260,7 +260,7 @@ def test_compiled_with_dynamic_shapes() -> None:
     rows |= Selection({"3.weight": Index(torch.arange(0, 9, 2), (9, 9), rows=True)})
     selection = rows | Selection.random(model, 0.04, names=["1.weight"])
     selection |= Selection.random(model, 0.4, names=["4.weight", "5.weight", "5.bias"])
-    sk.sparsify(model, selection)
+    sk.train_only(model, selection)
     run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     values = [p for p in model.parameters() if p.requires_grad]
     assert len(values) == len(selection)
@@ -272,7 +272,7 @@ def test_compiled_with_dynamic_shapes() -> None:
 
 def test_second_derivatives_are_refused() -> None:
     model = nn.Linear(4, 4)
-    tuned = sk.sparsify(model, Selection.random(model, 0.5))
+    tuned = sk.train_only(model, Selection.random(model, 0.5))
     x = torch.randn(3, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(energy(x)(model), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

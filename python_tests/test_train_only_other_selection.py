@@ -20,7 +20,7 @@ REFUSED = r"changes [\d,]+ weights of '{}' that are not selected.*Selection\.sav
 def trained(base: nn.Module, selection: Selection) -> dict[str, torch.Tensor]:
     """The state_dict of a copy of the base, trained at the selection."""
     model = copy.deepcopy(base)
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)
     model(ids(4, 7)).square().sum().backward()
     optimizer.step()
@@ -45,7 +45,7 @@ def test_a_checkpoint_of_another_selection(dtype: torch.dtype) -> None:
     ):
         state = trained(base, Selection.random(base, 0.3, names=other, seed=1))
         model = copy.deepcopy(base)
-        tuned = sk.sparsify(model, Selection.random(base, 0.3, names=names))
+        tuned = sk.train_only(model, Selection.random(base, 0.3, names=names))
         refuse(model, state, first)
         model.load_state_dict(trained(base, tuned.selection))
         model.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
@@ -59,7 +59,7 @@ def test_one_weight_is_enough() -> None:
     base = Zoo()
     base.embed.weight.data[-1, -1] = 0.0
     model = copy.deepcopy(base)
-    sk.sparsify(model, Selection({"embed.weight": sk.Index(torch.arange(5), base.embed.weight.shape, rows=True)}))
+    sk.train_only(model, Selection({"embed.weight": sk.Index(torch.arange(5), base.embed.weight.shape, rows=True)}))
     state = copy.deepcopy(base.state_dict())
     state["embed.weight"][:5] += 1
     model.load_state_dict(state)
@@ -71,7 +71,7 @@ def test_parts_and_wrappers() -> None:
     """Also where load_state_dict of a part is called, or of a module around the model."""
     base = Zoo()
     model = nn.ModuleDict({"inner": copy.deepcopy(base)})
-    sk.sparsify(model["inner"], Selection.random(base, 0.3, names=["up.weight"]))
+    sk.train_only(model["inner"], Selection.random(base, 0.3, names=["up.weight"]))
     other = trained(base, Selection.random(base, 0.3, names=["conv.weight", "up.weight"], seed=1))
     refuse(model, {f"inner.{key}": value for key, value in other.items()}, "(up|conv).weight")
     for part in ("up", "conv"):
@@ -85,7 +85,7 @@ def test_parts_and_wrappers() -> None:
 def test_a_wrapper_around_a_part() -> None:
     """It does not hold the model, so the part is the first that the load comes to."""
     base = Zoo()
-    sk.sparsify(base, Selection.random(base, 0.3, names=["conv.bias"]))
+    sk.train_only(base, Selection.random(base, 0.3, names=["conv.bias"]))
     wrapper = nn.ModuleDict({"up": base.up, "conv": base.conv})
     for name in ("up.weight", "conv.weight"):
         state = copy.deepcopy(wrapper.state_dict())
@@ -100,7 +100,7 @@ def test_an_adapter_that_comes_later_may_be_loaded(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
     expected = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(ids(2, 7)).logits
-    sk.sparsify(base, Selection.random(base, 0.3, names=["model.embed_tokens.weight"]))
+    sk.train_only(base, Selection.random(base, 0.3, names=["model.embed_tokens.weight"]))
     wrapped = peft.PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(wrapped(ids(2, 7)).logits, expected)
 
@@ -110,7 +110,7 @@ def test_tied_weights() -> None:
     names = ["model.embed_tokens.weight", "lm_head.weight"]
     selection = Selection.random({names[1]: base.lm_head.weight.shape}, 0.3)
     model = copy.deepcopy(base)
-    sk.sparsify(model, selection)
+    sk.train_only(model, selection)
     state = copy.deepcopy(base.state_dict())
     changed = state[names[0]].clone()
     changed.view(-1)[selection[names[1]].positions.long()] += 1
@@ -121,7 +121,7 @@ def test_tied_weights() -> None:
 
 def test_weights_that_the_user_trains_beside_may_change() -> None:
     model = Zoo()
-    sk.sparsify(model, Selection.random(model, 0.3, names=["up.weight"]))
+    sk.train_only(model, Selection.random(model, 0.3, names=["up.weight"]))
     model.head.weight.requires_grad_(True)
     state = copy.deepcopy(model.state_dict())
     state["head.weight"] += 1
@@ -137,7 +137,7 @@ def test_what_a_reselection_left_as_trained_may_change() -> None:
     states = []
     for _ in range(2):
         model = copy.deepcopy(base)
-        tuned = sk.sparsify(model, first)
+        tuned = sk.train_only(model, first)
         if not states:
             for values in tuned.parameters():
                 values.data += 1
@@ -153,11 +153,11 @@ def test_what_a_reselection_left_as_trained_may_change() -> None:
 
 
 def test_models_without_memory() -> None:
-    """A sparsified model runs on meta; positions and originals are still there when it comes back empty."""
+    """A model under train_only runs on meta; positions and originals are still there when it comes back empty."""
     base = Zoo()
     model = copy.deepcopy(base)
     selection = Selection.random(base, 0.3)
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     model.to("meta")
     for _ in range(2):
         model(ids(4, 7).to("meta")).sum().backward()
@@ -177,11 +177,11 @@ def test_a_model_that_is_on_meta_at_first(assign: bool) -> None:
     selection = Selection.random(base, 0.3)
     with torch.device("meta"):
         model = Zoo()
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     if not assign:
         model.to_empty(device="cpu")
     model.load_state_dict(copy.deepcopy(base.state_dict()), assign=assign)
-    plain = sk.sparsify(base, selection)
+    plain = sk.train_only(base, selection)
     states = []
     for each in (tuned, plain):
         optimizer = sk.SparseAdamW(each.parameters(), lr=0.1)
@@ -190,7 +190,7 @@ def test_a_model_that_is_on_meta_at_first(assign: bool) -> None:
         states.append(copy.deepcopy(each.model.state_dict()))
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     for refused in (tuned.restore, tuned.delta):
-        with pytest.raises(ValueError, match=r"meta device when the model was sparsified.*load the weights first"):
+        with pytest.raises(ValueError, match=r"meta device when train_only was called.*load the weights first"):
             refused()
     tuned.merge()
 
@@ -198,7 +198,7 @@ def test_a_model_that_is_on_meta_at_first(assign: bool) -> None:
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_nothing_selected_in_one_tensor(device: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    tuned = sk.sparsify(model, Selection({"0.weight": sk.Index(torch.zeros(0, dtype=torch.int64), (4, 4))}))
+    tuned = sk.train_only(model, Selection({"0.weight": sk.Index(torch.zeros(0, dtype=torch.int64), (4, 4))}))
     model.to(device)
     for _ in range(2):
         model(torch.ones(2, 4, device=device)).sum().backward()
@@ -207,7 +207,7 @@ def test_nothing_selected_in_one_tensor(device: str) -> None:
 
 def test_nothing_is_restored_where_one_weight_cannot_be() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
-    tuned = sk.sparsify(model, Selection.random(model, 0.5, names=["0.weight", "1.weight"]))
+    tuned = sk.train_only(model, Selection.random(model, 0.5, names=["0.weight", "1.weight"]))
     before = model[0].weight.detach().clone()
     with torch.no_grad():
         next(tuned.parameters()).add_(1)
@@ -223,7 +223,7 @@ def test_nothing_is_restored_where_one_weight_cannot_be() -> None:
 def test_assigned_weights_of_another_dtype_are_refused() -> None:
     """The frozen ones would not be what restore() gives back."""
     model = Zoo().bfloat16()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3, names=["up.weight"]))
+    tuned = sk.train_only(model, Selection.random(model, 0.3, names=["up.weight"]))
     state = {name: x.float() if x.is_floating_point() else x for name, x in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"assign=True.*torch.float32, and it is torch.bfloat16"):
         model.load_state_dict(state, assign=True)

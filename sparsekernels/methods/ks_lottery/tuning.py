@@ -15,9 +15,9 @@ from ...ops import gather
 from ...optim import SparseAdamW, clip_grad_norm_
 from ...scoring.losses import check_loss, default_loss
 from ...selection import Selection
-from ...training.delta import Change, Delta
-from ...training.sparsify import SparseModel, sparsify
-from .select import tables_of
+from ...training.delta import Delta, TensorDelta
+from ...training.train_only import SparseModel, train_only
+from .selecting import tables_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -35,7 +35,7 @@ def embed_tune(
 ) -> SparseModel:
     """Train every row of the input embedding and no other parameter.
 
-    The rows train as fp32 values, whatever the dtype of the table: `ks_lottery` reads those. Without weight decay, so
+    The rows train as fp32 values, whatever the dtype of the table: `select` reads those. Without weight decay, so
     that rows of tokens that never occur stay as they are. A tied table trains through the output layer too, which
     gives every row a gradient.
 
@@ -52,14 +52,14 @@ def embed_tune(
         progress: show a progress bar.
 
     Returns:
-        SparseModel: pass it to `ks_lottery`, then `restore()` the parameters, bit for bit, or `merge()`.
+        SparseModel: pass it to `select`, then `restore()` the parameters, bit for bit, or `merge()`.
 
     Raises:
         ValueError: numbers out of range, batches that are empty or can be gone through once only, no embedding to be
             found, a loss that is missing, no scalar with a gradient, or not finite. The parameters are then as before.
 
     Cost: AdamW over the table: 16 B an element, and one fp32 gradient of the table. For loops of your own,
-    `sparsify(model, Selection({name: Index.full(shape)}))` is all that this does.
+    `train_only(model, Selection({name: Index.full(shape)}))` is all that this does.
 
     Source: the paper, as quoted by others (embedding only; lr, epochs). Ours: no decay, constant rate.
     """
@@ -98,7 +98,7 @@ def partial_transfer(tuned: SparseModel, selection: Selection) -> Delta:
 
     Args:
         tuned: what `embed_tune` returned, not yet restored.
-        selection: rows of its embedding, as `ks_lottery` returns them.
+        selection: rows of its embedding, as `select` returns them.
 
     Returns:
         Delta, to be applied to the model once it is restored: `tuned.restore(); delta.apply(tuned.model)`.
@@ -116,7 +116,7 @@ def partial_transfer(tuned: SparseModel, selection: Selection) -> Delta:
     if not index.rows or index.shape != before.shape:
         raise ValueError(f"selection must be of rows of {name!r}, {list(before.shape)}, got {index}")
     here = index.to(before.device)
-    return Delta({name: Change.of(here, gather(after, here).to(before.dtype), gather(before, here))})
+    return Delta({name: TensorDelta.of(here, gather(after, here).to(before.dtype), gather(before, here))})
 
 
 def _tune(
@@ -137,7 +137,7 @@ def _tune(
     if isinstance(batches, Iterator):
         raise ValueError("batches is an iterator, which one epoch uses up; pass a list or a DataLoader")
     modes = [(module, module.training) for module in model.modules()]
-    tuned = sparsify(model, selection)
+    tuned = train_only(model, selection)
     try:
         optimizer = SparseAdamW(tuned.parameters(), lr=lr, weight_decay=0)
         model.train()

@@ -1,4 +1,4 @@
-"""CompactLinear against the dense layer that it stands for."""
+"""PrunedLinear against the dense layer that it stands for."""
 
 import copy
 import doctest
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsekernels.nn import pruned as compact_linear
-from sparsekernels.nn.pruned import CompactLinear
+from sparsekernels.nn import pruned as pruned_linear
+from sparsekernels.nn.pruned import PrunedLinear
 
 M, N = 11, 9
 INDICES = {
@@ -40,7 +40,7 @@ def made(rows, columns, bias=True, dtype=torch.float64):
         if bias:
             dense_bias[row] = b[i]
     index = [None if i is None else torch.tensor(i, dtype=torch.int64) for i in (rows, columns)]
-    layer = CompactLinear(weight, b, *index, in_features=N, out_features=M)
+    layer = PrunedLinear(weight, b, *index, in_features=N, out_features=M)
     return layer, dense, dense_bias
 
 
@@ -120,7 +120,7 @@ def test_to_linear(rows, columns, bias):
 
 def test_what_is_stored():
     weight = nn.Parameter(torch.ones(2, 3), requires_grad=False)
-    layer = CompactLinear(weight, None, torch.tensor([0, 4]), torch.tensor([1, 2, 3]), in_features=4, out_features=5)
+    layer = PrunedLinear(weight, None, torch.tensor([0, 4]), torch.tensor([1, 2, 3]), in_features=4, out_features=5)
     assert layer.weight is weight
     assert {name: t.dtype for name, t in layer.state_dict().items()} == {
         "weight": torch.float32,
@@ -128,7 +128,7 @@ def test_what_is_stored():
         "columns": torch.int32,
     }
     assert layer.half().rows.dtype == torch.int32
-    assert repr(layer) == "CompactLinear(in_features=4, out_features=5, bias=False, reads 3 and computes 2)"
+    assert repr(layer) == "PrunedLinear(in_features=4, out_features=5, bias=False, reads 3 and computes 2)"
 
 
 def test_copies_compute_the_same():
@@ -143,7 +143,7 @@ def test_copies_compute_the_same():
 
 
 def test_example():
-    assert doctest.testmod(compact_linear, extraglobs={"sk": compact_linear, "torch": torch}).failed == 0
+    assert doctest.testmod(pruned_linear, extraglobs={"sk": pruned_linear, "torch": torch}).failed == 0
 
 
 W = torch.ones(2, 3)
@@ -171,7 +171,7 @@ W = torch.ones(2, 3)
 )
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
-        CompactLinear(**arguments)
+        PrunedLinear(**arguments)
 
 
 def test_error_of_the_input():

@@ -1,4 +1,4 @@
-"""Carry and joined against sets of positions written out."""
+"""Remap and joined against sets of positions written out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from samples.case import put, take
 
 from sparsekernels import Index
-from sparsekernels.training.carry import Carry, joined
+from sparsekernels.training.remap import Remap, joined
 
 SHAPES = [(5, 3), (6,), (2, 3, 2), ()]
 
@@ -41,7 +41,7 @@ def dense(index: Index, part: torch.Tensor) -> torch.Tensor:
 def test_kept_and_dropped(pair: tuple[Index, Index]) -> None:
     old, new = pair
     table = torch.arange(old.shape.numel(), dtype=torch.float32).reshape(old.shape)
-    carry = Carry(old, new)
+    carry = Remap(old, new)
     carried = carry.onto(torch.full(new.compact_shape, -1.0), take(table, old))
     both = mask(old) & mask(new)
     assert torch.equal(dense(new, carried), torch.where(both, table, -1.0))
@@ -52,7 +52,7 @@ def test_kept_and_dropped(pair: tuple[Index, Index]) -> None:
     gone = mask(old) & ~mask(new)
     assert torch.equal(dense(index, values), torch.where(gone, table, -1.0))
 
-    kept = Carry(old, index)  # what is dropped, and what is kept, make the whole again
+    kept = Remap(old, index)  # what is dropped, and what is kept, make the whole again
     rest = kept.dropped(take(table, old))
     whole, values = joined((index, take(table, index)), rest)
     assert Index(whole.positions, whole.shape, whole.rows) == whole
@@ -71,9 +71,9 @@ def test_ages(pair: tuple[Index, Index], seed: int) -> None:
         of_new = take(expected, new).reshape(len(new), new.width)
         mixed = (of_new != of_new[:, :1]).any(1)
         if not mixed.any():
-            assert torch.equal(Carry(old, new).ages(step, "w"), of_new[:, 0])
+            assert torch.equal(Remap(old, new).ages(step, "w"), of_new[:, 0])
             continue
         assert new.rows
         assert not old.rows
         with pytest.raises(ValueError, match=f"row {int(new.positions[mixed][0])} of 'w' is new in part"):
-            Carry(old, new).ages(step, "w")
+            Remap(old, new).ages(step, "w")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...scoring.eval_mode import evaluating
+from ...scoring.eval_mode import in_eval_mode
 from ...scoring.losses import IGNORED, PerSampleLoss, batch_size, rows_of, to_device
 
 
@@ -81,7 +81,7 @@ def predictions(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, shift
     """
     found = []
     device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         for number, batch in enumerate(batches):
             size = batch_size(batch, number)
             here = to_device(batch, device)

@@ -1,6 +1,6 @@
 """Freeze a model and train a compact copy of its selected weights.
 
-`sparsify` leaves every module's forward as it is: weights stay dense and are written in place. What changes is the
+`train_only` leaves every module's forward as it is: weights stay dense and are written in place. What changes is the
 backward: Linear and Embedding return the gradient of the selected positions alone; any other module's dense gradient is
 gathered as soon as autograd has it, and freed.
 """
@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..selection import Selection
-from .attach import Found, holders_of
+from .attach import Installation, holders_of
 from .delta import Delta
-from .layers import is_sparsified
+from .layers import trains_selection
 from .reselect import reselect
 from .slot import SLOT, Left, Slot, compact_copy, warn_untrained
 from .state_hooks import LEFT
@@ -40,7 +40,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 class SparseModel:
-    """What `sparsify` returns: the compact Parameters of a model, and the way back.
+    """What `train_only` returns: the compact Parameters of a model, and the way back.
 
     The model stays the object it was; use it as before. Its `parameters()` now hold the compact Parameters beside the
     frozen weights, its `state_dict()` and `save_pretrained` hold plain, current weights and nothing else. As a context
@@ -52,11 +52,11 @@ class SparseModel:
         left: parameter name -> what `reselect(restore=False)` left as it was trained, with its originals.
     """
 
-    def __init__(self, model: nn.Module, slots: dict[str, Slot], found: Found) -> None:
+    def __init__(self, model: nn.Module, slots: dict[str, Slot], found: Installation) -> None:
         self.model = model
         self.slots = slots
         self.left: dict[str, Left] = {}
-        self._found: Found | None = found
+        self._found: Installation | None = found
 
     @property
     def selection(self) -> Selection:
@@ -95,8 +95,9 @@ class SparseModel:
 
         Positions kept keep their values; positions that come in start from the current weight. With `optimizer`, the
         one that steps `parameters()`, positions kept keep their moments too, and those that come in start without:
-        under SparseAdamW at age 0, each position having its own age where they differ, so that its bias correction is
-        its own; under any other at the age of the tensor. An untouched index changes nothing for its tensor.
+        under SparseAdamW at step count 0, one count per position where they differ, so that each has its own bias
+        correction; under any other with the step count of the tensor. An untouched index changes nothing for its
+        tensor.
 
         Call it between a step and the next backward. Changed tensors get new compact Parameters, without a gradient:
         ask `parameters()` again, and wrap again in DistributedDataParallel. In the optimizer they take the places of
@@ -104,19 +105,20 @@ class SparseModel:
         model (or, failing that, the first group without indices), a tensor that leaves takes its state along.
 
         Args:
-            selection: as for `sparsify`.
+            selection: as for `train_only`.
             optimizer: brought along; without it, make a new one.
             restore: positions that leave get back the weights of before the training, so that `delta()` stays as large
                 as the selection. False: they stay as they are; `restore()` and `delta()` go on knowing them, for 4 B
                 and an original a position. Positions that an earlier call left stay, whatever this one says.
 
-        To go on from a checkpoint in a new process, sparsify the base and repeat the calls of `reselect` before you
-        load, or, if none of them had restore=False, sparsify with the last selection.
+        To go on from a checkpoint in a new process, call train_only on the base and repeat the calls of `reselect`
+        before you load, or, if none of them had restore=False, call it with the last selection.
 
         Raises:
-            ValueError: as `sparsify`; the optimizer does not hold the compact Parameters, or keeps state that is not
-                shaped like them; rows of which some elements are kept and others are not, where ages matter.
-            TypeError: optimizer is none. RuntimeError: the model was given back. Nothing has changed then.
+            ValueError: as `train_only`; the optimizer does not hold the compact Parameters, or keeps state that is not
+                shaped like them; rows of which some elements are kept and others are not, where per-position step
+                counts matter. Nothing has changed then.
+            TypeError: not an optimizer. RuntimeError: the model was given back.
         """
         self.check_in_use()
         assert self._found is not None
@@ -175,7 +177,7 @@ class SparseModel:
         self.restore()
 
 
-def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
+def train_only(model: nn.Module, selection: Selection) -> SparseModel:
     """Freeze `model` and give it one compact trainable Parameter for each selected tensor.
 
     Args:
@@ -192,15 +194,15 @@ def sparsify(model: nn.Module, selection: Selection) -> SparseModel:
     Raises:
         ValueError: names or shapes that do not fit the model, two names of one tied weight, weights that are not
             contiguous or not floating point, an Embedding with max_norm, the out_proj of nn.MultiheadAttention, or a
-            model that is sparsified already. The model is unchanged then.
+            model that is already trains a selection. The model is unchanged then.
     """
     if torch.is_inference_mode_enabled():
-        raise ValueError("sparsify makes Parameters to train; call it outside torch.inference_mode()")
-    if any(is_sparsified(module) for module in model.modules()):
-        raise ValueError("the model is sparsified already; call restore() or merge() on its SparseModel first")
+        raise ValueError("train_only makes Parameters to train; call it outside torch.inference_mode()")
+    if any(trains_selection(module) for module in model.modules()):
+        raise ValueError("the model already trains a selection; call restore() or merge() on its SparseModel first")
     weights = selection.check(model)
     holders = holders_of(model, weights)
-    found = Found(model)
+    found = Installation(model)
     slots: dict[str, Slot] = {}
     try:
         for parameter, _, _ in found.parameters:

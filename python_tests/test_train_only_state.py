@@ -1,4 +1,4 @@
-"""state_dict, save_pretrained and load_state_dict of a sparsified model: plain keys, and never a stale weight."""
+"""state_dict, save_pretrained and load_state_dict of a model under train_only: plain keys, and never a stale weight."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_state_dict_has_the_same_keys_and_is_never_stale(optimizer: str, dtype: torch.dtype) -> None:
     model = Zoo().to(dtype)
     dense = copy.deepcopy(model)
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     assert same(model.state_dict(), dense.state_dict())
     step(model, tuned, optimizer)
     assert not same(model.state_dict(), dense.state_dict())
@@ -60,7 +60,7 @@ def test_state_dict_has_the_same_keys_and_is_never_stale(optimizer: str, dtype: 
 def test_the_weights_themselves_are_never_stale(optimizer: str) -> None:
     model = Zoo()
     dense = copy.deepcopy(model)
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     step(model, tuned, optimizer)
     read = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if not name.endswith("_values")
@@ -73,7 +73,7 @@ def test_the_weights_themselves_are_never_stale(optimizer: str) -> None:
 def test_state_dict_of_a_part(optimizer: str) -> None:
     model = Zoo()
     dense = copy.deepcopy(model)
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     step(model, tuned, optimizer)
     expected = current(tuned, dense)
     assert same(model.up.state_dict(), {"weight": expected["up.weight"], "bias": expected["up.bias"]})
@@ -89,7 +89,7 @@ def test_tied_weights_in_state_dict(kind: str) -> None:
     tied = [n for n, p in model.named_parameters(remove_duplicate=False) if p is model.get_output_embeddings().weight]
     assert len(tied) == 2
     for name in tied:
-        with sk.sparsify(model, Selection.random({name: model.get_parameter(name).shape}, 0.3)) as tuned:
+        with sk.train_only(model, Selection.random({name: model.get_parameter(name).shape}, 0.3)) as tuned:
             optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.1)
             model(**batch(kind)).loss.backward()
             optimizer.step()
@@ -103,7 +103,7 @@ def test_tied_weights_in_state_dict(kind: str) -> None:
 def test_manual_changes_of_the_values_are_seen() -> None:
     """Whoever writes the values in place, the next forward and the next state_dict have them."""
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 1.0, names=["head.bias"]))
+    tuned = sk.train_only(model, Selection.random(model, 1.0, names=["head.bias"]))
     (values,) = tuned.parameters()
     with torch.no_grad():
         values.fill_(2.0)
@@ -128,7 +128,7 @@ def test_load_state_dict(dtype: torch.dtype, source_dtype: torch.dtype) -> None:
     model = Zoo().bfloat16().to(dtype)
     originals = copy.deepcopy(model.state_dict())
     selection = Selection.random(model, 0.3)
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     step(model, tuned)
     given = {key: value.to(source_dtype) for key, value in originals.items()}
     for name, index in selection.items():
@@ -150,7 +150,7 @@ def test_load_state_dict(dtype: torch.dtype, source_dtype: torch.dtype) -> None:
 def test_load_state_dict_in_the_middle_of_training() -> None:
     """Going back to a checkpoint and repeating a step gives the same weights."""
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     step(model, tuned)
     checkpoint = copy.deepcopy(model.state_dict())
     tuned.model.zero_grad()
@@ -165,7 +165,7 @@ def test_load_state_dict_in_the_middle_of_training() -> None:
 
 def test_load_state_dict_that_does_not_fit() -> None:
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     step(model, tuned)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match=r"Missing key.*up\.weight"):
@@ -189,7 +189,7 @@ def test_load_state_dict_that_does_not_fit() -> None:
 def test_save_pretrained_and_from_pretrained(kind: str, optimizer: str, tmp_path: Path) -> None:
     model = transformer(kind)
     keys = list(model.state_dict())
-    tuned = sk.sparsify(model, Selection.random(model, 0.2))
+    tuned = sk.train_only(model, Selection.random(model, 0.2))
     stepper = OPTIMIZERS[optimizer](tuned.parameters(), lr=0.1)
     model(**batch(kind)).loss.backward()
     stepper.step()
@@ -200,12 +200,12 @@ def test_save_pretrained_and_from_pretrained(kind: str, optimizer: str, tmp_path
     assert same(again.state_dict(), model.state_dict())
     with torch.no_grad():
         assert torch.equal(again.train()(**batch(kind)).loss, model(**batch(kind)).loss)
-    assert sk.sparsify(again, tuned.selection).selection.numel == tuned.selection.numel
+    assert sk.train_only(again, tuned.selection).selection.numel == tuned.selection.numel
 
 
 def test_torch_save_of_the_state(tmp_path: Path) -> None:
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     step(model, tuned, "AdamW")
     torch.save(model.state_dict(), tmp_path / "state.pt")
     plain = Zoo()
@@ -215,7 +215,7 @@ def test_torch_save_of_the_state(tmp_path: Path) -> None:
 
 def test_torch_save_of_the_whole_model(tmp_path: Path) -> None:
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     step(model, tuned)
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
@@ -235,7 +235,7 @@ COPIES: dict[str, Callable] = {"deepcopy": copy.deepcopy, "pickle": lambda x: pi
 def test_parameters_of_copies_are_saved_like_those_of_the_original(first: str, second: str) -> None:
     """A file of parameters holds tensors only, and needs no trust to be read."""
     model = Zoo()
-    optimizer = sk.SparseAdamW(sk.sparsify(model, Selection.random(model, 0.3)).parameters())
+    optimizer = sk.SparseAdamW(sk.train_only(model, Selection.random(model, 0.3)).parameters())
     sizes = set()
     for copied in (lambda x: x, COPIES[first], COPIES[second]):
         model, optimizer = copied((model, optimizer))

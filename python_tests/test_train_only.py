@@ -1,4 +1,4 @@
-"""sparsify and the way back: what changes, what does not, and that everything is put back as it was found."""
+"""train_only and the way back: what changes, what does not, and that everything is put back as it was found."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def some(model: nn.Module) -> Selection:
 def test_only_the_values_are_trainable() -> None:
     model = zoo()
     before, selection = {id(p) for p in model.parameters()}, some(model)
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     assert tuned.model is model
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in tuned.parameters()}
     assert not before & {id(p) for p in tuned.parameters()}
@@ -83,7 +83,7 @@ def test_only_the_values_are_trainable() -> None:
 def test_everything_comes_back(leave: str, dtype: torch.dtype) -> None:
     model = zoo().to(dtype)
     before = found(model)
-    tuned = sk.sparsify(model, some(model))
+    tuned = sk.train_only(model, some(model))
     assert found(model) != before
     if leave == "restore":
         train(model, tuned)
@@ -105,7 +105,7 @@ def test_everything_comes_back(leave: str, dtype: torch.dtype) -> None:
 def test_everything_comes_back_in_transformers(kind: str) -> None:
     model = transformer(kind)
     before = found(model)
-    with sk.sparsify(model, Selection.random(model, 0.1)) as tuned:
+    with sk.train_only(model, Selection.random(model, 0.1)) as tuned:
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.1)
         model(**batch(kind)).loss.backward()
         optimizer.step()
@@ -116,7 +116,7 @@ def test_originals_come_back_even_where_the_weight_was_written_from_outside() ->
     model = zoo()
     before = model.up.weight.detach().clone()
     selection = Selection.random(model, 0.3, names=["up.weight"])
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     with torch.no_grad():
         model.up.weight.zero_()
     tuned.restore()
@@ -129,7 +129,7 @@ def test_merge_keeps_the_weights_and_nothing_else(optimizer: type[torch.optim.Op
     model = zoo()
     before = found(model, with_bits=False)
     selection = some(model)
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     step = optimizer(tuned.parameters(), lr=0.1)
     model(ids(4, 7)).square().sum().backward()
     step.step()
@@ -144,7 +144,7 @@ def test_merge_keeps_the_weights_and_nothing_else(optimizer: type[torch.optim.Op
 def test_after_leaving_it_can_be_done_again() -> None:
     model = Zoo()
     for leave in ("restore", "merge", "restore"):
-        tuned = sk.sparsify(model, Selection.random(model, 0.1))
+        tuned = sk.train_only(model, Selection.random(model, 0.1))
         train(model, tuned)
         getattr(tuned, leave)()
     # The hook on optimizer steps no longer knows the model.
@@ -158,7 +158,7 @@ def test_after_leaving_it_can_be_done_again() -> None:
 def test_an_optimizer_that_is_left_over_does_no_harm(optimizer: type[torch.optim.Optimizer], leave: str) -> None:
     """A step after the model was given back may be refused; it may not write into the model."""
     model = Zoo()
-    tuned = sk.sparsify(model, some(model))
+    tuned = sk.train_only(model, some(model))
     step = optimizer(tuned.parameters(), lr=0.1)
     for _ in range(2):  # a second time, for what an optimizer keeps from its first
         model(ids(4, 7)).square().sum().backward()
@@ -221,7 +221,7 @@ def test_an_error_leaves_the_model_as_it_was(case: str) -> None:
     model = make()
     before = found(model)
     with pytest.raises((ValueError, KeyError), match=words):
-        sk.sparsify(model, Selection({name: Index.full(shape) for name, shape in shapes.items()}))
+        sk.train_only(model, Selection({name: Index.full(shape) for name, shape in shapes.items()}))
     assert found(model) == before
 
 
@@ -239,16 +239,16 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(at: int, monkeypatch: pyt
 
     monkeypatch.setattr(sys.modules["sparsekernels.training.slot"], "gather", gather)
     with pytest.raises(MemoryError):
-        sk.sparsify(model, selection)
+        sk.train_only(model, selection)
     assert found(model) == before
 
 
 def test_twice_is_refused() -> None:
     model = zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.1, names=["up.weight"]))
+    tuned = sk.train_only(model, Selection.random(model, 0.1, names=["up.weight"]))
     before = found(model)
-    with pytest.raises(ValueError, match="sparsified already"):
-        sk.sparsify(model, Selection.random({"down.weight": (16, 32)}, 0.1))
+    with pytest.raises(ValueError, match="already trains a selection"):
+        sk.train_only(model, Selection.random({"down.weight": (16, 32)}, 0.1))
     assert found(model) == before
     tuned.restore()
 
@@ -258,7 +258,7 @@ def test_weights_in_a_shared_module_and_under_parametrized_names() -> None:
     shared = nn.Linear(WIDTH, WIDTH)
     model = nn.Sequential(shared, nn.Tanh(), shared, Experts())
     before = found(model)
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     assert list(tuned.slots) == ["0.weight", "0.bias", "3.weight"]
     model(torch.randn(3, WIDTH)).sum().backward()
     assert all(values.grad is not None for values in tuned.parameters())
@@ -269,7 +269,7 @@ def test_weights_in_a_shared_module_and_under_parametrized_names() -> None:
 def test_an_empty_selection_freezes() -> None:
     model = zoo()
     before = found(model)
-    tuned = sk.sparsify(model, Selection({}))
+    tuned = sk.train_only(model, Selection({}))
     assert not any(p.requires_grad for p in model.parameters())
     assert not list(tuned.parameters())
     tuned.restore()
@@ -279,7 +279,7 @@ def test_an_empty_selection_freezes() -> None:
 def test_an_exception_in_forward_leaves_the_parameters_in_place() -> None:
     """Hooked modules hold views of their weights only while their forward runs."""
     model = zoo()
-    sk.sparsify(model, some(model))
+    sk.train_only(model, some(model))
     weight = model.norm.weight
     with pytest.raises(RuntimeError):
         model.norm(torch.randn(2, WIDTH + 1))
@@ -287,10 +287,10 @@ def test_an_exception_in_forward_leaves_the_parameters_in_place() -> None:
     assert [n for n, _ in model.norm.named_parameters()] == ["weight", "bias", "weight_values", "bias_values"]
 
 
-def test_deepcopy_of_a_sparsified_model() -> None:
+def test_deepcopy_of_a_train_only_model() -> None:
     """The copy trains by itself, and neither sees the other."""
     model = Zoo()
-    tuned = sk.sparsify(model, some(model))
+    tuned = sk.train_only(model, some(model))
     train(model, tuned)
     again = copy.deepcopy(tuned)
     twin = again.model
@@ -309,7 +309,7 @@ def test_deepcopy_of_a_sparsified_model() -> None:
 
 def test_deepcopy_of_the_model_alone() -> None:
     model = Zoo()
-    tuned = sk.sparsify(model, some(model))
+    tuned = sk.train_only(model, some(model))
     train(model, tuned, steps=5)
     twin = copy.deepcopy(model)
     parameters = [p for p in twin.parameters() if p.requires_grad]

@@ -73,7 +73,7 @@ def test_backward_makes_no_dense_gradient(kind: str, rows: bool, measure: Callab
     selection = Selection.random(model, 0.01, names=["weight"])
     if rows:
         selection = Selection({"weight": Index(torch.arange(0, OUT, 100), (OUT, IN), rows=True)})
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     loss = model(x).sum()
     found = measure(loss.backward)
     assert next(tuned.parameters()).grad is not None
@@ -101,7 +101,7 @@ def test_no_backend_makes_a_dense_gradient(op: Callable[..., Tensor], rows: bool
 def test_forward_makes_no_copy_of_the_weight(kind: str) -> None:
     model, x = KINDS[kind]()
     assert largest_allocation(lambda: model(x) + (model.weight + 1).sum()) >= WEIGHT_BYTES
-    sk.sparsify(model, Selection.random(model, 0.01))
+    sk.train_only(model, Selection.random(model, 0.01))
     assert largest_allocation(lambda: model(x)) < WEIGHT_BYTES // 4
 
 
@@ -148,14 +148,14 @@ def test_forward_keeps_no_more_than_the_dense_model(
 
     dense = copy.deepcopy(model)
     expected = saved_bytes(dense, lambda: run(dense))
-    sk.sparsify(model, Selection.random(model, 0.1))
+    sk.train_only(model, Selection.random(model, 0.1))
     assert saved_bytes(model, lambda: run(model)) <= expected
 
 
 def test_an_input_is_not_kept_where_nothing_needs_it() -> None:
     """A Linear without selected positions keeps no activations, as a frozen one does."""
     model = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN))
-    sk.sparsify(model, Selection.random(model, 0.1, names=["0.weight"]))
+    sk.train_only(model, Selection.random(model, 0.1, names=["0.weight"]))
     x = torch.randn(TOKENS, IN)
     assert saved_bytes(model, lambda: model(x)) <= x.nbytes
 
@@ -164,7 +164,7 @@ def test_memory_of_the_compact_form() -> None:
     """values and their gradient 4 B an element, positions 4 B, originals the dtype of the weight, moments 8 B."""
     model = nn.Linear(IN, OUT, bias=False).to(torch.bfloat16)
     before = sum(t.nbytes for t in held(model))
-    tuned = sk.sparsify(model, Selection.random(model, 0.1))
+    tuned = sk.train_only(model, Selection.random(model, 0.1))
     k = tuned.selection.numel
     assert sum(t.nbytes for t in held(model)) - before == k * (4 + 4 + 2)
     optimizer = sk.SparseAdamW(tuned.parameters())
@@ -179,7 +179,7 @@ def test_general_path_frees_each_dense_gradient_at_once() -> None:
     """Norms, Conv1D and experts have dense gradients, but no two of them at a time, and none after backward."""
     layers = 6
     model = nn.Sequential(*(nn.LayerNorm(4096) for _ in range(layers)))
-    tuned = sk.sparsify(model, Selection.random(model, 0.01))
+    tuned = sk.train_only(model, Selection.random(model, 0.01))
     model(torch.randn(3, 4096)).sum().backward()
     assert all(p.grad is None for name, p in model.named_parameters() if not name.endswith("_values"))
     assert all(values.grad is not None for values in tuned.parameters())
@@ -209,7 +209,7 @@ def test_general_path_frees_each_dense_gradient_at_once() -> None:
 
     references: list[Any] = []
     stack = nn.Sequential(*(Layer() for _ in range(layers)))
-    sk.sparsify(stack, Selection.random(stack, 0.01))
+    sk.train_only(stack, Selection.random(stack, 0.01))
     stack(torch.ones(2, requires_grad=True)).sum().backward()
     assert len(alive) == layers
     assert max(alive) <= 2  # the one that is made, and the one before until its node is done

@@ -1,4 +1,4 @@
-"""Selection.top_k and Selection.random: exact, with a rule for ties, and the same every time."""
+"""Selection.topk and Selection.random: exact, with a rule for ties, and the same every time."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ score_dicts = st.lists(tensors, min_size=1, max_size=4).map(lambda ts: {f"t{i}":
 @given(score_dicts, st.data(), st.booleans())
 def test_global(scores: Scores, data: st.DataObject, magnitude: bool) -> None:
     k = data.draw(st.integers(1, sum(t.numel() for t in scores.values())))
-    found = Selection.top_k(scores, k, magnitude=magnitude)
+    found = Selection.topk(scores, k, magnitude=magnitude)
     assert as_lists(found) == brute_force(scores, k, magnitude)
     assert found.numel == k
 
 
 @given(score_dicts, st.floats(0.01, 1), st.booleans())
 def test_per_tensor(scores: Scores, density: float, magnitude: bool) -> None:
-    found = Selection.top_k(scores, density=density, per_tensor=True, magnitude=magnitude)
+    found = Selection.topk(scores, density=density, per_tensor=True, magnitude=magnitude)
     expected: dict[str, list[int]] = {}
     for name, score in scores.items():
         k = min(int(density * score.numel()) + 1, score.numel())
@@ -56,30 +56,30 @@ def test_per_tensor(scores: Scores, density: float, magnitude: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_density_and_shapes(dtype: torch.dtype) -> None:
     scores = {"a": torch.randn(7, 11).to(dtype), "b": torch.randn(3, 4, 5).to(dtype), "c": torch.randn(13).to(dtype)}
-    found = Selection.top_k(scores, density=0.25)
+    found = Selection.topk(scores, density=0.25)
     assert as_lists(found) == brute_force(scores, int(0.25 * 150) + 1, False)
     assert all(found[name].shape == scores[name].shape for name in found)
-    everything = Selection.top_k(scores, density=1.0)
+    everything = Selection.topk(scores, density=1.0)
     assert everything.numel == 150
 
 
 def test_scores_keep_their_bits_and_need_not_be_contiguous() -> None:
     score = torch.randn(9, 7)
     before = score.clone()
-    found = Selection.top_k({"a": score.T}, 5, magnitude=True)
+    found = Selection.topk({"a": score.T}, 5, magnitude=True)
     assert as_lists(found) == brute_force({"a": score.T.contiguous()}, 5, True)
     assert torch.equal(score, before)
 
 
 def test_scores_may_require_grad() -> None:
     parameter = torch.nn.Parameter(torch.randn(9, 7))
-    assert as_lists(Selection.top_k({"a": parameter}, 5)) == brute_force({"a": parameter.detach()}, 5, False)
+    assert as_lists(Selection.topk({"a": parameter}, 5)) == brute_force({"a": parameter.detach()}, 5, False)
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.0001, 2, float("nan")])
 def test_density_out_of_range(density: float) -> None:
     with pytest.raises(ValueError, match=r"density must lie in \(0, 1\], got"):
-        Selection.top_k({"a": torch.randn(4)}, density=density)
+        Selection.topk({"a": torch.randn(4)}, density=density)
     with pytest.raises(ValueError, match=r"density must lie in \(0, 1\], got"):
         Selection.random({"a": (4,)}, density)
 
@@ -87,13 +87,13 @@ def test_density_out_of_range(density: float) -> None:
 @pytest.mark.parametrize("k", [0, -1, 5])
 def test_k_out_of_range(k: int) -> None:
     with pytest.raises(ValueError, match=r"k must lie in \[1, 4\], got"):
-        Selection.top_k({"a": torch.randn(4)}, k)
+        Selection.topk({"a": torch.randn(4)}, k)
 
 
 def test_k_or_density() -> None:
     for both in ({}, {"k": 1, "density": 0.5}):
         with pytest.raises(ValueError, match="either k or density"):
-            Selection.top_k({"a": torch.randn(4)}, **both)
+            Selection.topk({"a": torch.randn(4)}, **both)
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
@@ -106,14 +106,14 @@ def test_nan_among_the_scores(per_tensor: bool, magnitude: bool, dtype: torch.dt
         scores = {"good": torch.ones(4, dtype=dtype), "broken": torch.tensor([0.0, 1.0, float(nan)], dtype=dtype)}
         scores["broken"][2] = nan
         with pytest.raises(ValueError, match="NaN") as caught:
-            Selection.top_k(scores, k, per_tensor=per_tensor, magnitude=magnitude)
+            Selection.topk(scores, k, per_tensor=per_tensor, magnitude=magnitude)
         assert "'broken'" in str(caught.value)
 
 
 def test_infinity_is_a_score() -> None:
     scores = {"a": torch.tensor([1.0, float("inf"), -float("inf"), 2.0])}
-    assert as_lists(Selection.top_k(scores, 2)) == {"a": [1, 3]}
-    assert as_lists(Selection.top_k(scores, 2, magnitude=True)) == {"a": [1, 2]}
+    assert as_lists(Selection.topk(scores, 2)) == {"a": [1, 3]}
+    assert as_lists(Selection.topk(scores, 2, magnitude=True)) == {"a": [1, 2]}
 
 
 def test_random_is_reproducible_and_uniform() -> None:

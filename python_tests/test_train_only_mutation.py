@@ -57,7 +57,7 @@ CHANGES: dict[str, Callable[[nn.Module, sk.SparseModel], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_backward_after_a_change_raises(change: str, names: list[str]) -> None:
     model = two_layers()
-    tuned = sk.sparsify(model, Selection.random(model, 0.5, names=names))
+    tuned = sk.train_only(model, Selection.random(model, 0.5, names=names))
     loss = model(torch.randn(3, 6)).square().sum()
     CHANGES[change](model, tuned)
     with pytest.raises(RuntimeError, match=MESSAGE):
@@ -70,7 +70,7 @@ def test_the_first_trained_layer_may_change(change: str) -> None:
     x = torch.randn(3, 6)
     model = two_layers()
     selection = Selection.random(model, 0.5, names=["1.weight"])
-    tuned = sk.sparsify(model, selection)
+    tuned = sk.train_only(model, selection)
     (values,) = tuned.parameters()
     (expected,) = torch.autograd.grad(model(x).square().sum(), values)
     loss = model(x).square().sum()
@@ -92,7 +92,7 @@ def test_gathered_form_too() -> None:
 
 def test_delta_apply_and_revert_too() -> None:
     model = two_layers()
-    with sk.sparsify(model, Selection.random(model, 0.5)) as tuned:
+    with sk.train_only(model, Selection.random(model, 0.5)) as tuned:
         delta = tuned.delta()
     loss = model(torch.randn(3, 6)).square().sum()
     applied = delta.apply(model)
@@ -108,7 +108,7 @@ def test_delta_apply_and_revert_too() -> None:
 def test_the_usual_order_does_not_raise(optimizer: type) -> None:
     """Two forwards, two backwards, a step, evaluation, and again: nothing of it is a change in between."""
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     stepper = optimizer(tuned.parameters(), lr=0.01)
     for seed in range(3):
         losses = [model(ids(2, 5, seed=seed + i)).square().sum() for i in range(2)]
@@ -124,7 +124,7 @@ def test_the_usual_order_does_not_raise(optimizer: type) -> None:
 def test_values_read_out_of_a_graph_stay_as_they_were() -> None:
     """Reading state, a delta or the parameters in between is harmless."""
     model = Zoo()
-    tuned = sk.sparsify(model, Selection.random(model, 0.3))
+    tuned = sk.train_only(model, Selection.random(model, 0.3))
     loss = model(ids(2, 5)).square().sum()
     model.state_dict()
     tuned.delta()
@@ -139,7 +139,7 @@ def test_values_changed_through_data_after_a_backward() -> None:
     model, oracle = Zoo(), Zoo()
     oracle.load_state_dict(model.state_dict())
     selection = Selection.random(model, 0.3, names=full_names(model))
-    tuned, plain = sk.sparsify(model, selection), sk.sparsify(oracle, selection)
+    tuned, plain = sk.train_only(model, selection), sk.train_only(oracle, selection)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.125)
     for step in range(3):
         for part in range(2):  # a second forward before the step
@@ -158,7 +158,7 @@ def test_values_changed_through_data_after_a_backward() -> None:
 
 def test_nothing_is_written_between_the_backwards_of_one_step() -> None:
     model = Zoo()
-    sk.sparsify(model, Selection.random(model, 0.3, names=full_names(model)))
+    sk.train_only(model, Selection.random(model, 0.3, names=full_names(model)))
     versions = [p._version for p in model.parameters()]
     for part in range(3):
         model(ids(4, 7, seed=part)).square().mean().backward()
