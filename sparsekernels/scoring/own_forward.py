@@ -108,7 +108,7 @@ def refuse_outside(names: Iterable[str], argument: str) -> None:
         raise ValueError(f"{argument}: {listed(names)} cannot be trained: {OUTSIDE}; leave them out")
 
 
-def say_left_out(method: str, names: Iterable[str]) -> None:
+def warn_left_out(method: str, names: Iterable[str]) -> None:
     """Warn if there are any, which a method would have selected by default."""
     if names := list(names):
         warn(f"{method} leaves out {listed(names)}: {OUTSIDE}")
