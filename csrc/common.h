@@ -95,6 +95,14 @@ const T* rows_data(const Tensor& x, const char* name) {
   return static_cast<const T*>(at);
 }
 
+// Parallel lists have one entry for each of `count` parameters; those that are optional may also be empty.
+inline void check_lists(size_t count, std::initializer_list<size_t> needed, std::initializer_list<size_t> optional) {
+  for (size_t size : needed) STD_TORCH_CHECK(size == count, "all lists must have one entry for each parameter");
+  for (size_t size : optional) {
+    STD_TORCH_CHECK(size == 0 || size == count, "optional lists must be empty or have one entry for each parameter");
+  }
+}
+
 inline void check_same(const Tensor& a, const Tensor& b, const char* what) {
   STD_TORCH_CHECK(
       a.numel() == b.numel() && a.scalar_type() == b.scalar_type() && b.is_contiguous(),

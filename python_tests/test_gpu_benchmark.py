@@ -103,7 +103,7 @@ def test_a_problem_too_large_for_the_machine_is_noted() -> None:
 
 @pytest.mark.parametrize(("seconds", "met"), [(7e-6, True), (9e-6, False)])
 def test_bars_can_be_missed(seconds: float, met: bool) -> None:
-    row = dataclasses.replace(row_of("adamw_compact_, 1 %"), most=8e-6)
+    row = dataclasses.replace(row_of("adamw_ of compact values, 1 %"), most=8e-6)
     fused = "torch.optim.AdamW(fused=True)"
     record = {
         "floor_seconds": 5e-6,

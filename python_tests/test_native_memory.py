@@ -155,9 +155,9 @@ def test_storage_that_is_too_small() -> None:
 
 CRASHES = {
     "positions in the moments of another parameter": (
-        "adamw_compact_([ones(4), ones(4)], [ones(4), ones(4)], [m := zeros(8), ones(8)][:1] and [m[2:6], ones(4)], "
-        "[ones(4), ones(4)], [], [tensor(1.0)] * 2, [ones(9), ones(9)], "
-        "[arange(4), m.view(torch.int32)[:4].copy_(arange(4))], 0.1, 0.9, 0.999, 0.0, 1e-8, False)"
+        "adamw_([ones(4), ones(4)], [ones(4), ones(4)], [m := zeros(8), ones(8)][:1] and [m[2:6], ones(4)], "
+        "[ones(4), ones(4)], [], [tensor(1.0)] * 2, [arange(4), m.view(torch.int32)[:4].copy_(arange(4))], "
+        "[ones(9), ones(9)], 0.1, 0.9, 0.999, 0.0, 1e-8, False)"
     ),
     "an embedding without columns": "masked_grad_embedding(zeros(3, 0), arange(3), arange(2), False, -1)",
     "group times gates is 2**64 + 4, of a gradient": (

@@ -169,10 +169,10 @@ ADAMW = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e
 
 
 def lists(n: int, k: int = 2) -> list[list[torch.Tensor]]:
-    """values, grads, moments, steps, weights and positions of adamw_compact_ for `n` tensors."""
+    """params, grads, moments, steps, positions and weights of adamw_ for `n` tensors."""
     floats = [[torch.ones(k) for _ in range(n)] for _ in range(4)]
     positions = [torch.arange(k, dtype=torch.int32) for _ in range(n)]
-    return [*floats, [], [torch.tensor(1.0) for _ in range(n)], [torch.ones(5) for _ in range(n)], positions]
+    return [*floats, [], [torch.tensor(1.0) for _ in range(n)], positions, [torch.ones(5) for _ in range(n)]]
 
 
 @pytest.mark.parametrize("broken", range(8))
@@ -182,7 +182,7 @@ def test_adamw_lists_that_do_not_fit(broken: int) -> None:
     args[broken] = [torch.ones(2)] if broken == 4 else args[broken][:1]
     before = [[x.clone() for x in entries] for entries in args]
     with pytest.raises(RuntimeError):
-        ops.adamw_compact_(*args, **ADAMW)
+        ops.adamw_(*args, **ADAMW)
     for entries, was in zip(args, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(entries, was, strict=True))
 
@@ -192,12 +192,12 @@ def test_adamw_never_writes_outside(bad: str) -> None:
     """The raw op, which trusts no argument."""
     args = lists(1)
     if bad in ("out of range", "negative"):
-        args[7] = [torch.tensor([0, 5] if bad == "out of range" else [-1, 2])]
+        args[6] = [torch.tensor([0, 5] if bad == "out of range" else [-1, 2])]
     elif bad == "state":
         args[2] = [torch.ones(1)]
     else:
         args[1] = [torch.ones(2, dtype=torch.float64)]
     before = [[x.clone() for x in entries] for entries in args]
     with pytest.raises((RuntimeError, IndexError)):
-        ops.adamw_compact_(*args, **ADAMW)
-    assert torch.equal(args[6][0], before[6][0])
+        ops.adamw_(*args, **ADAMW)
+    assert torch.equal(args[7][0], before[7][0])

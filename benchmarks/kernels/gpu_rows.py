@@ -89,7 +89,9 @@ def optimizer_rows(small: bool) -> list[Row]:
 
     def step(name: str, shapes: Any, select: Any, ours: str, versus: Any) -> Case:
         make = partial(bench_adamw.make, shapes, select, dtype=BF16)
-        return Case(f"adamw_compact_, {name}", make, compact, ours, versus, calls=bench_adamw.CALLS, tolerance=2**-8)
+        return Case(
+            f"adamw_ of compact values, {name}", make, compact, ours, versus, calls=bench_adamw.CALLS, tolerance=2**-8
+        )
 
     def some(shape: tuple[int, ...], count: int = count) -> Any:
         return random_rows(shape, count)

@@ -1,7 +1,7 @@
 """The kernel surface: public functions, one signature for every backend. `table.py` is the overview."""
 
 from . import backend as _backend
-from .adamw import adamw_compact_, adamw_gathered_
+from .adamw import adamw_
 from .adamw_rows import adamw_rows_
 from .columns import put_columns, take_columns
 from .fisher import fisher_embedding_, fisher_linear_, fisher_squares_, fisher_vector_
@@ -17,8 +17,7 @@ _backend.register(OPS)
 
 __all__ = [
     "OPS",
-    "adamw_compact_",
-    "adamw_gathered_",
+    "adamw_",
     "adamw_rows_",
     "fisher_embedding_",
     "fisher_linear_",

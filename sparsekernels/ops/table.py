@@ -39,11 +39,6 @@ class Op:
     fake: Callable[..., Any]
 
 
-ADAMW_OPTIONS = (
-    "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize, "
-    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, int[] rounding=[]"
-)
-
 OPS: tuple[Op, ...] = (
     Op(
         "gather",
@@ -70,22 +65,14 @@ OPS: tuple[Op, ...] = (
         gather_scatter.nothing,
     ),
     Op(
-        "adamw_compact_",
-        "adamw",
-        "(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor(e!)[] weights, Tensor[] positions, "
-        f"{ADAMW_OPTIONS}) -> ()",
-        "AdamW on compact values, written through into the dense weights",
-        adamw.adamw_compact_,
-        gather_scatter.nothing,
-    ),
-    Op(
-        "adamw_gathered_",
+        "adamw_",
         "adamw",
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        f"Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor[] positions, {ADAMW_OPTIONS}) -> ()",
-        "AdamW at the selected positions of dense parameters with dense gradients",
-        adamw.adamw_gathered_,
+        "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor[] positions, Tensor(e!)[] weights, "
+        "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize, "
+        "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, int[] rounding=[]) -> ()",
+        "AdamW at selected positions of dense parameters, or on compact ones, written through into dense weights",
+        adamw.adamw_,
         gather_scatter.nothing,
     ),
     Op(

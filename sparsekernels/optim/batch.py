@@ -50,13 +50,11 @@ class Batch:
         self.steps = [state["step"] for state in found]
         self.dense: list[Tensor] = [slot.weight for slot in self.slots]
         positions = [index.positions for index in indices]
-        lists = self.exp_avgs, self.exp_avg_sqs, self.maxima, self.steps
-        self.lists = (*lists, self.dense, positions) if kind == "compact" else (*lists, positions)
+        self.lists = self.exp_avgs, self.exp_avg_sqs, self.maxima, self.steps, positions, self.dense
         self.mutated = [*params, *self.dense]
-        name = f"adamw_{kind}_"
-        self.op: Any = getattr(torch.ops.sparsekernels, name).default._op
+        self.op: Any = torch.ops.sparsekernels.adamw_.default._op
         self.infinite: Tensor | None = None  # what a GradScaler says of gradients that are not finite
-        self.native = has_native(name, params[0].device.type)
+        self.native = has_native("adamw_", params[0].device.type)
         # _foreach_add_ takes twice as long for one.
         self.count = partial(self.steps[0].add_, 1) if len(found) == 1 else partial(torch._foreach_add_, self.steps, 1)
         # Ops do not bump versions by themselves; a backward over weights that changed since its forward must fail.
