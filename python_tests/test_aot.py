@@ -104,7 +104,6 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         moments = torch.zeros((3, 2048) if rows else 2048, dtype=torch.promote_types(dtype, torch.float32))
         yield lambda p=positions, r=rows: kernel("gather")(dense, p, r)
         yield lambda p=positions, r=rows, v=moments: kernel("scatter_")(dense, p, v, r)
-        yield lambda p=positions, r=rows, v=moments: kernel("scatter_add_")(dense, p, v, r)
         for maximum in ([], [moments]):
             state = ([moments], [moments], maximum, [torch.tensor(1.0)], [positions])
             yield lambda v=moments, s=state: kernel("adamw_")([v], [v], *s, [dense], *options)

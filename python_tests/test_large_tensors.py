@@ -56,8 +56,6 @@ def test_reading_and_writing(form: str, name: str, device: torch.device) -> None
     ops.scatter_(dense, index, values, backend=name)
     assert torch.equal(pick(dense, index), values.view(-1))
     assert torch.equal(ops.gather(dense, index, backend=name), values)
-    ops.scatter_add_(dense, index, values, backend=name)
-    assert torch.equal(pick(dense, index), 2 * values.view(-1))
     check_neighbours(dense, index)
 
 

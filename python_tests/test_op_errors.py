@@ -38,7 +38,6 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
         lambda: (dense(), index(1, rows=True), ONES(3)),
         r"values must have shape \[1, 3\], got \[3\]",
     ),
-    "scatter_add_, values": (ops.scatter_add_, lambda: (dense(), index(1, 2), ONES(2, 1)), r"must have shape \[2\]"),
     "linear, weight": (
         ops.masked_grad_linear,
         lambda: (dense(7, 4), dense(7, 2), index(1)),
@@ -105,9 +104,9 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
         "rows has 3 gates of 1 each for 4.*expected 4",
     ),
     "gated_weight, group": (
-        partial(ops.gated_weight, **STG, row_group=3),
-        lambda: (dense(), None, ONES(1)),
-        "3 does not divide 4",
+        partial(ops.gated_weight, **STG, column_group=2),
+        lambda: (dense(), None, None, ONES(1)),
+        "2 does not divide 3",
     ),
     "gated_weight, bias": (
         partial(ops.gated_weight, **STG),

@@ -134,7 +134,7 @@ Scratch<S> factors(const MaybeTensor& logits, int64_t size, int64_t group, const
 
 std::tuple<Tensor, Tensor> gated_weight(
     Tensor weight, MaybeTensor bias, MaybeTensor rows, MaybeTensor columns, int64_t kind, double noise, MaybeTensor key,
-    bool transposed, ScalarType dtype, int64_t row_group, int64_t column_group) {
+    bool transposed, ScalarType dtype, int64_t column_group) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be contiguous, of two dimensions");
   const int64_t height = weight.size(0), width = weight.size(1), m = transposed ? width : height;
   STD_TORCH_CHECK(
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> gated_weight(
   with_floating(weight.scalar_type(), "gated_weight", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    const auto of_rows = factors<S>(rows, m, row_group, draw, 0);
+    const auto of_rows = factors<S>(rows, m, 1, draw, 0);
     const auto of_columns = factors<S>(columns, transposed ? height : width, column_group, draw, 1);
     const S *outer = (transposed ? of_columns : of_rows).get(), *inner = (transposed ? of_rows : of_columns).get();
     with_floating(dtype, "gated_weight", [&](auto other) {

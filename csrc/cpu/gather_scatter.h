@@ -66,15 +66,4 @@ void scatter(const char* from, const I* index, char* to, int64_t bytes, int64_t 
   }
 }
 
-// to[index[i]] += from[i] for positions of `width` elements; the sum is formed in S and rounded once.
-template <typename S, typename T, typename I>
-void scatter_add(
-    const S* __restrict__ from, const I* index, T* __restrict__ to, int64_t width, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    T* row = to + int64_t(index[i]) * width;
-    if (width == 1 && i + kAhead < end) prefetch(to + index[i + kAhead]);
-    for (int64_t j = 0; j < width; ++j) row[j] = T(S(row[j]) + from[i * width + j]);
-  }
-}
-
 }  // namespace sk::cpu

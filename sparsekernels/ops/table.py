@@ -57,14 +57,6 @@ OPS: tuple[Op, ...] = (
         gather_scatter.nothing,
     ),
     Op(
-        "scatter_add_",
-        "gather_scatter",
-        "(Tensor(a!) target, Tensor positions, Tensor values, bool rows) -> ()",
-        "add compact values to the selected elements or rows",
-        gather_scatter.scatter_add_,
-        gather_scatter.nothing,
-    ),
-    Op(
         "adamw_",
         "adamw",
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -186,7 +178,7 @@ OPS: tuple[Op, ...] = (
         "gated_weight",
         "gates",
         "(Tensor weight, Tensor? bias, Tensor? rows, Tensor? columns, int kind, float noise, Tensor? key, "
-        "bool transposed, ScalarType dtype, int row_group, int column_group) -> (Tensor gated, Tensor gated_bias)",
+        "bool transposed, ScalarType dtype, int column_group) -> (Tensor gated, Tensor gated_bias)",
         "a weight times gates on its rows and columns, drawn on the way",
         gates.gated_weight,
         gates.gated_weight_fake,
