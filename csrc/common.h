@@ -6,7 +6,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -29,6 +31,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
 
 // fp64 is computed in fp64, everything else in fp32.
 template <typename T>
@@ -56,6 +59,19 @@ inline int64_t product(int64_t a, int64_t b) {
   int64_t result;
   STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), "sizes of ", a, " and ", b, " are too large");
   return result;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f(i, first, last) for what [begin, end) holds of each tensor i, all of which lie on one axis, one after another:
+// tensor i ends at ends[i].
+template <typename F>
+void for_stretches(const std::vector<int64_t>& ends, int64_t begin, int64_t end, const F& f) {
+  size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+  for (; begin < end; begin = ends[i++]) {
+    const int64_t start = i == 0 ? 0 : ends[i - 1];
+    f(i, begin - start, std::min(end, ends[i]) - start);
+  }
 }
 
 // A storage can be freed or shrunk under a tensor, which FSDP does to weights, and memory of others can begin anywhere.
@@ -107,6 +123,16 @@ inline void check_same(const Tensor& a, const Tensor& b, const char* what) {
   STD_TORCH_CHECK(
       a.numel() == b.numel() && a.scalar_type() == b.scalar_type() && b.is_contiguous(),
       what, " does not fit: it must be contiguous and have the size and dtype of its parameter");
+}
+
+inline void check_activations(const Tensor& grad_output, const MaybeTensor& input) {
+  STD_TORCH_CHECK(
+      grad_output.dim() == 3 && grad_output.is_contiguous(),
+      "grad_output must be contiguous, [samples, tokens, width]");
+  STD_TORCH_CHECK(
+      !input || (input->dim() == 3 && input->is_contiguous() && input->scalar_type() == grad_output.scalar_type() &&
+                 input->size(0) == grad_output.size(0) && input->size(1) == grad_output.size(1)),
+      "input must be contiguous, with the dtype, samples and tokens of grad_output");
 }
 
 }  // namespace sk

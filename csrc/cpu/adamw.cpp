@@ -1,9 +1,6 @@
 // adamw_: checks, the work list over all tensors, CPU registration.
 #include "adamw.h"
 
-#include <algorithm>
-#include <optional>
-
 #include "../common.h"
 #include "positions.h"
 
@@ -11,8 +8,6 @@ namespace sk {
 namespace {
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread: about 10 us of work
-
-using MaybeTensor = std::optional<Tensor>;
 
 float number(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(
@@ -114,11 +109,7 @@ void adamw_(
   if (found_inf && number(*found_inf, "found_inf") != 0) return;
   // One parallel region over the elements of all tensors.
   parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (; begin < end; begin = ends[i], ++i) {
-      const int64_t start = ends[i] - tasks[i].numel;
-      runs[i](tasks[i], begin - start, std::min(end, ends[i]) - start);
-    }
+    for_stretches(ends, begin, end, [&](size_t i, int64_t first, int64_t last) { runs[i](tasks[i], first, last); });
   });
 }
 

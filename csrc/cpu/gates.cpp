@@ -2,7 +2,6 @@
 #include "gates.h"
 
 #include <cmath>
-#include <optional>
 #include <tuple>
 
 #include "../common.h"
@@ -11,11 +10,10 @@
 namespace sk {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 constexpr int64_t kGateGrain = 1 << 5;  // blocks of gates that are
 
-int64_t blocks_of(int64_t count) { return (count + cpu::kGates - 1) / cpu::kGates; }
+int64_t blocks_of(int64_t count) { return ceil_div(count, cpu::kGates); }
 
 // How gates are drawn.
 struct Draw {
@@ -82,13 +80,13 @@ std::tuple<Tensor, Tensor> gate_values(Tensor logits, int64_t kind, double noise
 std::tuple<Tensor, Tensor> gate_probabilities(Tensors logits, int64_t kind, double noise) {
   STD_TORCH_CHECK(!logits.empty(), "logits must hold at least one tensor");
   const Draw draw(kind, noise, std::nullopt);
-  std::vector<int64_t> starts{0}, blocks{0};
+  std::vector<int64_t> starts{0}, ends;  // of the gates, and of the blocks they come in
   for (const Tensor& each : logits) {
     STD_TORCH_CHECK(
         each.is_contiguous() && each.scalar_type() == logits[0].scalar_type(),
         "logits must be contiguous, all of one dtype");
     starts.push_back(starts.back() + each.numel());
-    blocks.push_back(blocks.back() + blocks_of(each.numel()));
+    ends.push_back((ends.empty() ? 0 : ends.back()) + blocks_of(each.numel()));
   }
   const int64_t count = starts.back();
   Tensor values = torch::stable::new_empty(logits[0], {count}), slopes = torch::stable::new_empty(logits[0], {count});
@@ -97,12 +95,10 @@ std::tuple<Tensor, Tensor> gate_probabilities(Tensors logits, int64_t kind, doub
     std::vector<const S*> from;
     for (const Tensor& each : logits) from.push_back(data<S>(each, "logits"));
     S *p = static_cast<S*>(values.mutable_data_ptr()), *d = static_cast<S*>(slopes.mutable_data_ptr());
-    parallel_for(0, blocks.back(), kGateGrain, [&](int64_t begin, int64_t end) {
-      for (size_t k = 0; k < logits.size(); ++k) {
-        const int64_t first = std::max(begin, blocks[k]) - blocks[k], last = std::min(end, blocks[k + 1]) - blocks[k];
-        if (first >= last) continue;
+    parallel_for(0, ends.back(), kGateGrain, [&](int64_t begin, int64_t end) {
+      for_stretches(ends, begin, end, [&](size_t k, int64_t first, int64_t last) {
         draw.open(from[k], logits[k].numel(), first, last, p + starts[k], d + starts[k]);
-      }
+      });
     });
   });
   return {values, slopes};
@@ -183,8 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_gradient(
   const Draw draw(kind, noise, key);
   Tensor gradient = torch::stable::new_empty(logits, {count}), of_values = torch::stable::new_empty(logits, {count});
   Tensor scaled = torch::stable::new_empty(logits, {width});
-  const int64_t blocks = (tokens + cpu::kTokens - 1) / cpu::kTokens;
-  const int64_t across = (width + cpu::kColumns - 1) / cpu::kColumns;
+  const int64_t blocks = ceil_div(tokens, cpu::kTokens), across = ceil_div(width, cpu::kColumns);
   auto totals = scratch<double>(2 * width);
   with_floating(a.scalar_type(), "gate_gradient", [&](auto zero) {
     using T = decltype(zero);

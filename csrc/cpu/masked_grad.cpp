@@ -29,8 +29,7 @@ void split_positions(const I* index, int64_t count, int64_t n, int32_t* row, int
 // Panels of `parts` chunks, one after the other: panels[part][column][token].
 template <typename S, typename T>
 void pack_panels(const T* from, S* panels, int64_t width, int64_t chunk, int64_t tokens) {
-  const int64_t parts = (tokens + chunk - 1) / chunk;
-  const int64_t blocks = (width + cpu::kLine - 1) / cpu::kLine;
+  const int64_t parts = ceil_div(tokens, chunk), blocks = ceil_div(width, cpu::kLine);
   parallel_for(0, parts * blocks, 8, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end;) {
       const int64_t part = at / blocks, first = at - part * blocks, last = std::min(blocks, first + end - at);
@@ -48,7 +47,7 @@ void sum_tokens(
     const T* dy, const T* x, int64_t tokens, int64_t m, int64_t n, const int32_t* row, const int32_t* column, S* out,
     int64_t count) {
   const int64_t chunk = cpu::chunk_for(n, tokens, sizeof(S));
-  const int64_t parts = (std::min(tokens, kTokens) + chunk - 1) / chunk;
+  const int64_t parts = ceil_div(std::min(tokens, kTokens), chunk);
   auto x_panels = scratch<S>(parts * n * chunk);
   auto dy_panels = scratch<S>(parts * m * chunk);
   for (int64_t first = 0; first < tokens; first += parts * chunk) {
@@ -95,9 +94,7 @@ template <typename S, typename T, typename I>
 void sum_hits(
     const std::vector<Hit>& hits, int64_t begin, int64_t end, const T* dy, const I* index, int64_t width, bool rows,
     S* out) {
-  const auto same_row = [&](int64_t i) { return i > 0 && i < int64_t(hits.size()) && hits[i].from == hits[i - 1].from; };
-  while (begin < end && same_row(begin)) ++begin;
-  while (end > begin && same_row(end)) ++end;
+  keep_rows_whole(hits, begin, end);
   for (int64_t i = begin; i < end; ++i) {
     const Hit& hit = hits[i];
     const T* row = dy + hit.token * width;

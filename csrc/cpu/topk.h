@@ -5,9 +5,21 @@
 #include <vector>
 
 #include "../common.h"
-#include "radix.h"
 
 namespace sk::cpu {
+
+// Floating-point numbers as unsigned integers of the same order: negative numbers with all bits inverted, positive ones
+// with the sign bit set; -0 becomes +0 first.
+template <int bytes>
+using Key = std::conditional_t<bytes == 2, uint16_t, std::conditional_t<bytes == 4, uint32_t, uint64_t>>;
+template <typename K>
+SK_INLINE K radix_key(K bits, bool magnitude) {
+  constexpr K sign = K(K(1) << (8 * sizeof(K) - 1));
+  const K absolute = K(bits & K(~sign));
+  if (magnitude) return absolute;
+  if (absolute == 0) return sign;
+  return bits & sign ? K(~bits) : K(bits | sign);
+}
 
 constexpr int64_t kSkip = 16;  // entries that are passed over together when none of them matters
 

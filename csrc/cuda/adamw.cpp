@@ -1,14 +1,10 @@
 // adamw_ on CUDA: checks, one launch for all tensors of one kind, registration.
 #include "adamw.h"
 
-#include <optional>
-
 #include "host.h"
 
 namespace sk::cuda {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
 
 const float* number(const Tensor& tensor, int32_t device, const char* name) {
   STD_TORCH_CHECK(
