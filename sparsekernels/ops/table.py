@@ -27,6 +27,10 @@ from .singular_values import reference as singular_values
 from .topk import reference as topk
 
 
+def nothing(*args: object, **kwargs: object) -> None:
+    """Fake of every op that only mutates."""
+
+
 @dataclass(frozen=True)
 class Op:
     """One row: `family` is the stem that csrc/, ops/, python_tests/ and benchmarks/ share."""
@@ -36,7 +40,7 @@ class Op:
     schema: str
     doc: str
     reference: Callable[..., Any]
-    fake: Callable[..., Any]
+    fake: Callable[..., Any] = nothing
 
 
 OPS: tuple[Op, ...] = (
@@ -54,7 +58,6 @@ OPS: tuple[Op, ...] = (
         "(Tensor(a!) target, Tensor positions, Tensor values, bool rows) -> ()",
         "write compact values over the selected elements or rows",
         gather_scatter.scatter_,
-        gather_scatter.nothing,
     ),
     Op(
         "adamw_",
@@ -65,7 +68,6 @@ OPS: tuple[Op, ...] = (
         "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, int[] rounding=[]) -> ()",
         "AdamW at selected positions of dense parameters, or on compact ones, written through into dense weights",
         adamw.adamw_,
-        gather_scatter.nothing,
     ),
     Op(
         "adamw_rows_",
@@ -75,7 +77,6 @@ OPS: tuple[Op, ...] = (
         "bool maximize, int[] rounding) -> ()",
         "AdamW on the rows that a sparse gradient lists, duplicates summed on the way",
         adamw_rows.adamw_rows_,
-        gather_scatter.nothing,
     ),
     Op(
         "masked_grad_linear",
@@ -99,7 +100,6 @@ OPS: tuple[Op, ...] = (
         "(Tensor(a!)[] totals, Tensor[] grads) -> ()",
         "add the squares of gradients, elementwise, over a list of tensors",
         fisher.fisher_squares_,
-        gather_scatter.nothing,
     ),
     Op(
         "fisher_linear_",
@@ -107,7 +107,6 @@ OPS: tuple[Op, ...] = (
         "(Tensor grad_output, Tensor input, Tensor(a!)? total, Tensor(b!)? norms, Tensor? positions, bool rows) -> ()",
         "add squared per-sample weight gradients of a Linear, and per-sample norms, at all or at selected positions",
         fisher.fisher_linear_,
-        gather_scatter.nothing,
     ),
     Op(
         "fisher_embedding_",
@@ -116,7 +115,6 @@ OPS: tuple[Op, ...] = (
         "int padding_idx) -> ()",
         "the same for an Embedding's table: tokens of one id are summed within their sample, then squared",
         fisher.fisher_embedding_,
-        gather_scatter.nothing,
     ),
     Op(
         "fisher_vector_",
@@ -124,7 +122,6 @@ OPS: tuple[Op, ...] = (
         "(Tensor grad_output, Tensor? input, Tensor(a!)? total, Tensor(b!)? norms, Tensor? positions) -> ()",
         "the same for a bias, or for the weight of a norm",
         fisher.fisher_vector_,
-        gather_scatter.nothing,
     ),
     Op(
         "topk",

@@ -1,4 +1,4 @@
-"""Stochastic gates on rows and columns of frozen weights, and the narrow activations of layers that lost some of them.
+"""Stochastic gates on rows and columns of frozen weights.
 
 A gate is max(0, min(1, s)) for a random s whose centre its logit moves. Draws are a function of (key, stream, number of
 the gate) alone: whoever has the key draws them again, on any device, and nothing about them is stored.

@@ -1,4 +1,4 @@
-"""Stochastic gates, and columns taken and put, in Triton. Gates are drawn by whoever needs them; nothing is stored.
+"""Stochastic gates in Triton. Gates are drawn by whoever needs them; nothing is stored.
 
 No atomics: a program leaves its sums at a place of its own, and every run gives the same bits.
 """

@@ -15,7 +15,3 @@ def scatter_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> N
 
 def gather_fake(source: Tensor, positions: Tensor, rows: bool) -> Tensor:
     return source.new_empty((positions.shape[0], *(source.shape[1:] if rows else ())))
-
-
-def nothing(*args: object, **kwargs: object) -> None:
-    """Fake of every op that only mutates."""
