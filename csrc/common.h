@@ -12,8 +12,8 @@
 #include <type_traits>
 #include <vector>
 
-// One library for every x86-64 machine: the compiler makes three versions, the loader picks the best one that runs here.
-// Under a sanitizer one is enough, for it takes long to compile.
+// One library for every x86-64 machine: the compiler makes three versions, the loader picks the best one that runs
+// here. Under a sanitizer one is enough, for it takes long to compile.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
     !defined(__SANITIZE_ADDRESS__)
 #define SK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -63,8 +63,8 @@ inline int64_t product(int64_t a, int64_t b) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(i, first, last) for what [begin, end) holds of each tensor i, all of which lie on one axis, one after another:
-// tensor i ends at ends[i].
+// Calls f(i, first, last) for what [begin, end) holds of each tensor i, all of which lie on one axis, one after
+// another: tensor i ends at ends[i].
 template <typename F>
 void for_stretches(const std::vector<int64_t>& ends, int64_t begin, int64_t end, const F& f) {
   size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
@@ -75,8 +75,8 @@ void for_stretches(const std::vector<int64_t>& ends, int64_t begin, int64_t end,
 }
 
 // A storage can be freed or shrunk under a tensor, which FSDP does to weights, and memory of others can begin anywhere.
-// `span` elements of `item` bytes lie between the first and the last. Each call into torch costs a small op a fraction of
-// a percent: what the caller knows is not asked for again.
+// `span` elements of `item` bytes lie between the first and the last. Each call into torch costs a small op a fraction
+// of a percent: what the caller knows is not asked for again.
 inline void check_memory(
     const Tensor& x, const void* data, int64_t span, int64_t item, size_t alignment, const char* name) {
   if (span == 0) return;
@@ -121,8 +121,8 @@ inline void check_lists(size_t count, std::initializer_list<size_t> needed, std:
 
 inline void check_same(const Tensor& a, const Tensor& b, const char* what) {
   STD_TORCH_CHECK(
-      a.numel() == b.numel() && a.scalar_type() == b.scalar_type() && b.is_contiguous(),
-      what, " does not fit: it must be contiguous and have the size and dtype of its parameter");
+      a.numel() == b.numel() && a.scalar_type() == b.scalar_type() && b.is_contiguous(), what,
+      " does not fit: it must be contiguous and have the size and dtype of its parameter");
 }
 
 inline void check_activations(const Tensor& grad_output, const MaybeTensor& input) {

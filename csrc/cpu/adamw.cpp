@@ -84,7 +84,8 @@ void adamw_(
         task.grad = data<T>(grads[i], "grads");
       }
       const auto scalars = adamw_step<T>(aged ? kNoBias : *age, options);
-      if constexpr (std::is_same_v<T, double>) task.step64 = scalars; else task.step32 = scalars;
+      if constexpr (std::is_same_v<T, double>) task.step64 = scalars;
+      else task.step32 = scalars;
       const auto change_state = [&](const Tensor& x, const char* name) -> void* {
         if (x.scalar_type() == scalar_type<T>()) return memory.change<T>(x, name);
         STD_TORCH_CHECK(

@@ -72,7 +72,8 @@ struct AdamwTask {
 
 template <typename T>
 const AdamwStep<T>& step_of(const AdamwTask& task) {
-  if constexpr (std::is_same_v<T, double>) return task.step64; else return task.step32;
+  if constexpr (std::is_same_v<T, double>) return task.step64;
+  else return task.step32;
 }
 
 constexpr int64_t kBlock = 64;  // elements computed together
@@ -83,7 +84,8 @@ inline __attribute__((always_inline)) void adamw_run(
     const T* x, const T* __restrict__ g, T* __restrict__ m, T* __restrict__ v, T* __restrict__ maximum, T* out,
     int64_t n, const AdamwStep<T>& step) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = adamw<amsgrad>(x[i], g[i], m[i], v[i], amsgrad ? maximum + i : nullptr, step);
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = adamw<amsgrad>(x[i], g[i], m[i], v[i], amsgrad ? maximum + i : nullptr, step);
 }
 
 // The same for n single elements, at most kBlock, that differ in age; the first lies in slot `first`.
@@ -147,7 +149,10 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
         const int64_t at = int64_t(positions[slot]) * task.width + column + done;
         const auto draw = [&](int64_t j, uint32_t array) { return task.random(slot, at + j, array); };
         if constexpr (!compact) {
-          for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[at + j]); g[j] = T(grad[at + j]); }
+          for (int64_t j = 0; j < n; ++j) {
+            x[j] = T(dense[at + j]);
+            g[j] = T(grad[at + j]);
+          }
         }
         with_state<amsgrad, kBlock, T>(m + o, v + o, maximum + o, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
           if constexpr (compact) {
@@ -172,7 +177,10 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
     prefetch_block(dense, positions, i, end);
     if constexpr (!compact) {
       prefetch_block(grad, positions, i, end);
-      for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[positions[i + j]]); g[j] = T(grad[positions[i + j]]); }
+      for (int64_t j = 0; j < n; ++j) {
+        x[j] = T(dense[positions[i + j]]);
+        g[j] = T(grad[positions[i + j]]);
+      }
     }
     with_state<amsgrad, kBlock, T>(m + i, v + i, maximum + i, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
       const auto run = [&](T* own, const T* own_grad) __attribute__((always_inline)) {
@@ -182,7 +190,8 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
           adamw_run<amsgrad>(own, own_grad, m, v, maximum, own, n, step);
         }
       };
-      if constexpr (compact) run(values + i, grad + i); else run(x, g);
+      if constexpr (compact) run(values + i, grad + i);
+      else run(x, g);
     });
     if constexpr (compact) {
       for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(values[i + j]);
@@ -194,8 +203,8 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
   }
 }
 
-// The kernel for a task whose weight, state and positions are of these dtypes, which are known to go together. Each form
-// is compiled by a file of its own, side by side: they take the longest of all.
+// The kernel for a task whose weight, state and positions are of these dtypes, which are known to go together. Each
+// form is compiled by a file of its own, side by side: they take the longest of all.
 using AdamwRun = void (*)(const AdamwTask&, int64_t begin, int64_t end);
 template <bool compact>
 AdamwRun adamw_kernel(const AdamwTask& task, ScalarType weight, ScalarType state, ScalarType positions) {
@@ -213,7 +222,8 @@ AdamwRun adamw_kernel(const AdamwTask& task, ScalarType weight, ScalarType state
       });
     };
     const auto with_state = [&](auto narrow) {
-      if (positions == ScalarType::Int) with_types(narrow, int32_t{}); else with_types(narrow, int64_t{});
+      if (positions == ScalarType::Int) with_types(narrow, int32_t{});
+      else with_types(narrow, int64_t{});
     };
     if (state == scalar_type<T>()) return with_state(T{});
     if constexpr (std::is_same_v<T, float>) with_state(BFloat16{});

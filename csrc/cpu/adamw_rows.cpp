@@ -22,16 +22,17 @@ void* check_state(const Tensor& state, const Tensor& first, const Tensor& param,
 }
 
 void adamw_rows_(
-    Tensor param, Tensor grad_values, Tensor ids, MaybeTensor slots, Tensor exp_avg,
-    Tensor exp_avg_sq, MaybeTensor max_exp_avg_sq, Tensor scales, double beta1, double beta2, double eps,
-    bool maximize, std::vector<int64_t> rounding) {
+    Tensor param, Tensor grad_values, Tensor ids, MaybeTensor slots, Tensor exp_avg, Tensor exp_avg_sq,
+    MaybeTensor max_exp_avg_sq, Tensor scales, double beta1, double beta2, double eps, bool maximize,
+    std::vector<int64_t> rounding) {
   STD_TORCH_CHECK(param.dim() > 0 && param.is_contiguous(), "param must be contiguous, of at least one dimension");
   const int64_t rows = param.size(0), count = ids.numel();
   if (count == 0) return;
   const int64_t width = rows == 0 ? 0 : param.numel() / rows;
   STD_TORCH_CHECK(
       grad_values.is_contiguous() && grad_values.scalar_type() == param.scalar_type() &&
-          grad_values.dim() == param.dim() && grad_values.size(0) == count && grad_values.numel() == product(count, width),
+          grad_values.dim() == param.dim() && grad_values.size(0) == count &&
+          grad_values.numel() == product(count, width),
       "grad_values must be contiguous [T, *row] with the dtype of param");
   STD_TORCH_CHECK(
       ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
@@ -73,8 +74,8 @@ void adamw_rows_(
     using W = decltype(zero);
     using T = opmath_t<W>;
     STD_TORCH_CHECK(
-        scales.dim() == 2 && scales.size(1) == 2 && scales.is_contiguous() && scales.scalar_type() == scalar_type<T>() &&
-            (scales.size(0) == 1 || scales.size(0) == count),
+        scales.dim() == 2 && scales.size(1) == 2 && scales.is_contiguous() &&
+            scales.scalar_type() == scalar_type<T>() && (scales.size(0) == 1 || scales.size(0) == count),
         "scales must be contiguous [1, 2] or [T, 2], fp32 (fp64 for fp64 parameters)");
     task.scales = data<T>(scales, "scales");
     task.param = mutable_data<W>(param, "param");

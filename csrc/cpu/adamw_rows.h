@@ -47,8 +47,8 @@ SK_CLONES void adamw_rows(const AdamwRowsTask& task, int64_t begin, int64_t end)
   S* exp_avg = static_cast<S*>(task.exp_avg);
   S* exp_avg_sq = static_cast<S*>(task.exp_avg_sq);
   S* maximum = static_cast<S*>(task.maximum);
-  AdamwStep<T> step{
-      T(task.step.beta2), T(task.step.rest1), T(task.step.rest2), T(0), T(0), T(1), T(task.step.eps), T(task.step.sign)};
+  AdamwStep<T> step{T(task.step.beta2), T(task.step.rest1), T(task.step.rest2), T(0), T(0), T(1),
+                    T(task.step.eps),   T(task.step.sign)};
   const auto line_of = [&](int64_t row) { return (task.slots ? task.slots[row] : row) * width; };
   std::vector<T> sum(width);
   alignas(64) T x[kBlock];

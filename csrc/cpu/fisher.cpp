@@ -95,9 +95,8 @@ struct Embedding {
   void run() const {
     const int64_t count = int64_t(hits.size());
     std::vector<double> found(count), sums(samples);
-    parallel_for(0, count, kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-      square(begin, end, found.data());
-    });
+    parallel_for(
+        0, count, kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) { square(begin, end, found.data()); });
     for (int64_t i = 0; i < count; ++i) sums[sample(i)] += found[i];
     for (int64_t b = 0; norms && b < samples; ++b) norms[b] = S(double(norms[b]) + sums[b]);
   }

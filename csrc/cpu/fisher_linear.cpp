@@ -122,9 +122,10 @@ struct Linear {
               x, n, which, length(b), columns, n, to, begin, end, 0, length(b));
         }
       });
-      const cpu::Packed<S> packed{
-          packed_dy.get(), packed_x.get(), from.data(), last - first, lines(), n, cpu::register_bytes()};
-      if (index && !rows) gather(packed, own(first)); else square(packed, own(first));
+      const cpu::Packed<S> packed{packed_dy.get(),      packed_x.get(), from.data(), last - first, lines(), n,
+                                  cpu::register_bytes()};
+      if (index && !rows) gather(packed, own(first));
+      else square(packed, own(first));
     });
   }
 
@@ -229,7 +230,8 @@ void fisher_linear_(
       Linear<T, I> linear{dy, x, samples, m, n, index, count, index && rows, sum, norm};
       linear.find_tokens(each);
       const double real = double(linear.tokens.size()) / double(samples);
-      if (index && !rows && worth_dots(count, m * n, real)) linear.dots(); else linear.products();
+      if (index && !rows && worth_dots(count, m * n, real)) linear.dots();
+      else linear.products();
     });
   });
 }

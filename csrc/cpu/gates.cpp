@@ -49,7 +49,7 @@ struct Draw {
   template <typename S>
   void open(const S* logits, int64_t count, int64_t begin, int64_t end, S* values, S* slopes) const {
     const S shift = S(noise * std::log(-kGateLow / kGateHigh));
-    const auto run = kind == kStg          ? cpu::open_gates<kStg, S>
+    const auto run = kind == kStg         ? cpu::open_gates<kStg, S>
                      : kind == kFineGates ? cpu::open_gates<kFineGates, S>
                                           : cpu::open_gates<kHardConcrete, S>;
     run(logits, S(noise), shift, count, begin, end, values, slopes);
@@ -62,7 +62,8 @@ void with_logits(const Tensor& logits, const char* op, const F& f) {
   STD_TORCH_CHECK(logits.dim() == 1 && logits.is_contiguous(), "logits must be contiguous, of one dimension");
   const ScalarType dtype = logits.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, " takes logits in fp32 and fp64 only");
-  if (dtype == ScalarType::Double) f(double{}); else f(float{});
+  if (dtype == ScalarType::Double) f(double{});
+  else f(float{});
 }
 
 std::tuple<Tensor, Tensor> gate_values(Tensor logits, int64_t kind, double noise, MaybeTensor key, int64_t stream) {
@@ -71,8 +72,9 @@ std::tuple<Tensor, Tensor> gate_values(Tensor logits, int64_t kind, double noise
   Tensor values = torch::stable::new_empty(logits, {count}), slopes = torch::stable::new_empty(logits, {count});
   with_logits(logits, "gate_values", [&](auto zero) {
     using S = decltype(zero);
-    draw(data<S>(logits, "logits"), count, stream, static_cast<S*>(values.mutable_data_ptr()),
-         static_cast<S*>(slopes.mutable_data_ptr()));
+    draw(
+        data<S>(logits, "logits"), count, stream, static_cast<S*>(values.mutable_data_ptr()),
+        static_cast<S*>(slopes.mutable_data_ptr()));
   });
   return {values, slopes};
 }
@@ -104,7 +106,9 @@ std::tuple<Tensor, Tensor> gate_probabilities(Tensors logits, int64_t kind, doub
   return {values, slopes};
 }
 
-bool divides(int64_t count, int64_t group, int64_t size) { return group > 0 && size % group == 0 && count == size / group; }
+bool divides(int64_t count, int64_t group, int64_t size) {
+  return group > 0 && size % group == 0 && count == size / group;
+}
 
 // A factor for each of `size` rows or columns: gates repeated `group` times, or ones.
 template <typename S>
@@ -193,7 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> gate_gradient(
         S* products = parts.get() + 2 * block * width + column;
         cpu::sum_tokens(
             left + first * a_stride + column, a_stride, right + first * b_stride + column, b_stride,
-            std::min(cpu::kTokens, tokens - first), std::min(cpu::kColumns, width - column), products, products + width);
+            std::min(cpu::kTokens, tokens - first), std::min(cpu::kColumns, width - column), products,
+            products + width);
       }
     });
     parallel_for(0, 2 * width, kGrain / (blocks + 1) + 1, [&](int64_t begin, int64_t end) {

@@ -49,8 +49,7 @@ void scatter_(Tensor target, const Tensor& positions, const Tensor& values, bool
   const Layout layout(target, rows);
   const int64_t bytes = layout.bytes(), count = positions.numel(), numel = product(count, layout.width);
   STD_TORCH_CHECK(
-      values.is_contiguous() && values.scalar_type() == target.scalar_type() &&
-          values.numel() == numel,
+      values.is_contiguous() && values.scalar_type() == target.scalar_type() && values.numel() == numel,
       "values do not fit positions and target");
   with_positions(positions, [&](const auto* index) {
     check_positions(index, count, layout.limit);

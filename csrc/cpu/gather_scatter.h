@@ -15,8 +15,7 @@ struct Unit {
 
 // to[i] = from[index[i]], units of U.
 template <typename U, typename I>
-void gather_units(
-    const char* __restrict__ source, const I* index, char* __restrict__ out, int64_t begin, int64_t end) {
+void gather_units(const char* __restrict__ source, const I* index, char* __restrict__ out, int64_t begin, int64_t end) {
   const auto* from = (const typename Unit<U>::type*)source;
   auto* to = (typename Unit<U>::type*)out;
   int64_t i = begin;

@@ -83,8 +83,7 @@ Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const 
     });
     const T *dy = data<T>(grad_output, "grad_output"), *x = data<T>(input, "input");
     if (count == 0 || tokens == 0) return;
-    sum_tokens<S>(
-        dy, x, tokens, m, n, row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
+    sum_tokens<S>(dy, x, tokens, m, n, row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
   });
   return result;
 }
@@ -125,9 +124,8 @@ Tensor masked_grad_embedding(
     const T* dy = data<T>(grad_output, "grad_output");
     with_positions(positions, [&](const auto* index) {
       std::vector<Hit> hits;
-      with_positions(ids, [&](const auto* id) {
-        hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx);
-      });
+      with_positions(
+          ids, [&](const auto* id) { hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx); });
       if (!rows) check_hits(hits, index, width);
       parallel_for(0, int64_t(hits.size()), kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
         sum_hits(hits, begin, end, dy, index, width, rows, static_cast<S*>(result.mutable_data_ptr()));

@@ -111,8 +111,8 @@ void of_matrices(const T* grad, const S* u, const S* v, int64_t count, int64_t m
         const int64_t row = at % strips * strip, rows = std::min(strip, m - row), from = (first + i) * m + row;
         const auto lines = strip_of(grad + from * n, n, rows, g.get(), stride);
         dot_strip<S>(
-            bytes, lines, rows, panels.at(i, 0), n, u + from * rank, rank, begin,
-            std::min(begin + band, rank), product.get(), found.data() + at * rank);
+            bytes, lines, rows, panels.at(i, 0), n, u + from * rank, rank, begin, std::min(begin + band, rank),
+            product.get(), found.data() + at * rank);
       };
     });
     for (int64_t i = 0; i < here; ++i) {
@@ -249,7 +249,7 @@ Tensor singular_value_grad(Tensor grad, Tensor u, Tensor v) {
   with_floating(grad.scalar_type(), "singular_value_grad", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    const S *left = vectors<S>(u, 3, product(product(count, m), rank), "u");
+    const S* left = vectors<S>(u, 3, product(product(count, m), rank), "u");
     const S* right = vectors<S>(v, 3, product(product(count, n), rank), "v");
     if (grad.numel() == 0 || rank == 0) return;
     const T* g = data<T>(grad, "grad");

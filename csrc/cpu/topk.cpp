@@ -127,6 +127,4 @@ std::tuple<Tensor, Tensor> topk(Tensors scores, int64_t k, bool magnitude) {
 }  // namespace
 }  // namespace sk
 
-STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) {
-  m.impl("topk", TORCH_BOX(&sk::topk));
-}
+STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) { m.impl("topk", TORCH_BOX(&sk::topk)); }

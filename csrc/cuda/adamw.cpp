@@ -7,8 +7,7 @@ namespace sk::cuda {
 namespace {
 
 const float* number(const Tensor& tensor, int32_t device, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, name, " must be a 0-d fp32 tensor");
+  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, name, " must be a 0-d fp32 tensor");
   check_device(tensor, device, name);
   return static_cast<const float*>(tensor.const_data_ptr());
 }
@@ -29,8 +28,8 @@ AdamwCall make_call(
 void check_state(const Tensor& state, int64_t numel, ScalarType dtype, int32_t device, const char* name) {
   check_device(state, device, name);
   STD_TORCH_CHECK(
-      state.numel() == numel && state.scalar_type() == dtype && state.is_contiguous(),
-      name, " does not fit: it must be contiguous, of the size of its selection, in the dtype of its like");
+      state.numel() == numel && state.scalar_type() == dtype && state.is_contiguous(), name,
+      " does not fit: it must be contiguous, of the size of its selection, in the dtype of its like");
 }
 
 // All but the values of the compact form, and the gradient.
@@ -81,7 +80,8 @@ bool is_narrow(const Tensor& exp_avg, const Tensor& weight) {
   return exp_avg.scalar_type() != computed_in(dtype_of(weight));
 }
 
-// Tensors of one dtype of weights, of positions and of moments go together, whatever lies between them. `call` says the rest.
+// Tensors of one dtype of weights, of positions and of moments go together, whatever lies between them. `call` says the
+// rest.
 void run(
     const std::vector<AdamwTensor>& tensors, const Tensors& weights, const Tensors& exp_avgs, AdamwCall call,
     int32_t device) {

@@ -1,9 +1,8 @@
 // gather and scatter_: one thread an element, or a vector of up to 16 bytes.
-#include "gather_scatter.h"
-
 #include <algorithm>
 
 #include "device.cuh"
+#include "gather_scatter.h"
 
 namespace sk::cuda {
 namespace {
