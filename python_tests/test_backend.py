@@ -19,30 +19,59 @@ import sparsekernels
 from sparsekernels.ops import OPS, backend
 
 PACKAGE = Path(sparsekernels.__file__).parent
+pytestmark = pytest.mark.xdist_group("backend")  # most of them read what one process said
 each_op = pytest.mark.parametrize("op", [op.name for op in OPS])
 
 
-def python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python on the copy of the package in `folder`."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env.update(PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES="", **environment)
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
+# Runs each script on the package of its folder. Torch is imported once, for that takes most of the time: then it forks.
+EACH_IN_A_FORK = """
+import os, sys, torch, traceback
+for path in sys.argv[1:]:
+    if not os.fork():
+        folder = os.path.dirname(path)
+        for stream, end in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(path + end, os.O_WRONLY | os.O_CREAT), stream)
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        try:
+            exec(open(path).read(), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
 
 
 @pytest.fixture(scope="module")
-def without_native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as it is where no compiler was found."""
-    folder = tmp_path_factory.mktemp("pure")
-    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-    shutil.copytree(PACKAGE, folder / "sparsekernels", ignore=ignored)
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """Standard output and error of each of SCRIPTS."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+    paths = {}
+    for name, (library, script) in SCRIPTS.items():
+        folder = tmp_path_factory.mktemp("package")
+        paths[name] = folder / "script"
+        paths[name].write_text(script)
+        if library is None:
+            (folder / "sparsekernels").symlink_to(PACKAGE)
+        else:
+            without_native(folder / "sparsekernels", library)
+    command = [sys.executable, "-c", EACH_IN_A_FORK, *map(str, paths.values())]
+    subprocess.run(command, env=environment, check=True)
+    return {name: tuple(Path(f"{path}{end}").read_text() for end in (".out", ".err")) for name, path in paths.items()}
+
+
+def without_native(folder: Path, library: bytes) -> None:
+    """The package as it is where no compiler was found; with a `library` that is none, if it is not empty."""
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("*.so", "_build.json"))
     facts = {
         "cpu": {"built": False, "reason": "no C++ compiler was found"},
         "cuda": {"built": False, "reason": "no nvcc"},
     }
-    (folder / "sparsekernels" / "_build.json").write_text(json.dumps(facts))
-    return folder
+    (folder / "_build.json").write_text(json.dumps(facts))
+    if library:
+        (folder / "_cpu.so").write_bytes(library)
 
 
 STEPPING_DOWN = """
@@ -79,57 +108,71 @@ print("trains:", not torch.equal(model.weight, original) and model.weight_values
 """
 
 
-def test_without_a_native_library(without_native: Path) -> None:
+OVERVIEW = "import runpy; runpy.run_module('sparsekernels', run_name='__main__')"
+SLOW = {"torch._dynamo", "triton", "scipy.stats", "transformers"}
+# Script -> (what lies there in place of the native library, if it is not the package as it is; what to run).
+SCRIPTS: dict[str, tuple[bytes | None, str]] = {
+    "stepping down": (b"", STEPPING_DOWN),
+    "warning": (b"", "import torch, sparsekernels as sk\nfor _ in range(3): sk.ops.topk([torch.ones(2)], 1)"),
+    "overview without": (b"", OVERVIEW),
+    "no library": (
+        b"no library",
+        "import torch, sparsekernels as sk\nsk.ops.topk([torch.ones(2)], 1, backend='native')",
+    ),
+    "overview": (None, OVERVIEW),
+    "import": (None, f"import sys, sparsekernels; print(*{SLOW} & set(sys.modules))"),
+}
+Said = dict[str, tuple[str, str]]
+
+
+def test_without_a_native_library(said: Said) -> None:
     """Said once, in plain words, at the first call and not at import; everything works."""
-    done = python(without_native, "-c", STEPPING_DOWN)
-    assert done.returncode == 0, done.stderr
-    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert said["import"] == "0"
-    assert said["calls"] == "1 RuntimeWarning"
+    out, errors = said["stepping down"]
+    assert not errors
+    found = dict(line.split(": ", 1) for line in out.splitlines())
+    assert found["import"] == "0"
+    assert found["calls"] == "1 RuntimeWarning"
     for words in ("no native cpu library", "no C++ compiler was found", "reference", "python -m sparsekernels"):
-        assert words in said["said"]
-    assert "cannot serve gather on cpu: no C++ compiler was found" in said["native"]
-    assert "cannot serve gather on cpu: " in said["triton"]
-    assert re.search("triton is not installed|Triton runs on GPUs", said["triton"])
-    assert said["trains"] == "True"
+        assert words in found["said"]
+    assert "cannot serve gather on cpu: no C++ compiler was found" in found["native"]
+    assert "cannot serve gather on cpu: " in found["triton"]
+    assert re.search("triton is not installed|Triton runs on GPUs", found["triton"])
+    assert found["trains"] == "True"
 
 
-def test_the_warning_is_seen_by_default(without_native: Path) -> None:
-    script = "import torch, sparsekernels as sk\nfor _ in range(3): sk.ops.topk([torch.ones(2)], 1)\n"
-    done = python(without_native, "-c", script)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("no native cpu library") == 1
+def test_the_warning_is_seen_by_default(said: Said) -> None:
+    _, errors = said["warning"]
+    assert errors.count("no native cpu library") == 1
+    assert "Error" not in errors
 
 
-def test_overview_without_a_native_library(without_native: Path) -> None:
-    done = python(without_native, "-m", "sparsekernels")
-    assert done.returncode == 0, done.stderr
-    assert "no C++ compiler was found" in done.stdout
+def test_overview_without_a_native_library(said: Said) -> None:
+    out, errors = said["overview without"]
+    assert not errors
+    assert "no C++ compiler was found" in out
     for op in OPS:
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{op.name} ")]
+        (line,) = [line for line in out.splitlines() if line.startswith(f"{op.name} ")]
         assert line.split()[1] == "reference"
 
 
-def test_a_library_that_does_not_load(without_native: Path) -> None:
-    path = without_native / "sparsekernels" / "_cpu.so"
-    path.write_bytes(b"no library")
-    try:
-        script = "import torch, sparsekernels as sk\nsk.ops.topk([torch.ones(2)], 1, backend='native')\n"
-        done = python(without_native, "-c", script)
-    finally:
-        path.unlink()
-    assert "RuntimeError" in done.stderr
-    assert "_cpu.so does not load" in done.stderr
+def test_a_library_that_does_not_load(said: Said) -> None:
+    _, errors = said["no library"]
+    assert "RuntimeError" in errors
+    assert "_cpu.so does not load" in errors
 
 
-def test_overview() -> None:
-    done = python(PACKAGE.parent, "-m", "sparsekernels")
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
+def test_overview(said: Said) -> None:
+    out, errors = said["overview"]
+    assert not errors
     for op in OPS:
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{op.name} ")]
+        (line,) = [line for line in out.splitlines() if line.startswith(f"{op.name} ")]
         assert line.split()[1] == backend.serving(op.name, "cpu")
         assert op.doc in line
+
+
+def test_an_import_is_quick(said: Said) -> None:
+    """Each of SLOW takes as long as torch, and most programs need none of them."""
+    assert said["import"] == ("\n", "")
 
 
 @each_op
