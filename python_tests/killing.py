@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -13,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
+import processes
 import torch
 
 KILLS = int(os.environ.get("SPARSEKERNELS_KILLS", "10"))  # for each kind of file
@@ -30,15 +29,14 @@ def save_for_ever(load: Callable[[Path], Any], versions: list[Path], target: Pat
 
 def start(load: Callable[[Path], Any], versions: list[Path], target: Path) -> BaseProcess:
     """`save_for_ever` in a process of its own, under way."""
-    # A server that imports once and forks: a fork of this process would inherit the locks of its threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "gated_models"])
-    here, there = context.Pipe()
-    process = context.Process(target=save_for_ever, args=(load, versions, target, there), daemon=True)
-    with pytest.MonkeyPatch.context() as patch:
-        # By this alone the server finds what it is to import beforehand, up to Python 3.12.
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    here, there = multiprocessing.Pipe()
+
+    def run(context: Any) -> BaseProcess:
+        process = context.Process(target=save_for_ever, args=(load, versions, target, there), daemon=True)
         process.start()
+        return process
+
+    process = processes.start(run)
     there.close()
     assert here.recv()
     return process

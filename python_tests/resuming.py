@@ -1,8 +1,7 @@
-"""Runs that stop and go on in another process: `python resuming.py FOLDER` goes on with every checkpoint in there."""
+"""Runs that stop and go on in another process."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -145,13 +144,9 @@ class Run:
         return found
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def resume_all(folder: Path) -> None:
+    """Go on with every checkpoint in there."""
     for path in sorted(folder.glob("*.checkpoint")):
         run = Run.resume(torch.load(path, weights_only=True))
         run.train(run.case.stop, STEPS)
         torch.save(run.everything(), path.with_suffix(".result"))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

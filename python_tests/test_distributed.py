@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import in_processes
+from processes import in_processes, uses_processes
 from torch import Tensor, nn
 from torch._dynamo.exc import InternalTorchDynamoError
 from torch.nn.parallel import DistributedDataParallel
@@ -51,6 +51,7 @@ def work(rank: int, world: int, folder: str) -> None:
         torch.save(tuned.model.state_dict(), f"{folder}/rank{rank}-{forwards}.pt")
 
 
+@uses_processes
 def test_two_processes(tmp_path: Path) -> None:
     """Also with two forwards before a backward: what DDP sends round between them is no change of the weights."""
     in_processes(work, tmp_path)
@@ -129,6 +130,7 @@ def not_in_every_forward(rank: int, world: int, folder: str) -> None:
         run(torch.ones(2, 4), (rank + step) % 2).sum().backward()
 
 
+@uses_processes
 def test_processes_that_run_different_layers(tmp_path: Path) -> None:
     in_processes(not_in_every_forward, tmp_path)
 
@@ -138,6 +140,7 @@ def compared(rank: int, world: int, folder: str) -> None:
     shared_selection(rank, world, folder)
 
 
+@uses_processes
 def test_replicas_must_train_the_same_positions(tmp_path: Path) -> None:
     """Whatever DDP broadcasts, and after a re-selection; a broadcast selection is the same, and leaves its source."""
     in_processes(compared, tmp_path)
@@ -163,6 +166,7 @@ def gated_work(rank: int, world: int, folder: str) -> None:
     torch.save([net.state_dict(), gates.state_dict(), gates.removed()], f"{folder}/gates{rank}.pt")
 
 
+@uses_processes
 def test_gates_of_two_processes_agree(tmp_path: Path) -> None:
     """And go on after they are frozen."""
     in_processes(gated_work, tmp_path)

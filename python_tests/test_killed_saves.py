@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from killing import kills, start
+from processes import in_another_process, uses_processes
 from safetensors.torch import save_file
 from torch import nn
 
@@ -70,6 +69,7 @@ def version(found: Content, known: list[Content]) -> int:
     raise AssertionError("neither the old content nor the new one")
 
 
+@uses_processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_save_leaves_the_old_file_or_the_new_one(kind: str, tmp_path: Path) -> None:
     make, load = KINDS[kind]
@@ -94,6 +94,7 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one(kind: str, tmp_path: P
     assert list(folder.iterdir()) == [target]
 
 
+@uses_processes
 def test_loading_while_another_process_saves_gives_one_or_the_other(tmp_path: Path) -> None:
     """A file that is opened twice, once for its header and once for its data, may be two files."""
     target, versions = tmp_path / "file", [tmp_path / "a", tmp_path / "b"]
@@ -211,14 +212,20 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {path.name for path in tmp_path.iterdir()} == {"s", ".s.abcd_123.partial"}
 
 
+UMASKS = (0o022, 0o077, 0o002, 0)
+
+
+def save_with_each_umask(folder: Path) -> None:
+    for umask in UMASKS:
+        os.umask(umask)
+        Selection({}).save(folder / str(umask))
+
+
+@uses_processes
 def test_the_mode_is_that_of_a_new_file(tmp_path: Path) -> None:
     """In a process of its own, for the umask is one of all threads."""
-    umasks = (0o022, 0o077, 0o002, 0)
-    script = f"""import os; from sparsekernels import Selection
-for umask in {umasks}: os.umask(umask); Selection({{}}).save(str(umask))"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(sk.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
-    for umask in umasks:
+    in_another_process(save_with_each_umask, tmp_path)
+    for umask in UMASKS:
         assert (tmp_path / str(umask)).stat().st_mode & 0o777 == 0o666 & ~umask
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import resuming
 import torch
+from processes import in_another_process, uses_processes
 from resuming import STEPS, Case, Run
 from torch import Tensor, nn
 
@@ -36,7 +34,7 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-pytestmark = pytest.mark.xdist_group("resume")  # all of them go on from what one process left
+pytestmark = uses_processes
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = Run(case)
         run.train(0, case.stop)
         torch.save(run.checkpoint(), folder / f"{case}.checkpoint")
-    path = os.pathsep.join([str(Path(sk.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, resuming.__file__, str(folder)],
-        check=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    in_another_process(resuming.resume_all, folder)
     return folder
 
 

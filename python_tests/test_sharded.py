@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import Zoo, ids
-from processes import in_processes
+from processes import in_processes, uses_processes
 from torch import Tensor, nn
 from torch._dynamo.exc import InternalTorchDynamoError
 
@@ -87,6 +87,7 @@ def refuses_before(model: nn.Module, selection: Selection) -> None:
         refused(lambda method=method: method(model))
 
 
+@uses_processes
 def test_sharded_models_are_refused(tmp_path: Path) -> None:
     """By fully_shard, FSDP and tensor parallelism; before train_only, and after it at the first use."""
     in_processes(sharding, tmp_path)
