@@ -15,6 +15,8 @@ from sparsekernels.ops import OPS, backend
 
 SAMPLES = all_samples()
 BACKENDS = ("reference", "triton", "native")
+# Triton's interpreter runs one program after another: there nothing can come out otherwise the next time.
+SCHEDULED = [name for name in BACKENDS if name != "triton" or torch.cuda.is_available()]
 FLOOR = 1e-6  # of the largest expected value
 
 
@@ -128,7 +130,7 @@ def test_values(sample: Sample, name: str, device: torch.device) -> None:
         assert torch.equal(bits(after), bits(was)), "a canary, or an argument that is only read, changed"
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SCHEDULED)
 @pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=5))
 def test_same_bits_every_time(sample: Sample, name: str, device: torch.device) -> None:
     skip_unless_present(sample, name, device)
@@ -139,7 +141,7 @@ def test_same_bits_every_time(sample: Sample, name: str, device: torch.device) -
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=9))
+@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=27))
 def test_autocast_changes_nothing(sample: Sample, name: str, device: torch.device) -> None:
     """A backward may run within it."""
     skip_unless_present(sample, name, device)
@@ -152,7 +154,7 @@ def test_autocast_changes_nothing(sample: Sample, name: str, device: torch.devic
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * scale, equal_nan=True)
 
 
-@pytest.mark.parametrize("sample", parameters(op.name for op in OPS))
+@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=3))
 def test_schema_and_fake(sample: Sample, device: torch.device) -> None:
     """The schema tells the truth about mutation and aliasing, the fake about shapes and dtypes."""
     case = sample.case(device)
@@ -160,13 +162,13 @@ def test_schema_and_fake(sample: Sample, device: torch.device) -> None:
     torch.library.opcheck(overload, case.raw, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=12))
+@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=24))
 def test_opcheck(sample: Sample, device: torch.device) -> None:
     case = sample.case(device)
     torch.library.opcheck(getattr(torch.ops.sparsekernels, sample.op).default, case.raw)
 
 
-@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=12))
+@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=24))
 def test_compiles(sample: Sample, device: torch.device) -> None:
     """One graph, and the same bits as eager: nothing that is mutated is lost on the way."""
     overload = getattr(torch.ops.sparsekernels, sample.op).default
