@@ -79,7 +79,10 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("density", DENSITIES.values(), ids=DENSITIES)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_cut_model_computes_what_the_zeroed_one_does(kind, density, whole):
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+    dtypes = [(torch.float64, 1e-12)]
+    if density == DENSITIES["half open"]:  # no rule of cutting asks for the dtype: once is enough for each model
+        dtypes.append((torch.float32, 1e-5))
+    for dtype, tolerance in dtypes:
         model = MODELS[kind](dtype)
         rows, columns = masks(model, density)
         if whole:
