@@ -195,20 +195,29 @@ def test_language_model_from_end_to_end(
         assert (tmp_path / "out" / plot).stat().st_size > 5000
 
 
-@pytest.mark.parametrize("kind", ["bert", "mean-pooled"])
-def test_classification_with_every_method_and_two_seeds(
-    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+@pytest.mark.parametrize(
+    ("kind", "methods", "seeds"),
+    [
+        ("bert", finetune.METHODS, 1),
+        ("mean-pooled", finetune.METHODS, 1),
+        ("bert", ("dense", "head", "random", "sift"), 2),
+    ],
+)
+def test_classification(
+    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, methods: tuple[str, ...], seeds: int
 ) -> None:
     argv = arguments(tmp_path, kind, write_rows(tmp_path / "rows.csv"))
-    chosen = [part for method in finetune.METHODS for part in ("--method", method)]
-    assert finetune.main([*argv, *chosen, "--seed", "0", "--seed", "1"]) == 0
+    argv += [part for method in methods for part in ("--method", method)]
+    argv += [part for seed in range(seeds) for part in ("--seed", str(seed))]
+    assert finetune.main(argv) == 0
     printed = capsys.readouterr().out
-    assert printed.count("predictions are identical") == 2 * (len(finetune.METHODS) - 1)
+    assert printed.count("predictions are identical") == seeds * (len(methods) - 1)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     runs = {(run["method"], run["seed"]): run for run in results["runs"]}
+    assert runs.keys() == {(method, seed) for method in methods for seed in range(seeds)}
     assert runs["random", 0]["trained_weights"] == runs["sift", 0]["trained_weights"]
     assert runs["head", 0]["trained_weights"] == runs["sift", 0]["head_weights"] > 0
-    assert [row["seeds"] for row in results["table"]] == [2] * len(finetune.METHODS)
+    assert [row["seeds"] for row in results["table"]] == [seeds] * len(methods)
 
 
 def test_a_mean_pooled_model_is_classified_by_the_mean_of_its_real_tokens(tmp_path: Path) -> None:
