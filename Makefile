@@ -67,7 +67,7 @@ gpu: BESIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numproce
 
 gpu-sanitize: gpu-built  ## there, too: the ops' samples under compute-sanitizer, for accesses out of bounds and races in shared memory
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  --target-processes all $(PYTHON) -m pytest -q -k 'native or triton' python_tests/test_ops.py::test_values $(ARGS) || exit 1; done
+	  --target-processes all $(PYTHON) -m pytest -q -k 'native or triton' python_tests/ops/test_ops.py::test_values $(ARGS) || exit 1; done
 
 gpu-train: gpu-built  ## there, too: whole training steps of Llama shapes beside dense AdamW and LoRA, into benchmarks/results
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_train.py $(ARGS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "kernels"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "kernels"))
 
 import compare
 import gpu as program

@@ -12,7 +12,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import laser as program  # noqa: E402
 from reducing import contenders, report  # noqa: E402

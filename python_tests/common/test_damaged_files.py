@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from deltas import mixed, trained, zoo
 from models import Zoo
 from mutating import MUTATIONS, mutate
 from reduced_models import assert_same, snapshot
 from safetensors.torch import save_file
-from test_delta import mixed, trained, zoo
 from torch import nn
 
 from sparsekernels import Delta, Index, Selection

@@ -12,11 +12,11 @@ import transformers
 from accelerate import Accelerator
 from models import transformer
 from samples.case import put, take
-from test_training import Lines
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from torch_cases import FORMS
+from trainers import Lines
 
 import sparsekernels as sk
 from sparsekernels import Selection

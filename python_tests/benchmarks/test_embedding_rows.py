@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import embedding_contenders as contenders
 import embedding_rows as bench

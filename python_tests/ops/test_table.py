@@ -15,7 +15,7 @@ from sparsekernels import ops
 from sparsekernels.ops import OPS
 from sparsekernels.ops.table import Op
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import Zoo, batch, ids, transformer
+from models import Zoo, ids, transformer
 from samples.case import put, take
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from trainers import trainer
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
@@ -162,39 +162,6 @@ def test_grad_scaler(optimizer: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [int(s["step"]) for s in stepper.state.values()] == steps
     assert scaler.get_scale() == 512.0
-
-
-class Lines(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {key: value[0] for key, value in batch("bert", rows=1, seed=i).items()}
-
-
-def trainer(
-    model: nn.Module, folder: Path, optimizer: torch.optim.Optimizer | None, **more: Any
-) -> transformers.Trainer:
-    arguments = {
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.02,
-        "weight_decay": 0.1,
-        "save_steps": 3,
-        "save_strategy": "steps",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "max_steps": 6,
-        "lr_scheduler_type": "linear",
-        "logging_strategy": "no",
-        **more,
-    }
-    return transformers.Trainer(
-        model,
-        transformers.TrainingArguments(str(folder), **arguments),
-        train_dataset=Lines(),
-        optimizers=(optimizer, None),
-    )
 
 
 @pytest.mark.parametrize("optimizer", ["Trainer's own", "SparseAdamW"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_train as program  # noqa: E402
 from gpu_training import llama, scoring, steps  # noqa: E402

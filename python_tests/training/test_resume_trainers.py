@@ -8,9 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from models import transformer
-from test_training import Lines, trainer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from trainers import Lines, trainer
 
 import sparsekernels as sk
 from sparsekernels import Selection

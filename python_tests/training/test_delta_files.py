@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from deltas import State, mixed, trained, zoo
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_delta import State, mixed, trained, zoo
 
 from sparsekernels import Delta, Selection
 
