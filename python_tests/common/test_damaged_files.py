@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import assert_same, snapshot
 from deltas import mixed, trained, zoo
 from models import Zoo
 from mutating import MUTATIONS, mutate
-from reduced_models import assert_same, snapshot
 from safetensors.torch import save_file
 from torch import nn
 

@@ -8,63 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import transformers as hf
+from models import FEW_WORDS, LANGUAGE_MODELS, MODELS
 from torch import Tensor, nn
 
 from sparsekernels import fisher_diagonal, squared_gradient_norms
 
-VOCABULARY = 37
-_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-_MLP = {**_SIZES, "intermediate_size": 24}
-_GPT = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-_GEMMA = {**_MLP, "num_key_value_heads": 2, "head_dim": 8}
-_IDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-
-CLASSIFIERS = {
-    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_MLP, num_labels=4)),
-    "albert": lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**_MLP, embedding_size=8, num_labels=4)),
-    "roberta": lambda: hf.RobertaForSequenceClassification(
-        hf.RobertaConfig(**_MLP, num_labels=4, max_position_embeddings=32)
-    ),
-    "bart": lambda: hf.BartForSequenceClassification(
-        hf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            num_labels=4,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=1,
-            encoder_ffn_dim=24,
-            decoder_ffn_dim=24,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            max_position_embeddings=32,
-        )
-    ),
-    "deberta": lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**_MLP, num_labels=4)),
-}
-LANGUAGE_MODELS = {
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT, **_IDS)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_MLP, **_IDS, num_key_value_heads=2)),
-    "llama-tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_MLP, **_IDS, tie_word_embeddings=True)),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_GEMMA, **_IDS)),
-    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_GEMMA, **_IDS)),
-    "bert-mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**_MLP)),
-    "opt": lambda: hf.OPTForCausalLM(
-        hf.OPTConfig(**_SIZES, **_IDS, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16)
-    ),
-    "mixtral": lambda: hf.MixtralForCausalLM(
-        hf.MixtralConfig(**_MLP, **_IDS, num_key_value_heads=2, num_local_experts=3, experts_implementation="eager")
-    ),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            vocab_size=VOCABULARY, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, decoder_start_token_id=0
-        )
-    ),
-}
-MODELS = CLASSIFIERS | LANGUAGE_MODELS
 SLOW = {
     "bart": "embed_positions",  # parts that are not split by sample, as the warning names them
     "gemma": "embed_tokens",  # its lookup scales what the table holds
@@ -89,7 +37,7 @@ def ragged(kind: str, lengths: Iterable[int] = (9, 4, 9, 1, 7), seed: int = 0) -
     """A batch of samples of these lengths, padded with random tokens that the mask hides."""
     lengths = [max(2, n) if kind in LANGUAGE_MODELS else n for n in lengths]  # one token has no next one
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    ids = torch.randint(2, FEW_WORDS, (len(lengths), max(lengths)), generator=generator)
     ids[:, 0] = 1  # the end token that BART's classifier reads must occur as often in each sample
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):

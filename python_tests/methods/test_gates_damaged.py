@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import assert_same, snapshot
 from gated_models import BERT, Saver, measure, outputs
 from killing import kills
 from models import transformer
 from mutating import MUTATIONS, mutate
 from processes import uses_processes
-from reduced_models import assert_same, snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import assert_same, snapshot
 from gated_models import measure, outputs
 from models import batch, transformer
-from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
 
 import sparsekernels as sk

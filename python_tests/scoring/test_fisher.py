@@ -7,22 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fishing import (
-    CLASSIFIERS,
-    MODELS,
-    QUIET,
-    SLOW,
-    assert_close,
-    fisher,
-    fisher_and_norms,
-    gradients,
-    model,
-    norms,
-    one,
-    ragged,
-    silently,
-)
-from models import ids
+from fishing import QUIET, SLOW, assert_close, fisher, fisher_and_norms, gradients, model, norms, one, ragged, silently
+from models import CLASSIFIERS, MODELS, ids
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fishing import (
-    QUIET,
-    assert_close,
-    fisher,
-    model,
-    one,
-    ragged,
-)
+from fishing import QUIET, assert_close, fisher, model, one, ragged
 from torch import Tensor, nn
 
 import sparsekernels as sk

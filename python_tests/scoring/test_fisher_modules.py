@@ -7,19 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from fishing import (
-    QUIET,
-    assert_close,
-    fisher,
-    fisher_and_norms,
-    gradients,
-    model,
-    norms,
-    ragged,
-    silently,
-)
-from models import Zoo, ids
+from fishing import QUIET, assert_close, fisher, fisher_and_norms, gradients, model, norms, ragged, silently
+from models import FEW_WORDS, Zoo, ids, mamba
 from torch import Tensor, nn
 
 import sparsekernels as sk
@@ -247,10 +236,7 @@ def test_a_small_gradient_is_right_too(how: str) -> None:
 
 def test_a_mixer_that_reads_the_weights_of_its_modules() -> None:
     """Mamba's dt_proj has gradients that are a millionth of the largest, and its forward is never run."""
-    torch.manual_seed(0)
-    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    config = transformers.MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2, state_size=4, **special)
-    net, batch = transformers.MambaForCausalLM(config), ragged("gpt2", (9, 9, 9))
+    net, batch = mamba(vocabulary=FEW_WORDS), ragged("gpt2", (9, 9, 9))
     with pytest.warns(RuntimeWarning, match=r"12 parameters take one backward a sample"):
         found = fisher_diagonal(net, [batch], **QUIET)
     assert_each_close(found, fisher(gradients(net, [batch])))

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, family, linears, outputs, size, t5
-from models import ids
+from models import FAMILIES, family, ids, t5
+from projections import linears, outputs, size
 from torch import nn
 
 from sparsekernels.nn.pruned import PrunedLinear

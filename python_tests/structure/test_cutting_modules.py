@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
-from families import family, linears, outputs, size
-from models import ids, transformer
+from models import family, ids, transformer
+from projections import linears, outputs, size
 from test_cutting import DOWN, LAYER, OUT, SELF, UP, close, close_structures, closed, cut_copy, masks, zeroed
 from torch import nn
 from transformers.pytorch_utils import Conv1D

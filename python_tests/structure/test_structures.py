@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from families import FAMILIES, GROUPED, SIZES, family, random, t5
+from models import FAMILIES, GROUPED, SIZES, family, random, t5
 from torch import nn
 
 import sparsekernels as sk

@@ -8,8 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-import transformers
-from models import batch, transformer
+from models import batch, mamba, transformer
 from torch import nn
 
 import sparsekernels as sk
@@ -29,16 +28,10 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str = "llama"
     return [name for match in found if match for name in match[1].split(", ")]
 
 
-def mamba() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.MambaConfig(vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=1)
-    return transformers.MambaForCausalLM(config).train()
-
-
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_weights_that_another_module_reads_are_named(make: type[torch.optim.Optimizer]) -> None:
     """Mamba's mixer reads the weights of its convolution and of dt_proj itself, so their modules never run."""
-    model = mamba()
+    model = mamba(layers=1)
     mixer = "backbone.layers.0.mixer"
     names = [f"{mixer}.conv1d.weight", f"{mixer}.dt_proj.weight", f"{mixer}.x_proj.weight"]
     tuned = sk.train_only(model, Selection.random(model, 0.3, names=names))

@@ -1,11 +1,10 @@
-"""What tests of LASER share: models, and what a model holds."""
+"""What a model holds: all of it, compared bit for bit, and its matrices as dense ones."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from sparsekernels.nn.low_rank import LowRankLinear
@@ -35,24 +34,3 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(child, LowRankLinear):
                 parent._modules[name] = child.to_linear()
     return {name: p.detach() for name, p in dense.named_parameters()}
-
-
-def wide_bert() -> nn.Module:
-    """Wide enough for the randomised method."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=61, **sizes, num_labels=3))
-
-
-class Shared(nn.Module):
-    """Two Linears of one weight with biases of their own, one of them registered twice; hooks on a third."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.hooked = (nn.Linear(12, 12) for _ in range(3))
-        self.b.weight = self.a.weight
-        self.again = nn.ModuleList([self.a])
-        self.hooked.register_forward_hook(lambda module, args, output: output * 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.hooked(self.again[0](self.b(self.a(x))))
