@@ -21,14 +21,14 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 demo: $(VENV)/native  ## fine-tune a real transformer on real text: sparse beside dense
-	$(RUN) benchmarks/finetune.py --method sift $(ARGS)
+	$(RUN) -m benchmarks finetune --method sift $(ARGS)
 
 examples: $(VENV)/native  ## run every program of examples/, on models that packages carry
 	for program in plain_loop trainer trl_sft embedding_rows two_deltas; do echo "== examples/$$program.py"; \
 	  $(RUN) examples/$$program.py || exit 1; done
 
 ks-lottery: $(VENV)/native $(VENV)/catalogues  ## translate with a few rows of the embedding, beside eight other ways
-	$(RUN) benchmarks/ks_lottery.py $(ARGS)
+	$(RUN) -m benchmarks ks-lottery $(ARGS)
 
 test: $(VENV)/native lint  ## lint, types and every test
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)
@@ -48,8 +48,7 @@ fuzz: $(VENV)/packages  ## throw 12,000 hostile calls at the raw CPU ops, under 
 	$(RUN) .ci/fuzz_ops.py $(ARGS)
 
 bench: $(VENV)/native  ## time every kernel beside what a user would call instead
-	$(RUN) -m pytest benchmarks/kernels --benchmark-only --benchmark-columns=median,iqr,rounds \
-	  --benchmark-sort=median --benchmark-disable-gc $(ARGS)
+	$(RUN) -m benchmarks kernels --out out/kernels.json $(ARGS)
 
 cuda-check: $(VENV)/packages  ## compile every CUDA kernel, and run the elementwise ones thread by thread on the CPU
 	SPARSEKERNELS_BUILD=cuda $(RUN) setup.py -q build_native --build-lib build/cuda-check
@@ -61,7 +60,7 @@ resources: cuda-check  ## registers, shared memory and spills of every CUDA and 
 
 # With the torch, the nvcc and the packages that PYTHON has: nothing is fetched. Tests run even if a row of the table fails.
 gpu: gpu-built  ## on a machine with a GPU: build, make the kernel table of benchmarks/results, then run every test there
-	PYTHONPATH=. $(PYTHON) benchmarks/kernels/gpu.py; table=$$?; $(PYTHON) -m pytest -q $(BESIDE) $(ARGS) && exit $$table
+	$(PYTHON) -m benchmarks kernels; table=$$?; $(PYTHON) -m pytest -q $(BESIDE) $(ARGS) && exit $$table
 # Several tests at a time if pytest-xdist is there: most of them wait for Triton's compiler.
 gpu: BESIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8 --dist loadgroup)
 
@@ -70,7 +69,7 @@ gpu-sanitize: gpu-built  ## there, too: the ops' samples under compute-sanitizer
 	  --target-processes all $(PYTHON) -m pytest -q -k 'native or triton' python_tests/ops/test_ops.py::test_values $(ARGS) || exit 1; done
 
 gpu-train: gpu-built  ## there, too: whole training steps of Llama shapes beside dense AdamW and LoRA, into benchmarks/results
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_train.py $(ARGS)
+	$(PYTHON) -m benchmarks gpu-train $(ARGS)
 
 gpu-built:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "The torch of $(PYTHON) sees no GPU: name another with PYTHON=...")'
@@ -81,7 +80,7 @@ install-matrix: $(VENV)/packages  ## install as each kind of machine would: no c
 
 clean:  ## remove everything that was made, .venv too
 	rm -rf $(VENV) build dist *.egg-info sparsekernels/_*.so sparsekernels/_build.json
-	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The package goes in as an editable link, without its native part: torch must be there before that can be compiled.
 $(VENV)/packages: pyproject.toml constraints.txt

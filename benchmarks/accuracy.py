@@ -1,6 +1,6 @@
-"""Measure how accurate each way of fine-tuning gets, with its learning rate chosen on the validation split.
+"""How accurate each way of fine-tuning gets, with its learning rate chosen on the validation split.
 
-    python benchmarks/accuracy.py
+    python -m benchmarks accuracy
 
 The text task and the model of finetune.py, three epochs, three seeds. First every method searches its learning rate
 with seed 0 over one epoch: three rates a factor of three apart, and further ones as long as the best lies at an end.
@@ -14,18 +14,14 @@ Every run is added to the results file as soon as it is finished; starting again
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+from functools import partial
 
-from finetune import default_model
-from finetuning.config import Config
-from finetuning.study import FACTOR, Entry, Study
-from finetuning.text_task import DataError, load_task
-from finetuning.training import ModelError
+from .finetuning.config import add_text_arguments, config_of
+from .finetuning.text_task import load_task
+from .finetuning.trainings import Entry, Trainings, table
+from .study import FACTOR, Content, program
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 SEEDS = (0, 1, 2)
-EPOCHS = 3
 HEAD_RATES = (1e-3, 3e-3, 1e-2)
 ENTRIES = {
     "head": Entry("head", 1.0, 1e-2),
@@ -37,41 +33,19 @@ ENTRIES = {
 }
 
 
-def search_head(study: Study) -> float:
-    """Return the head's learning rate that is best for dense training at a low rate of everything else."""
-    low = round(ENTRIES["dense"].lr / FACTOR, 9)
-    return max(HEAD_RATES, key=lambda rate: study.run("search", "dense", low, 0, rate, 1)["validation"])
+def measure(args: argparse.Namespace, origin: Content) -> Content:
+    base, task = config_of(args, threads=args.threads or 1), load_task("classification", args.data)
+    trainings = Trainings(args.out, task, base, ENTRIES, args.seed or SEEDS, origin)
+    low = round(ENTRIES["dense"].lr / FACTOR, 9)  # of everything but the head, while the head's rate is searched
+    head_rate = max(HEAD_RATES, key=lambda rate: trainings.run("search", "dense", low, 0, rate, 1)["validation"])
+    return trainings.finish({name: trainings.search(name, head_rate) for name in ENTRIES}, head_rate)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file, continued if it exists [%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads [%(default)s]")
-    args = parser.parse_args()
-    try:
-        base = Config(
-            method="dense",
-            model=default_model(),
-            epochs=EPOCHS,
-            max_length=16,
-            batch_size=32,
-            autocast=True,
-            validation_texts=None,
-            threads=args.threads,
-        )
-        study = Study(args.out, load_task("classification"), base, ENTRIES, SEEDS)
-        head_rate = search_head(study)
-        rates = {name: study.search(name, head_rate) for name in ENTRIES}
-        for seed in SEEDS:
-            for name, rate in rates.items():
-                study.run("final", name, rate, seed, rate if name == "head" else head_rate, EPOCHS)
-        study.summarise()
-    except (DataError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(args.out.with_suffix(".md").read_text(encoding="utf-8"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(
+    "accuracy",
+    __doc__,
+    partial(add_text_arguments, epochs=3, seeds=SEEDS),
+    measure,
+    partial(table, name="accuracy"),
+    small=("--steps", "2", "--epochs", "1", "--seed", "0"),
+)

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernels.compare import DEVICE, WrongResult
 from torch import Tensor, nn
 
 import sparsekernels as sk
+
+from .kernels.case import WrongResult
+from .timing import DEVICE
 
 LR, EPS = 1e-3, 1e-12
 CHECKED = 3  # steps before the comparison: enough to show a stale weight, moment or step count

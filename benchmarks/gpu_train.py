@@ -1,9 +1,9 @@
-"""Whole training steps, and methods that score weights, on models of Llama shapes: the table of `make gpu-train`.
+"""Whole training steps, and methods that score weights, on models of Llama shapes, on a GPU.
 
-    python benchmarks/gpu_train.py                 on a machine with a GPU
-    python benchmarks/gpu_train.py --only LASER    the rows with this in their name; written only where --out says
-    python benchmarks/gpu_train.py --floors        what must be held and computed at least: needs no GPU
-    python benchmarks/gpu_train.py --small         a tiny model, on a CPU too: to try the program out
+    python -m benchmarks gpu-train                 on a machine with a GPU
+    python -m benchmarks gpu-train --only LASER    the rows with this in their name; written only where --out says
+    python -m benchmarks gpu-train --floors        what must be held and computed at least: needs no GPU
+    python -m benchmarks gpu-train --small         a tiny model, on a CPU too: to try the program out
 
 Weights and tokens are random, and the same for all contenders of a row. Each contender makes its own model and frees
 it before the next one. A step is forward, backward, step of the optimizer and zero_grad, always on the same batch.
@@ -28,20 +28,21 @@ import argparse
 import importlib.util
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from finetuning.report import machine, write_json, write_text
-from gpu_training.rows import Contender, Row, rows
-from gpu_training.steps import peak_bytes, reset_peak
-from kernels.compare import DEVICE, VERDICTS, duration, event_seconds, failed, free, seconds, synchronized
 from tqdm import tqdm
 
-RESULTS = Path(__file__).parent / "results"
+from . import study
+from .gpu_training.rows import Contender, Row, rows
+from .gpu_training.steps import peak_bytes, reset_peak
+from .kernels.run import VERDICTS
+from .study import failed
+from .timing import DEVICE, duration, event_seconds, free, seconds, synchronized
+
 BUDGET = 4.0  # seconds of timed calls for a contender
 ROUNDS = 20  # at most
 LEFT = 2**28  # bytes that cuBLAS may keep between contenders
@@ -127,14 +128,13 @@ def line(*cells: str) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    lines = [f"{content['gpu'] or content['cpu']}; {versions}.", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in content["machine"]["versions"].items())
+    lines = [f"{study.described(content)}; {versions}.", ""]
     for record in content["results"]:
-        lines += [f"**{record['row']}**", ""]
-        lines += [line("contender", "time", "faster", "peak memory", "of the peak", "asked"), "|---" * 6 + "|"]
+        rows = []
         for each in record["contenders"]:
             if "failed" in each:
-                lines.append(line(each["name"], "failed", "", "", "", each["failed"]))
+                rows.append([each["name"], "failed", "", "", "", each["failed"]])
                 continue
             before = "".join(
                 f"; {what} before: {duration(part['seconds'])}, {gigabytes(part['peak_bytes'])}"
@@ -146,10 +146,11 @@ def table(content: dict[str, Any]) -> str:
                 f"{bar['asked']}: {VERDICTS[bar['met']]}" for bar in record["bars"] if bar["contender"] == each["name"]
             )
             took, peak = duration(each["median_seconds"]), gigabytes(each["peak_bytes"])
-            lines.append(line(each["name"] + before, took, faster, peak, share, asked))
+            rows.append([each["name"] + before, took, faster, peak, share, asked])
+        head = ["contender", "time", "faster", "peak memory", "of the peak", "asked"]
+        lines += [f"**{record['row']}**", "", study.table(head, rows), ""]
         if record["baseline"]:
-            lines += ["", f"Faster than, and of the peak of: {record['baseline']}."]
-        lines.append("")
+            lines += [f"Faster than, and of the peak of: {record['baseline']}.", ""]
     return "\n".join(lines)
 
 
@@ -160,14 +161,14 @@ def floors(chosen: list[Row]) -> str:
         "",
     ]
     for row in chosen:
-        lines += [f"**{row.name}**", ""]
-        lines += [line("contender", "must be held", "", "must be computed", "", "asked"), "|---" * 6 + "|"]
+        cells = []
         for each in row.contenders:
             asked = "; ".join(bar.asked for bar in row.bars if bar.contender == each.name)
             computed = f"{sum(each.computed.values()) / 1e12:.3g} T operations" if each.computed else ""
             held = gigabytes(sum(each.held.values()))
-            lines.append(line(each.name, held, " + ".join(each.held), computed, " + ".join(each.computed), asked))
-        lines.append("")
+            cells.append([each.name, held, " + ".join(each.held), computed, " + ".join(each.computed), asked])
+        head = ["contender", "must be held", "", "must be computed", "", "asked"]
+        lines += [f"**{row.name}**", "", study.table(head, cells), ""]
     return "\n".join(lines)
 
 
@@ -186,25 +187,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if DEVICE.type == "cpu" and not arguments.small:
         parser.error("torch sees no GPU here; --floors and --small need none")
-    facts = machine()
+    content = study.origin("gpu-train", argv)
     out = arguments.out
     if out is None and not (arguments.small or arguments.only):
-        out = RESULTS / (re.sub(r"\W+", "_", facts["gpu"].lower()) + "_train.json")
-    command = " ".join(["python", "benchmarks/gpu_train.py", *(sys.argv[1:] if argv is None else argv)])
-    content: dict[str, Any] = {**facts, "command": command, "results": []}
+        out = study.RESULTS / (re.sub(r"\W+", "_", content["machine"]["gpu"].lower()) + "_train.json")
+    content["results"] = []
     begin, held = time.perf_counter(), allocated()
     for row in tqdm(chosen, unit="row", disable=None):
         content["results"].append(measure(row, held))
         content["seconds"] = time.perf_counter() - begin
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, content)
-    text = table(content)
-    if out is not None:
-        write_text(out.with_suffix(".md"), text)
-    print(f"{text}\n{f'written to {out}' if out else 'not written; name a file with --out'}")
-    return int(any("failed" in each for record in content["results"] for each in record["contenders"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            study.write_json(out, content)
+    return study.leave(content, table(content), out)

@@ -1,12 +1,12 @@
-"""Compare masks from Fisher information: FISH, IRD, the reversed mask, a random one, and dense training beside them.
+"""Masks from Fisher information: FISH, IRD, the reversed mask, beside a random one and dense training.
 
-    python benchmarks/ird.py
+    python -m benchmarks ird
 
 The text task and the model of finetune.py, one epoch, three seeds, over densities and numbers of samples that the
 masks are made from. FISH takes the first so many texts of the seed's shuffled order; IRD starts from the same texts
 and shrinks them. At the larger density, masks are made from the larger number of texts only, as the reversed mask
 always is. First FISH, IRD and the random mask search their learning rates with seed 0, at the first density and the
-larger number; the reversed mask has that of FISH, dense training and the head have those that benchmarks/accuracy.py
+larger number; the reversed mask has that of FISH, dense training and the head have those that accuracy.py
 found. Every run is added to the results file as soon as it is finished; starting again continues where it stopped.
 Results: results/ird.json, ird.md, ird.png, ird_shrinking.png.
 """
@@ -14,19 +14,19 @@ Results: results/ird.json, ird.md, ird.png, ird_shrinking.png.
 from __future__ import annotations
 
 import argparse
-import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune import default_model, in_fresh_process
-from finetuning.config import Config
-from finetuning.methods import Prepared, prepare_ird
-from finetuning.plots import COLORS, draw_shrinking, pyplot, save_figure
-from finetuning.study import Entry, Study
-from finetuning.text_task import DataError, TextTask, load_task
-from finetuning.training import ModelError, load
+from .finetuning.config import Config, add_text_arguments, config_of
+from .finetuning.methods import Prepared, prepare_ird
+from .finetuning.plots import COLORS, draw_shrinking, pyplot, save_figure
+from .finetuning.text_task import TextTask, load_task
+from .finetuning.training import load
+from .finetuning.trainings import Entry, Trainings, table
+from .study import Content, in_fresh_process, program
 
-RESULTS = Path(__file__).parent / "results" / "ird.json"
 SEEDS = (0, 1, 2)
 DENSITIES = (0.005, 0.02)
 SAMPLES = (64, 1024)
@@ -52,10 +52,10 @@ def entries() -> dict[str, Entry]:
     return found
 
 
-def draw(study: Study, rows: list[dict[str, Any]], shrinking: list[dict[str, Any]]) -> list[Path]:
+def draw(content: Content, out: Path) -> list[Path]:
     """The accuracy of every mask; and how IRD shrinks samples and parameters."""
     plt = pyplot()
-    folder, by_name = study.path.parent, {row["name"]: row for row in rows}
+    rows, by_name = content["summary"], {row["name"]: row for row in content["summary"]}
     figure, axes = plt.subplots(figsize=(7, 4))
     names = [row["name"] for row in sorted(rows, key=lambda row: row["test"])]
     means, spreads = ([100 * by_name[name][key] for name in names] for key in ("test", "spread"))
@@ -64,9 +64,9 @@ def draw(study: Study, rows: list[dict[str, Any]], shrinking: list[dict[str, Any
     axes.barh(names, means, xerr=spreads, color=colors, height=0.6, capsize=3)
     axes.set(xlabel="test accuracy, % (bars: standard deviation over the seeds)", xlim=(max(0, min(means) - 10), None))
     axes.grid(axis="y", visible=False)
-    paths = [save_figure(figure, folder / "ird.png")]
+    paths = [save_figure(figure, out.with_suffix(".png"))]
     title = f"IRD at {100 * DENSITIES[0]:g} %, from {SAMPLES[-1]} texts, seed 0"
-    paths.append(draw_shrinking(folder / "ird_shrinking.png", shrinking, title))
+    paths.append(draw_shrinking(out.with_name(f"{out.stem}_shrinking.png"), content["shrinking"], title))
     return paths
 
 
@@ -78,43 +78,26 @@ def shrink(config: Config, task: TextTask) -> list[dict[str, Any]]:
     return prepared.shrinking
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file, continued if it exists [%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads [%(default)s]")
-    args = parser.parse_args()
-    try:
-        base = Config(
-            method="dense",
-            model=default_model(),
-            epochs=1,
-            head_lr=HEAD_RATE,
-            max_length=16,
-            batch_size=32,
-            autocast=True,
-            validation_texts=None,
-            threads=args.threads,
-        )
-        task, chosen = load_task("classification"), entries()
-        study = Study(args.out, task, base, chosen, SEEDS)
-        searched = ("fish", "ird", "uniform")
-        rates = {mask: study.search(name_of(mask, DENSITIES[0], SAMPLES[-1]), HEAD_RATE) for mask in searched}
-        rates |= {"dense": DENSE_RATE, "reversed": rates["fish"]}
-        for name, entry in chosen.items():
-            for seed in SEEDS:
-                study.run("final", name, rates[entry.method], seed, HEAD_RATE, base.epochs)
-        rows = study.summarise()
-        probe = Config(**{**vars(base), "method": "ird", "density": DENSITIES[0], "samples": SAMPLES[-1]})
-        study.content["shrinking"] = in_fresh_process(shrink, probe, task)
-        study.save()
-        paths = draw(study, rows, study.content["shrinking"])
-    except (DataError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(args.out.with_suffix(".md").read_text(encoding="utf-8"))
-    print(f"written: {', '.join(str(path) for path in paths)}")
-    return 0
+def measure(args: argparse.Namespace, origin: Content) -> Content:
+    task, chosen = load_task("classification", args.data), entries()
+    base = config_of(args, threads=args.threads or 1, head_lr=HEAD_RATE)
+    trainings = Trainings(args.out, task, base, chosen, args.seed or SEEDS, origin)
+    searched = ("fish", "ird", "uniform")
+    rates = {mask: trainings.search(name_of(mask, DENSITIES[0], SAMPLES[-1]), HEAD_RATE) for mask in searched}
+    rates |= {"dense": DENSE_RATE, "reversed": rates["fish"]}
+    content = trainings.finish({name: rates[entry.method] for name, entry in chosen.items()}, HEAD_RATE)
+    probe = replace(base, method="ird", density=DENSITIES[0], samples=SAMPLES[-1])
+    content["shrinking"] = in_fresh_process(shrink, probe, task)
+    trainings.study.save()
+    return content
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(
+    "ird",
+    __doc__,
+    partial(add_text_arguments, epochs=1, seeds=SEEDS),
+    measure,
+    partial(table, name="ird"),
+    draw,
+    small=("--steps", "2", "--seed", "0"),
+)

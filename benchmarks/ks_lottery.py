@@ -1,15 +1,15 @@
 """Translate with a few rows of the embedding: KS-Lottery (Yuan et al., arXiv 2402.02801), on real parallel text.
 
-    make ks-lottery    (installs the packages whose text is read, then runs python benchmarks/ks_lottery.py)
+    make ks-lottery    (installs the packages whose text is read, then runs python -m benchmarks ks-lottery)
 
 The text is what installed packages carry: the gettext catalogues of Django, Wagtail, Horizon, Mayan, Plone and pretix,
 English into --language, or pairs of your own, --pairs. The model is a small Llama that the program trains first on
-text of all the languages (see benchmarks/translating/decoder.py for what it reads), or any causal language model,
+text of all the languages (see translating/decoder.py for what it reads), or any causal language model,
 --model. A prompt is a line "en: sentence" and the beginning of the next, ":", which does not say into which language;
 the answer is what comes after, until the end token. Output is scored as a whole and up to its first line break, since
 much of what a small tuning gains can be that the model learns to stop.
 
-Contenders, all on the same batches with as many steps, each with its own learning rate: nothing, all weights, the input
+Methods, all on the same batches with as many steps, each with its own learning rate: nothing, all weights, the input
 embedding, the rows of the ticket, the ticket's rows moved over without training, and for comparison as many rows of
 largest shift, of most frequent tokens, at random, and one single row, that of the token before the answer. The ticket
 is the 2 % of the rows with the smallest p-values; how many of all have p < alpha is reported.
@@ -23,29 +23,26 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from finetune import positive
-from finetuning.config import Config
-from finetuning.report import write_text
-from finetuning.text_task import DataError
-from finetuning.training import ModelError, load_model, silence
-from translating import decoder, parallel_text, plots, tables
-from translating.decoder import Recipe
-from translating.parallel_text import Pair, ParallelText
-from translating.study import Job, Settings, Study
 
-RESULTS = Path(__file__).parent / "results" / "ks_lottery.json"
+from .finetuning.config import Config
+from .finetuning.text_task import DataError
+from .finetuning.training import load_model, silence
+from .study import Content, Study, positive, program
+from .translating import decoder, parallel_text, plots, tables
+from .translating.decoder import Recipe
+from .translating.lottery import Job, Lottery, Settings
+from .translating.parallel_text import Pair, ParallelText
+
 LANGUAGES = ("de", "es")
 SEEDS = (0, 1, 2)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def arguments(add: Callable[..., Any]) -> None:
     add("--language", action="append", help=f"repeatable [{', '.join(LANGUAGES)}]")
     add(
         "--pairs",
@@ -62,11 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=positive, default=48, help="of an answer [%(default)s]")
     add("--alpha", type=float, default=0.05, help="level of the test [%(default)s]")
     add("--model-steps", type=positive, default=Recipe.steps, help="to train the default model for [%(default)s]")
-    add("--threads", type=positive, help="CPU threads [torch's default]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     add("--cache", type=Path, default=Path("out/ks_lottery"), help="folder for the default model [%(default)s]")
-    add("--out", type=Path, default=RESULTS, help="results file, continued if it exists [%(default)s]")
-    return parser
 
 
 def few(pairs: Sequence[Pair], most: int) -> list[Pair]:
@@ -82,9 +76,7 @@ def texts_of(args: argparse.Namespace) -> list[ParallelText]:
     return [parallel_text.from_file(args.pairs, *(args.language or ["target"]))]
 
 
-def run(args: argparse.Namespace, command: str) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def measure(args: argparse.Namespace, origin: Content) -> Content:
     silence()
     texts, seconds = texts_of(args), 0.0
     for text in texts:
@@ -108,39 +100,31 @@ def run(args: argparse.Namespace, command: str) -> None:
         for text, pairs in zip(texts, tuning, strict=True)
     ]
     settings = Settings(args.epochs, args.batch_size, args.alpha, args.max_new_tokens, tuple(args.seed or SEEDS))
-    origin = {
+    described = {
         "model": name,
         "source": texts[0].source,
         "tuning_pairs": {job.language: len(job.tuning) for job in jobs},
         "test_pairs": {job.language: len(job.test) for job in jobs},
     }
-    study = Study(args.out, model, tokenizer, jobs, settings, origin)
+    study = Study(args.out, {**vars(settings), **described}, origin, rates={}, search_seconds=0.0)
     study.content["model_seconds"] = seconds
-    study.search()
-    for _ in study.run_all():
-        leave(study, command)
-    written = leave(study, command)
-    print("\n" + args.out.with_suffix(".md").read_text(encoding="utf-8"))
-    print(f"written: {', '.join(map(str, written))}")
+    lottery = Lottery(study, model, tokenizer, jobs, settings)
+    lottery.search()
+    for seed in settings.seeds:
+        for job in jobs:
+            lottery.run(job, seed)
+    return study.content
 
 
-def leave(study: Study, command: str) -> list[Path]:
-    """Write the report and the plots of what is finished."""
-    report = study.path.with_suffix(".md")
-    write_text(report, tables.markdown(study.content, command))
-    return [study.path, report, *plots.draw(study.path, study.content)]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(given)
-    try:
-        run(args, " ".join(["python benchmarks/ks_lottery.py", *given]))
-    except (DataError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(
+    "ks-lottery",
+    __doc__,
+    arguments,
+    measure,
+    tables.markdown,
+    plots.draw,
+    small=(
+        *("--epochs", "1", "--tuning-pairs", "32", "--validation-pairs", "8", "--test-pairs", "8", "--seed", "0"),
+        *("--language", "de", "--max-new-tokens", "8", "--model-steps", "10", "--cache", "out/small/ks_lottery"),
+    ),
+)

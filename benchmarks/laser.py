@@ -1,6 +1,6 @@
 """Reduce the rank of a fine-tuned model's weights: LASER found by gradients, by searching everything, or at random.
 
-    python benchmarks/laser.py
+    python -m benchmarks laser
 
 The model is MiniLM, fine-tuned on the text task of finetune.py (three epochs, 16 tokens; kept in --work, so that it is
 trained once), or any --model with --data of your own, taken as it is. For each seed:
@@ -23,67 +23,43 @@ it the same name with .md, _gains.png (layer x matrix, predicted and measured), 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from finetune import default_model, in_fresh_process, positive
-from finetuning.config import Config
-from finetuning.report import continued, machine, write_json, write_text
-from finetuning.text_task import DataError, TextTask, load_task
-from finetuning.training import Loaded, ModelError, load, train
-from reducing import contenders, report
 from safetensors.torch import load_model
 
 import sparsekernels as sk
 from sparsekernels.methods import laser
 
-RESULTS = Path(__file__).parent / "results" / "laser.json"
+from .finetuning.config import Config, add_text_arguments, config_of
+from .finetuning.text_task import TextTask, load_task
+from .finetuning.training import Loaded, load, train
+from .reducing import contenders, report
+from .study import Content, Study, in_fresh_process, positive, program
+
 SEEDS = (0, 1, 2)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", help="Hugging Face name or folder of a fine-tuned model [MiniLM, fine-tuned first]")
-    add("--data", type=Path, help=".jsonl or .csv with columns text and label (causal-lm: text) [docstrings]")
-    add("--task", choices=("classification", "causal-lm"), default="classification")
+def arguments(add: Callable[..., Any]) -> None:
+    add_text_arguments(add, epochs=3, seeds=SEEDS)
+    add("--task", choices=("classification", "causal-lm"), default="classification", help="[%(default)s]")
     add("--samples", type=positive, default=100, help="texts that adapt and random look at [%(default)s]")
     add("--validation-texts", type=positive, help="texts that search evaluates [the whole split]")
-    add("--max-length", type=positive, default=16, help="tokens of a text that are read [%(default)s]")
-    add("--epochs", type=positive, default=3, help="of fine-tuning [%(default)s]")
-    add("--steps", type=positive, help="of fine-tuning, at most [all]")
     add("--rho", type=float, action="append", help=f"repeatable [{', '.join(map(str, laser.RHOS))}]")
-    add("--seed", type=int, action="append", help=f"repeatable [{', '.join(map(str, SEEDS))}]")
-    add("--threads", type=positive, help="CPU threads [torch's default]")
     add("--work", type=Path, default=Path("out/laser"), help="folder for fine-tuned models [%(default)s]")
-    add("--out", type=Path, default=RESULTS, help="results file, continued if it exists [%(default)s]")
-    return parser
 
 
-def config_of(args: argparse.Namespace, seed: int) -> Config:
-    """Settings of accuracy.py: the dense run of it is the model here."""
-    return Config(
-        method="dense",
-        model=args.model or default_model(),
-        task=args.task,
-        lr=3e-4,
-        head_lr=1e-2,
-        epochs=args.epochs,
-        steps=args.steps,
-        max_length=args.max_length,
-        seed=seed,
-        autocast=True,
-        validation_texts=None,
-        threads=args.threads,
-    )
+def settings_of(args: argparse.Namespace, seed: int) -> Config:
+    """Those of accuracy.py: the dense run of it is the model here."""
+    return config_of(args, task=args.task, lr=3e-4, head_lr=1e-2, seed=seed)
 
 
 def fine_tuned(args: argparse.Namespace, task: TextTask, seed: int) -> Loaded:
     """The model to reduce, trained in a process of its own the first time."""
-    config = config_of(args, seed)
+    config = settings_of(args, seed)
     if args.model:
         return load(config, task)
     size = f"{config.epochs}x{config.max_length}" + (f"-{config.steps}" if config.steps else "")
@@ -105,14 +81,13 @@ def run_seed(args: argparse.Namespace, task: TextTask, seed: int) -> dict[str, A
     """Everything that is measured with one model and one draw of texts."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    config, loaded, rhos = config_of(args, seed), fine_tuned(args, task, seed), args.rho or list(laser.RHOS)
+    config, loaded, rhos = settings_of(args, seed), fine_tuned(args, task, seed), args.rho or list(laser.RHOS)
     model = loaded.model.eval()
     samples = loaded.batches(config, "validation", limit=args.samples, draw=seed)
     validation = loaded.batches(config, "validation", limit=args.validation_texts)
     test = loaded.batches(config, "test")
     print(f"seed {seed}: {contenders.count(samples)} texts to adapt on, {contenders.count(validation)} to search on")
     done: dict[str, Any] = {
-        "seed": seed,
         "test_before": asdict(contenders.quality(model, test)),
         "matrices": sum(m.shape[0] * m.shape[1] for m in sk.matrices(model).values()),
         "found": {},
@@ -149,7 +124,7 @@ def time_ranking(args: argparse.Namespace, task: TextTask, seed: int) -> dict[st
     """Ranking beside a plain forward and backward, on the texts of a seed."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    config, loaded = config_of(args, seed), fine_tuned(args, task, seed)
+    config, loaded = settings_of(args, seed), fine_tuned(args, task, seed)
     samples = loaded.batches(config, "validation", limit=args.samples, draw=seed)
     return contenders.compare_times(loaded.model, samples, args.rho or list(laser.RHOS))
 
@@ -177,30 +152,28 @@ def gains(model: Any, samples: Any, tried: Any, seen: Any, rhos: list[float]) ->
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    seeds = args.seed or list(SEEDS)
-    try:
-        task = load_task(args.task, args.data)
-        settings = {key: value for key, value in vars(args).items() if key not in ("out", "work", "seed", "threads")}
-        settings |= {"data": task.source, "texts": task.sizes, "rho": args.rho or list(laser.RHOS)}
-        content = continued(args.out, {"machine": machine(), "settings": settings, "seeds": []})
-        if "times" not in content:
-            content["times"] = in_fresh_process(time_ranking, args, task, seeds[0])
-        for seed in seeds:
-            if seed not in [done["seed"] for done in content["seeds"]]:
-                content["seeds"].append(in_fresh_process(run_seed, args, task, seed))
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(args.out, content)
-    except (DataError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    text = report.markdown(content)
-    write_text(args.out.with_suffix(".md"), text)
-    paths = report.draw(content, args.out)
-    print(f"\n{text}\nwritten: {args.out}, {', '.join(str(path) for path in paths)}")
-    return 0
+def measure(args: argparse.Namespace, origin: Content) -> Content:
+    seeds, task = args.seed or list(SEEDS), load_task(args.task, args.data)
+    kept = ("model", "task", "samples", "validation_texts", "max_length", "epochs", "steps")
+    settings = {key: getattr(args, key) for key in kept}
+    settings |= {"data": task.source, "texts": task.sizes, "rho": args.rho or list(laser.RHOS)}
+    study = Study(args.out, settings, origin, seeds=[])
+    if "times" not in study.content:
+        study.content["times"] = in_fresh_process(time_ranking, args, task, seeds[0])
+    for seed in seeds:
+        study.run({"seed": seed}, lambda seed=seed: in_fresh_process(run_seed, args, task, seed), into="seeds")
+    return study.content
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(
+    "laser",
+    __doc__,
+    arguments,
+    measure,
+    report.markdown,
+    report.draw,
+    small=(
+        *("--steps", "10", "--seed", "0", "--samples", "16", "--validation-texts", "16", "--rho", "0.2"),
+        *("--work", "out/small/laser"),
+    ),
+)

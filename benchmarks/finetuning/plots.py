@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import MIB, Row, write_atomically
+from ..study import MIB, write_atomically
+from .report import Row
 
 COLORS = ("#3b6fb6", "#d9772b", "#3c9a5f", "#a1488e", "#8a6d3b", "#5f6b76")
 

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..study import Refused
+
 PACKAGES = ("scipy", "sympy")
 MIN_WORDS = 5  # shorter docstrings ("Return the result.") say nothing about where they come from
 MIN_TEXTS = 100  # a class with fewer texts would have fewer than ten in the test split
@@ -36,7 +38,7 @@ _ROLE = re.compile(r":[\w:]+:`~?\.?([^`<]*?)(?:\s*<[^`]*>)?`")
 _IMPORT_PATH = re.compile(rf"\b(?:{'|'.join(PACKAGES)})(?:\.\w+)*", re.IGNORECASE)
 
 
-class DataError(ValueError):
+class DataError(Refused):
     """The text to train on cannot be used; the message says what to change."""
 
 

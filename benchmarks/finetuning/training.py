@@ -25,17 +25,13 @@ from tqdm import tqdm
 
 import sparsekernels as sk
 
-from .config import Config
+from ..study import write_atomically
+from .config import Config, ModelError
 from .memory import PeakMemory, count_bytes
 from .methods import METHODS, Prepared, name_of
-from .report import write_atomically
 from .text_task import Batch, TextTask, make_batches
 
 EVAL_BATCH = 64
-
-
-class ModelError(ValueError):
-    """The model cannot be used; the message says why."""
 
 
 @dataclass

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import cycle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from finetuning.config import Config
-from finetuning.methods import METHODS, Prepared
-from finetuning.text_task import Batch, TextTask
-from finetuning.training import Loaded, autocast, evaluate, load, progress_bar, to_device
 from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels.common.names import default_head, default_targets
+
+from ..finetuning.config import Config
+from ..finetuning.methods import METHODS, Prepared
+from ..finetuning.text_task import Batch, TextTask
+from ..finetuning.training import Loaded, autocast, evaluate, load, progress_bar, to_device
+from ..timing import beside, interleaved, seconds
 
 RANK = 32  # of low-rank factors, in LoRA and beside gates
 WARM_UP = 3
@@ -191,7 +193,7 @@ def compressed(gates: sk.methods.gates.Gates, loaded: Loaded, config: Config, fo
 def latencies(
     folders: dict[str, Path], config: Config, task: TextTask, shape: tuple[int, int], rounds: int
 ) -> dict[str, Any]:
-    """Forward times of the original and of compressed models, taking turns; medians, and medians of ratios."""
+    """Forward times of the original and of compressed models, interleaved; medians, and medians of ratios."""
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load(config, task).model.eval()
@@ -203,31 +205,26 @@ def latencies(
     texts, tokens = shape[0], min(shape[1], settings.max_position_embeddings)
     ids = torch.randint(settings.vocab_size, (texts, tokens), generator=generator)
     inputs = to_device({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, config.device)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.no_grad():
-        for turn in range(rounds + WARM_UP):
-            for name in list(models) if turn % 2 else reversed(models):
-                started = time.perf_counter()
-                models[name](**inputs)
-                if turn >= WARM_UP:
-                    times[name].append(time.perf_counter() - started)
-    return {
-        name: {
-            "ms": 1e3 * statistics.median(mine),
-            "speedup": statistics.median(whole / own for whole, own in zip(times["original"], mine, strict=True)),
-        }
-        for name, mine in times.items()
-    }
+
+    def forward(name: str, done: int) -> float:
+        with torch.no_grad():
+            return seconds(lambda: models[name](**inputs))
+
+    return beside(_after_warm_up({name: partial(forward, name) for name in models}, rounds), "original")
+
+
+def _after_warm_up(samples: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    return {name: times[WARM_UP:] for name, times in interleaved(samples, least=rounds + WARM_UP).items()}
 
 
 def step_times(contenders: list[Contender], config: Config, task: TextTask, rounds: int) -> dict[str, Any]:
-    """Training steps, taking turns on the same batches: the first is what the others are compared with.
+    """Training steps, interleaved, on the same batches: the first is what the others are compared with.
 
     Gates are in the middle of closing. What they do every tenth step counts: times are means over ten steps.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    runs = []
+    samples: dict[str, Callable[[int], float]] = {}
     for contender in contenders:
         loaded = load(config, task)
         loaded.model.train()
@@ -235,22 +232,13 @@ def step_times(contenders: list[Contender], config: Config, task: TextTask, roun
         made = prepare(contender, loaded.model, 10 * (rounds + WARM_UP), config)
         if made.gates is not None:
             made.gates.steps = 2 * (rounds + WARM_UP)  # in the middle of closing
-        runs.append((contender.name, loaded.model, made))
-    batches = cycle(loaded.batches(config, "train", seed=config.seed))
-    times: dict[str, list[float]] = {name: [] for name, _, _ in runs}
-    for turn in range(rounds + WARM_UP):
-        batch = to_device(next(batches), config.device)
-        for name, model, made in runs if turn % 2 else reversed(runs):
-            started = time.perf_counter()
-            step(model, made, batch, config)
-            if turn >= WARM_UP:
-                times[name].append(time.perf_counter() - started)
+        batches = loaded.batches(config, "train", seed=config.seed)
+        samples[contender.name] = partial(_step_seconds, loaded.model, made, batches, config)
+    times = _after_warm_up(samples, rounds)
     tens = {name: [sum(mine[i : i + 10]) / 10 for i in range(0, rounds, 10)] for name, mine in times.items()}
-    first = tens[runs[0][0]]
-    return {
-        name: {
-            "ms": 1e3 * statistics.median(mine),
-            "speedup": statistics.median(base / own for base, own in zip(first, mine, strict=True)),
-        }
-        for name, mine in tens.items()
-    }
+    return beside(tens, contenders[0].name)
+
+
+def _step_seconds(model: nn.Module, made: Made, batches: list[Batch], config: Config, done: int) -> float:
+    batch = to_device(batches[done % len(batches)], config.device)
+    return seconds(lambda: step(model, made, batch, config))

@@ -6,10 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from finetuning.plots import COLORS, pyplot, save_figure
-from finetuning.report import spread
-
-Content = dict[str, Any]
+from ..finetuning.plots import COLORS, pyplot, save_figure
+from ..study import Content, spread, table, written_by
 
 
 def label(name: str, asked: float) -> str:
@@ -23,10 +21,10 @@ def rows(content: Content) -> list[dict[str, Any]]:
     for run in content["runs"]:
         found.setdefault((run["name"], run["asked"]), []).append(run)
     order = sorted(dict.fromkeys(name for name, _ in found), key=lambda name: name != "dense")
-    table = []
+    summary = []
     for (name, asked), runs in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         tests = [run["test"] for run in runs]
-        table.append(
+        summary.append(
             {
                 "name": name,
                 "asked": asked,
@@ -43,47 +41,47 @@ def rows(content: Content) -> list[dict[str, Any]]:
                 "step": content.get("step_times", {}).get(name),
             }
         )
-    return table
+    return summary
 
 
 def markdown(content: Content) -> str:
-    table, settings, machine = rows(content), content["settings"], content["machine"]
+    summary, settings = rows(content), content["settings"]
     whole = content["latency"]["original"]["ms"]
-    lines = [
-        f"Stochastic gates on {settings['data']}, {settings['epochs']} epochs, the same steps for all.",
-        "Mean and standard deviation over seeds; the gap to dense training is over shared seeds.",
-        f"Forward: 32 x 64 tokens, fp32; the original takes {whole:.0f} ms. Steps: as trained, dense is 1.",
-        "",
-        "| | removed | test accuracy | seeds | against dense | trained | weights left | forward | faster | step |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table:
+    lines = []
+    for row in summary:
         speed, asked = row["speed"], row["asked"]
-        cells = [
-            row["name"],
-            f"{row['removed']:.1%}" if asked else "",
-            f"{row['test']:.1%}" + (f" ± {row['spread']:.1%}" if row["seeds"] > 1 else ""),
-            str(row["seeds"]),
-            f"{row['gap']:+.1f} points" if row["name"] != "dense" else "",
-            f"{row['trained']:,}",
-            f"{row['weights'] / 1e6:.1f}M",
-            f"{speed['ms']:.0f} ms" if speed and asked else "",
-            f"{speed['speedup']:.2f}x" if speed and asked else "",
-            f"{1 / row['step']['speedup']:.2f}" if row["step"] else "",
+        lines.append(
+            [
+                row["name"],
+                f"{row['removed']:.1%}" if asked else "",
+                f"{row['test']:.1%}" + (f" ± {row['spread']:.1%}" if row["seeds"] > 1 else ""),
+                str(row["seeds"]),
+                f"{row['gap']:+.1f} points" if row["name"] != "dense" else "",
+                f"{row['trained']:,}",
+                f"{row['weights'] / 1e6:.1f}M",
+                f"{speed['ms']:.0f} ms" if speed and asked else "",
+                f"{speed['speedup']:.2f}x" if speed and asked else "",
+                f"{1 / row['step']['speedup']:.2f}" if row["step"] else "",
+            ]
+        )
+    head = ["", "removed", "test accuracy", "seeds", "against dense", "trained", "weights left", "forward", "faster"]
+    gated = [row for row in summary if row["asked"]]
+    return "\n".join(
+        [
+            f"Stochastic gates on {settings['data']}, {settings['epochs']} epochs, the same steps for all.",
+            "Mean and standard deviation over seeds; the gap to dense training is over shared seeds.",
+            f"Forward: 32 x 64 tokens, fp32; the original takes {whole:.0f} ms. Steps: as trained, dense is 1.",
+            "",
+            table([*head, "step"], lines),
+            "",
+            "Removed is a share of the parameters in the encoder's projections; off what was asked by at most "
+            f"{100 * max(row['off'] for row in gated):.2f} points.",
+            "Outputs before and after compress() differ by at most "
+            f"{max(row['outputs'] for row in gated):.1e} of the largest.",
+            "",
+            written_by(content, "python -m benchmarks gates"),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    gated = [row for row in table if row["asked"]]
-    lines += [
-        "",
-        "Removed is a share of the parameters in the encoder's projections; off what was asked by at most "
-        f"{100 * max(row['off'] for row in gated):.2f} points.",
-        "Outputs before and after compress() differ by at most "
-        f"{max(row['outputs'] for row in gated):.1e} of the largest.",
-        "",
-        f"{machine['cpu']}, torch {machine['versions']['torch']}; `python benchmarks/gates.py`.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def draw(content: Content, out: Path) -> list[Path]:
@@ -92,19 +90,19 @@ def draw(content: Content, out: Path) -> list[Path]:
 
 
 def draw_accuracy(content: Content, path: Path) -> Path:
-    table = rows(content)
+    summary = rows(content)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), sharey=True)
     names = [
         name
-        for name in dict.fromkeys(row["name"] for row in table)
-        if any(r["asked"] for r in table if r["name"] == name)
+        for name in dict.fromkeys(row["name"] for row in summary)
+        if any(r["asked"] for r in summary if r["name"] == name)
     ]
     for color, name in zip(COLORS, names, strict=False):
-        mine = [row for row in table if row["name"] == name]
+        mine = [row for row in summary if row["name"] == name]
         tests, errors = [100 * row["test"] for row in mine], [100 * row["spread"] for row in mine]
         left.errorbar([100 * row["removed"] for row in mine], tests, errors, color=color, marker="o", label=name)
         right.errorbar([row["speed"]["ms"] for row in mine], tests, errors, color=color, marker="o", label=name)
-    for style, row in zip(("--", ":"), [row for row in table if not row["asked"]], strict=False):
+    for style, row in zip(("--", ":"), [row for row in summary if not row["asked"]], strict=False):
         for axes in (left, right):
             axes.axhline(100 * row["test"], color="0.4", linestyle=style, label=row["name"], zorder=1)
     right.axvline(content["latency"]["original"]["ms"], color="0.7", linestyle="-.", label="time of the original")

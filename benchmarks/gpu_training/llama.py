@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernels.compare import DEVICE
 from torch import Tensor, nn
+
+from ..timing import DEVICE
 
 CHUNK = 512  # tokens whose logits exist at a time
 

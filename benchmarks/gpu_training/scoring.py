@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernels.compare import WrongResult
 from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels.methods import laser
 from sparsekernels.methods.laser.decompositions import Split
 
+from ..kernels.case import WrongResult
 from .llama import Shape, causal_loss, make_batches, make_model
 from .steps import Run, finite, once
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kernels.compare import DEVICE, WrongResult, synchronized
 from torch import Tensor, nn
 
 import sparsekernels as sk
 
+from ..kernels.case import WrongResult
+from ..timing import DEVICE, synchronized
 from .llama import Shape, causal_loss, make_batches, make_model
 
 LR = 1e-4

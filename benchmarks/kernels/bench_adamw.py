@@ -18,12 +18,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from compare import DEVICE, Case, Contender, Problem, addressed, backends, positions, random_elements, random_rows, take
-from compare import touched_bytes as touched
 from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import ops
+
+from ..timing import DEVICE
+from .case import (
+    BF16,
+    FP32,
+    Case,
+    Contender,
+    Floor,
+    Problem,
+    addressed,
+    each_backend,
+    positions,
+    random_elements,
+    random_rows,
+    sector_bytes,
+    short,
+    take,
+    touched,
+)
 
 LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 1e-2
 OPTIONS = {"lr": LR, "beta1": BETA1, "beta2": BETA2, "weight_decay": DECAY, "eps": EPS}
@@ -34,6 +51,7 @@ SPARSE = "torch.optim.SparseAdam"
 ADVANCED = "advanced indexing"
 SELECT = "index_select, index_copy_"
 AROUND = "index_select, AdamW(fused=True), index_copy_"
+IN_A_GRAPH = "SparseAdamW(capturable=True)"
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -73,7 +91,7 @@ def make(
     shapes: Shapes,
     select: Callable[[tuple[int, ...]], sk.Index],
     gathered: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = FP32,
 ) -> Step:
     weights, grads = tensors(shapes, dtype)
     torch.manual_seed(1)
@@ -90,7 +108,7 @@ def make(
     values = [take(w, index) for w, index in zip(weights, indices, strict=True)]
     compact = [take(grad, index) for grad, index in zip(grads, indices, strict=True)]
     shape = f"{len(shapes)} x {list(shapes[0])}"
-    name = str(dtype).removeprefix("torch.")
+    name = short(dtype)
     return Step(shape, k / numel, name, moved, formula, oracle(values, compact, DECAY), weights, grads, indices)
 
 
@@ -115,7 +133,7 @@ def sparse_adamw(step: Step, **options: Any) -> Contender:
     return solved(step, weights, optimizer.step)
 
 
-def sparse_adamw_gathered(step: Step) -> Contender:
+def sparse_adamw_indexed(step: Step) -> Contender:
     params = _params(step.weights, step.grads)
     groups = [{"params": params, "indices": step.indices}]
     optimizer = sk.SparseAdamW(groups, LR, (BETA1, BETA2), EPS, DECAY)
@@ -136,7 +154,7 @@ def compact_op(step: Step, backend: Any) -> Contender:
     return solved(step, weights, call)
 
 
-def gathered_op(step: Step, backend: Any) -> Contender:
+def indexed_op(step: Step, backend: Any) -> Contender:
     params = [weight.clone() for weight in step.weights]
     state, steps, chosen = _op_state(step)
 
@@ -236,13 +254,13 @@ def _op_state(step: Step) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor
 
 COMPACT = {
     "SparseAdamW": sparse_adamw,
-    **{f"adamw_ {b}": partial(compact_op, backend=b) for b in backends("adamw_")},
+    **each_backend("adamw_", compact_op),
     FUSED: dense_fused,
     COPY: compact_fused,
 }
 GATHERED = {
-    "SparseAdamW": sparse_adamw_gathered,
-    **{f"adamw_ {b}": partial(gathered_op, backend=b) for b in backends("adamw_")},
+    "SparseAdamW": sparse_adamw_indexed,
+    **each_backend("adamw_", indexed_op),
     ADVANCED: partial(by_hand, read=lambda t, i: t[i], write=lambda t, i, x: t.__setitem__(i, x)),
     SELECT: partial(by_hand, read=lambda t, i: t.index_select(0, i), write=lambda t, i, x: t.index_copy_(0, i, x)),
     AROUND: select_around_fused,
@@ -250,7 +268,9 @@ GATHERED = {
 }
 
 
-def cases(small: bool) -> list[Case]:
+def cases(small: bool, gpu: bool) -> list[Case]:
+    if gpu:
+        return gpu_cases(small)
     flat: Shapes = ((100, 5000),) if small else ((10_000, 5000),)
     table: Shapes = ((3200, 64),) if small else ((32_000, 1024),)
     half: Shapes = ((1600, 64),) if small else ((16_000, 1024),)
@@ -286,5 +306,42 @@ def cases(small: bool) -> list[Case]:
     ]
 
 
-def test_adamw(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)
+def gpu_cases(small: bool) -> list[Case]:
+    height, width = table = (500, 64) if small else (128_256, 4096)
+    stack: Shapes = ((40, 50),) * 5 if small else ((4000, 5000),) * 50
+    numel, density = len(stack) * stack[0][0] * stack[0][1], 0.01
+    k = density * numel
+    contenders = {**COMPACT, IN_A_GRAPH: partial(sparse_adamw, capturable=True)}
+    written = "values, moments twice + grad + positions + rows written"
+    twice = "values, moments twice + grad + positions + sectors of the weight twice"
+
+    def case(name: str, shapes: Shapes, select: Any, floor: Floor, versus: Any, ours: str = "SparseAdamW") -> Case:
+        problem = partial(make, shapes, select, dtype=BF16)
+        return Case(
+            f"adamw_ of compact values, {name}, bf16",
+            problem,
+            contenders,
+            ours,
+            versus,
+            tolerance=2**-8,
+            calls=CALLS,
+            floor=floor,
+            graph=ours == IN_A_GRAPH,
+        )
+
+    def rows(count: int, **asked: float) -> tuple[Any, ...]:
+        floor = Floor(count * (4 + 30 * width), written, **asked)
+        return f"{count} rows of {height} x {width}", (table,), partial(random_rows, count=count), floor
+
+    return [
+        case(*rows(height // 4, share=0.85), {FUSED: None, COPY: None}),
+        # At their floors both, the ratio is 15: the dense step moves 14 bytes for each of the elements.
+        case(
+            f"1 % of {numel:.0e} in {len(stack)} tensors",
+            stack,
+            partial(random_elements, density=density),
+            Floor(28 * k + 4 * k + 2 * sector_bytes(numel, density, 2), twice, share=0.6),
+            {FUSED: 20, COPY: None},
+        ),
+        case(*rows(18, most=8e-6), {}, IN_A_GRAPH),
+    ]

@@ -13,15 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_adamw import oracle
-from compare import DEVICE, Case, Contender, Problem, backends
 from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import ops
 
-LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
-CALLS = 2  # a step counter that stands still shows in the second step
+from ..timing import DEVICE
+from .bench_adamw import BETA1, BETA2, CALLS, EPS, LR, oracle
+from .case import Case, Contender, Floor, Problem, each_backend
+
 SPARSE = "torch.optim.SparseAdam"
 FUSED = "torch.optim.AdamW(fused=True), dense gradient"
 
@@ -83,26 +83,30 @@ def rows_op(step: Step, backend: Any) -> Contender:
 CONTENDERS = {
     "SparseAdamW": partial(optimizer, make=sk.SparseAdamW, weight_decay=0.0),
     "SparseAdamW(sparse_state='all')": partial(optimizer, make=sk.SparseAdamW, weight_decay=0.0, sparse_state="all"),
-    **{f"adamw_rows_ {b}": partial(rows_op, backend=b) for b in backends("adamw_rows_")},
+    **each_backend("adamw_rows_", rows_op),
     SPARSE: partial(optimizer, make=torch.optim.SparseAdam),
     FUSED: partial(optimizer, make=torch.optim.AdamW, dense=True, weight_decay=0.0, fused=True),
 }
 
 
-def cases(small: bool) -> list[Case]:
+def distinct(draws: int, kinds: int) -> float:
+    """How many of `kinds` are met in so many even draws."""
+    return kinds * (1 - (1 - 1 / kinds) ** draws)
+
+
+def cases(small: bool, gpu: bool) -> list[Case]:
     shape, tokens = ((1000, 64), 128) if small else ((32_000, 1024), 2048)
-    size = f"{tokens} tokens of {shape[0]} x {shape[1]}"
-    versus = {SPARSE: 8, FUSED: None}
+    if gpu:
+        shape, tokens = ((500, 64), 64) if small else ((128_256, 4096), 8192)
+    rows, width = shape
 
-    def case(name: str, even: bool, versus: dict[str, Any]) -> Case:
-        problem = partial(make, shape, tokens, even)
-        return Case(name, problem, CONTENDERS, "SparseAdamW", versus, calls=CALLS, tolerance=1e-5)
+    def case(name: str, even: bool, bar: float | None, floor: Floor | None = None) -> Case:
+        problem, versus = partial(make, shape, tokens, even), {SPARSE: bar, FUSED: None}
+        return Case(name, problem, CONTENDERS, "SparseAdamW", versus, calls=CALLS, tolerance=1e-5, floor=floor)
 
-    return [
-        case(f"sparse gradient, {size}", True, versus),
-        case(f"sparse gradient as in a text, {size}", False, {SPARSE: None, FUSED: None}),
-    ]
-
-
-def test_adamw_rows(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)
+    if gpu:
+        moved = 4 * width * (tokens + 6 * distinct(tokens, rows)) + 8 * tokens
+        name = f"adamw_rows_, {tokens} tokens with duplicates of {rows} x {width}, fp32"
+        return [case(name, True, 10, Floor(moved, "gradient + ids + table and moments twice"))]
+    size = f"{tokens} tokens of {rows} x {width}"
+    return [case(f"sparse gradient, {size}", True, 8), case(f"sparse gradient as in a text, {size}", False, None)]

@@ -10,17 +10,37 @@ beside torch._foreach_addcmul_, and beside the line that the authors of FISH hav
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from compare import DEVICE, Case, Contender, Problem, backends, positions, random_elements, random_rows, take
 from torch import Tensor
 
 import sparsekernels as sk
 from sparsekernels import ops
+
+from ..timing import DEVICE
+from .case import (
+    BF16,
+    BOTH,
+    CUT_OFF,
+    FP32,
+    WARM,
+    Case,
+    Contender,
+    Floor,
+    Problem,
+    called,
+    computing,
+    positions,
+    random_elements,
+    random_rows,
+    short,
+    take,
+)
 
 LOOP, SQUARING_LOOP = "loop over samples, addcmul_", "loop over samples, square_ and add_"
 BMM, EINSUM = "bmm, square_, sum", "einsum, square, sum"
@@ -28,6 +48,7 @@ GATHERED = "gathered columns, product, sum"
 GRAM = "Gram matrices"
 TABLE, PAIRS = "loop over samples, index_add_ into a table", "unique pairs, index_add_"
 SUMS = "sum, square, sum"
+PRODUCTS = "products alone"
 FOREACH, FISH = "torch._foreach_addcmul_", "total += torch.square(grad)"
 
 
@@ -41,7 +62,7 @@ class Batch(Problem):
 
 
 def make_linear(
-    size: tuple[int, int], shape: tuple[int, int], select: Any, norms: bool = False, dtype: torch.dtype = torch.float32
+    size: tuple[int, int], shape: tuple[int, int], select: Any, norms: bool = False, dtype: torch.dtype = FP32
 ) -> Batch:
     torch.manual_seed(0)
     (b, s), (m, n) = size, shape
@@ -57,8 +78,7 @@ def make_linear(
     moved = dtype.itemsize * b * s * (m + n) + 8 * expected.numel() + (0 if index is None else 4 * len(index))
     density = 1.0 if index is None else index.numel / (m * n)
     formula = "both activations, positions, and the sums twice"
-    short = str(dtype).removeprefix("torch.")
-    return Batch(f"{b} x {s} tokens, {m} x {n}", density, short, moved, formula, [expected], grad, input, index)
+    return Batch(f"{b} x {s} tokens, {m} x {n}", density, short(dtype), moved, formula, [expected], grad, input, index)
 
 
 def chosen_shape(index: sk.Index | None, shape: Sequence[int]) -> torch.Size:
@@ -141,7 +161,7 @@ def linear_loop(b: Batch, addcmul: bool = True) -> Contender:
                 total.add_(g.square_())
 
     contender = adding(b, add)
-    if b.grad.dtype == torch.bfloat16:
+    if b.grad.dtype == BF16:
         contender.tolerance = 2**-6  # the product is rounded to bf16, then squared
     return contender
 
@@ -244,53 +264,66 @@ def squares(p: Gradients, add: Callable[[list[Tensor], list[Tensor]], Any]) -> C
     return Contender(lambda: add(totals, p.grads), lambda: totals)
 
 
+def squares_op(p: Gradients, backend: Any) -> Contender:
+    return squares(p, partial(ops.fisher_squares_, backend=backend))
+
+
 def fish(totals: list[Tensor], grads: list[Tensor]) -> None:
     for total, grad in zip(totals, grads, strict=True):
         total += torch.square(grad)
 
 
-def on_each_backend(op: str, contender: Callable[..., Contender], **options: Any) -> dict[str, Any]:
-    each = {f"{op} {b}": partial(contender, backend=b, **options) for b in backends(op)}
-    return {op: partial(contender, **options), **each}
-
-
 LINEAR = {
-    **on_each_backend("fisher_linear_", linear_op),
+    **called("fisher_linear_", linear_op),
     LOOP: linear_loop,
     SQUARING_LOOP: partial(linear_loop, addcmul=False),
     BMM: linear_at_once,
     EINSUM: partial(linear_at_once, einsum=True),
 }
-NORMS = {**on_each_backend("fisher_linear_", linear_op, norms=True), GRAM: norms_by_gram, BMM: norms_by_bmm}
-EMBEDDING = {**on_each_backend("fisher_embedding_", embedding_op), TABLE: embedding_table, PAIRS: embedding_pairs}
-VECTOR = {**on_each_backend("fisher_vector_", vector_op), SUMS: vector_sums}
+NORMS = {**called("fisher_linear_", linear_op, norms=True), GRAM: norms_by_gram, BMM: norms_by_bmm}
+EMBEDDING = {**called("fisher_embedding_", embedding_op), TABLE: embedding_table, PAIRS: embedding_pairs}
+VECTOR = {**called("fisher_vector_", vector_op), SUMS: vector_sums}
 SQUARES = {
-    "fisher_squares_": partial(squares, add=ops.fisher_squares_),
-    **{f"fisher_squares_ {b}": partial(squares, add=partial(ops.fisher_squares_, backend=b))
-       for b in backends("fisher_squares_")},
+    **called("fisher_squares_", squares_op),
     FOREACH: partial(squares, add=lambda totals, grads: torch._foreach_addcmul_(totals, grads, grads)),
     FISH: partial(squares, add=fish),
-}  # fmt: skip
+}
 
 
-def cases(small: bool) -> list[Case]:
+def products_alone(b: Batch) -> Contender:
+    """The gradients, which nobody squares."""
+    assert b.input is not None
+    grad, input = b.grad, b.input
+    last = grad[-1].double().T @ input[-1].double()
+
+    def compute() -> Tensor:
+        for dy, x in zip(grad, input, strict=True):
+            product = dy.T @ x
+        return product
+
+    return computing(compute, expected=[last], tolerance=2**-8)
+
+
+def cases(small: bool, gpu: bool) -> list[Case]:
+    def case(op: str, name: str, make: Any, contenders: Any, versus: Any, states: Any = WARM, **more: Any) -> Case:
+        return Case(f"{op}, {name}", make, contenders, op, versus, states, **{"tolerance": 1e-5, **more})
+
+    if gpu:
+        return gpu_cases(small, case)
     size, shapes = ((3, 8), [(48, 32)]) if small else ((16, 64), [(384, 384), (1536, 384)])
     table = (300, 32) if small else (32_000, 384)
     layer = [(48, 32), (32,)] if small else [*[(384, 384)] * 4, (1536, 384), (384, 1536), *[(384,)] * 9, (1536,)]
-    tokens = f"{size[0]} x {size[1]} tokens"
+    tokens, width = f"{size[0]} x {size[1]} tokens", shapes[0][1]
 
     def linear(name: str, shape: tuple[int, int], select: Any, more: Any) -> Case:
-        problem = partial(make_linear, size, shape, select)
-        name = f"fisher_linear_, {name}, {tokens}, {shape[0]} x {shape[1]}"
-        versus = dict.fromkeys((LOOP, BMM, *more))
-        return Case(name, problem, {**LINEAR, **more}, "fisher_linear_", versus, ("warm",), tolerance=1e-5)
+        problem, versus = partial(make_linear, size, shape, select), dict.fromkeys((LOOP, BMM, *more))
+        name = f"{name}, {tokens}, {shape[0]} x {shape[1]}"
+        return case("fisher_linear_", name, problem, {**LINEAR, **more}, versus)
 
     def vector(name: str, norm: bool) -> Case:
-        problem = partial(make_vector, size, shapes[0][1], norm)
+        problem, versus = partial(make_vector, size, width, norm), {EINSUM if norm else SUMS: None}
         contenders = {**VECTOR, **({EINSUM: vector_einsum} if norm else {})}
-        versus = {EINSUM if norm else SUMS: None}
-        name = f"fisher_vector_, {name}, {tokens}, {shapes[0][1]}"
-        return Case(name, problem, contenders, "fisher_vector_", versus, ("warm",), tolerance=1e-5)
+        return case("fisher_vector_", f"{name}, {tokens}, {width}", problem, contenders, versus)
 
     of_linear = []
     for shape in shapes:
@@ -300,33 +333,76 @@ def cases(small: bool) -> list[Case]:
             linear("50 %", shape, partial(random_elements, density=0.5), {}),
             linear("5 % of the rows", shape, partial(random_rows, count=max(shape[0] // 20, 1)), {}),
         ]
-    of_norms = Case(
-        f"fisher_linear_, norms alone, {tokens}, {shapes[0][0]} x {shapes[0][1]}",
-        partial(make_linear, size, shapes[0], None, norms=True),
-        NORMS,
-        "fisher_linear_",
-        {GRAM: None},
-        ("warm",),
-        tolerance=1e-5,
-    )
-    of_embedding = Case(
-        f"fisher_embedding_, {tokens} of {table[0]} x {table[1]}",
-        partial(make_embedding, size, table),
-        EMBEDDING,
-        "fisher_embedding_",
-        {PAIRS: None, TABLE: None},
-        tolerance=1e-5,
-    )
-    of_squares = Case(
-        f"fisher_squares_, {'1 layer' if small else '6 layers'}",
-        partial(make_squares, layer * (1 if small else 6)),
-        SQUARES,
-        "fisher_squares_",
-        {FOREACH: None, FISH: None},
-        tolerance=1e-5,
-    )
-    return [*of_linear, of_norms, of_embedding, vector("bias", False), vector("weight of a norm", True), of_squares]
+    norms = partial(make_linear, size, shapes[0], None, norms=True)
+    looked_up = partial(make_embedding, size, table)
+    layers, grads = ("1 layer", layer) if small else ("6 layers", layer * 6)
+    return [
+        *of_linear,
+        case("fisher_linear_", f"norms alone, {tokens}, {shapes[0][0]} x {width}", norms, NORMS, {GRAM: None}),
+        case(
+            "fisher_embedding_",
+            f"{tokens} of {table[0]} x {table[1]}",
+            looked_up,
+            EMBEDDING,
+            {PAIRS: None, TABLE: None},
+            BOTH,
+        ),
+        vector("bias", False),
+        vector("weight of a norm", True),
+        case("fisher_squares_", layers, partial(make_squares, grads), SQUARES, {FOREACH: None, FISH: None}, BOTH),
+    ]
 
 
-def test_fisher(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)
+def gpu_cases(small: bool, case: Callable[..., Case]) -> list[Case]:
+    size, width = ((2, 16), 64) if small else ((8, 2048), 14_336)
+    table = (300, 64) if small else (128_256, 4096)
+    grads = [(40, 50)] * 5 if small else [(4000, 5000)] * 50
+    numel, both = sum(a * b for a, b in grads), size[0] * size[1]
+    # Of ids that are V u^3 for even u, those in a stretch of ids are met in proportion to the cube roots of its ends.
+    edges = [(i / table[0]) ** (1 / 3) for i in range(table[0] + 1)]
+    met = sum(1 - (1 - (high - low)) ** both for low, high in itertools.pairwise(edges))
+    batch, (m, n) = ((2, 16), (48, 64)) if small else ((8, 512), (4096, 14_336))
+    tokens, of_linear = batch[0] * batch[1], m * n
+    return [
+        case(
+            "fisher_squares_",
+            f"{numel:.0e} in {len(grads)} tensors, fp32",
+            partial(make_squares, grads),
+            SQUARES,
+            {FOREACH: None},
+            floor=Floor(12.0 * numel, "gradients + totals twice"),
+        ),
+        case(
+            "fisher_vector_",
+            f"weight of a norm, {size[0]} x {size[1]} tokens, {width}, fp32",
+            partial(make_vector, size, width, True),
+            {**VECTOR, EINSUM: vector_einsum},
+            {EINSUM: None},
+            floor=Floor(8.0 * both * width + 8 * width, "activations + the total twice"),
+        ),
+        case(
+            "fisher_embedding_",
+            f"{size[0]} x {size[1]} tokens of {table[0]} x {table[1]}, fp32",
+            partial(make_embedding, size, table),
+            EMBEDDING,
+            {PAIRS: None},
+            floor=Floor(
+                4.0 * both * table[1] + 8 * both + 8 * met * table[1],
+                "gradient + ids + looked-up rows of the total twice",
+            ),
+        ),
+        case(
+            "fisher_linear_",
+            f"{batch[0]} x {batch[1]} tokens, {m} x {n}, bf16",
+            partial(make_linear, batch, (m, n), None, dtype=BF16),
+            {**called("fisher_linear_", linear_op), LOOP: linear_loop, PRODUCTS: products_alone},
+            {LOOP: 4, PRODUCTS: 0.6},
+            tolerance=CUT_OFF,
+            floor=Floor(
+                2.0 * tokens * (m + n) + 8.0 * of_linear,
+                "activations + the sums twice",
+                operations=2.0 * tokens * of_linear,
+                most_extra=0.1 * 2 * batch[0] * of_linear,  # the gradients of all samples are ten times as much
+            ),
+        ),
+    ]

@@ -9,20 +9,24 @@ The floor is memory: each op reads its operands once and writes its results once
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from compare import DEVICE, Case, Contender, Problem, backends
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sparsekernels import ops
+from sparsekernels.nn.gated import Gating, gate
 
-FP32, BF16 = torch.float32, torch.bfloat16
+from ..timing import DEVICE
+from .case import BF16, FP32, Case, Contender, Floor, Problem, called, computing, short, size
+
 SIGMA = 0.5
 STG: dict[str, Any] = {"kind": "stg", "noise": SIGMA}
+PLAIN = "frozen nn.Linear"
 SCALE, SUMS = "(W * z_r[:, None] * z_c).to(dtype)", "(a * b).sum(0), a.sum(0)"
 
 
@@ -31,23 +35,6 @@ class Tensors(Problem):
     """What a job is about, in the order in which its op takes it."""
 
     given: tuple[Any, ...]
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def size(*tensors: Tensor) -> int:
-    return sum(x.numel() * x.itemsize for x in tensors)
-
-
-def computing(compute: Callable[[], Sequence[Tensor]]) -> Contender:
-    found: list[Tensor] = []
-
-    def call() -> None:
-        found[:] = compute()
-
-    return Contender(call, lambda: found)
 
 
 def drawn(logits: Tensor, key: Tensor, stream: int) -> tuple[Tensor, Tensor]:
@@ -146,41 +133,127 @@ def error(dtype: torch.dtype, wide: float) -> float:
 
 
 def case(
-    op: str, name: str, make: Any, ours: Any, others: dict[str, Any], tolerance: float = 1e-6, served: str | None = None
+    op: str,
+    name: str,
+    make: Any,
+    ours: Any,
+    others: dict[str, Any],
+    tolerance: float = 1e-6,
+    served: str | None = None,
+    floor: Floor | None = None,
 ) -> Case:
     """`served`: the op whose backends there are, where it is called otherwise."""
-    each = {f"{op} {b}": partial(ours, backend=b) for b in backends(served or op)}
-    every = {op: ours, **each, **others}
-    return Case(f"{op}, {name}", make, every, op, dict.fromkeys(others), tolerance=tolerance)
+    every = {**called(op, ours, served), **others}
+    return Case(f"{op}, {name}", make, every, op, dict.fromkeys(others), tolerance=tolerance, floor=floor)
 
 
-def cases(small: bool) -> list[Case]:
-    def weight(m: int, n: int, dtype: torch.dtype, out: torch.dtype) -> Case:
-        name = f"{m} x {n}, {short(dtype)} to {short(out)}"
+def cases(small: bool, gpu: bool) -> list[Case]:
+    def weight(m: int, n: int, dtype: torch.dtype, out: torch.dtype, floor: Floor | None = None) -> Case:
+        name = f"{m} x {n}, " + ("bf16" if gpu else f"{short(dtype)} to {short(out)}")
         make = partial(make_weight, m, n, dtype, out)
-        return case("gated_weight", name, make, weight_op, {SCALE: weight_lines}, error(out, 1e-6))
+        others = {SCALE: weight_lines}
+        return case("gated_weight", name, make, weight_op, others, error(out, 1e-6), floor=floor)
 
-    def gradient(t: int, width: int, dtype: torch.dtype) -> Case:
-        make = partial(make_gradient, t, width, dtype)
-        return case("gate_gradient", f"{t} x {width}, {short(dtype)}", make, gradient_op, {SUMS: gradient_lines}, 1e-5)
+    def gradient(t: int, width: int, dtype: torch.dtype, floor: Floor | None = None) -> Case:
+        make, others = partial(make_gradient, t, width, dtype), {SUMS: gradient_lines}
+        name = f"{t} x {width}, " + ("bf16" if gpu else short(dtype))
+        return case("gate_gradient", name, make, gradient_op, others, 1e-5, floor=floor)
 
+    if gpu:
+        m, n, tokens = (48, 64, 32) if small else (4096, 14_336, 16_384)
+        fewer = 32 if small else 4096
+        return [
+            weight(m, n, BF16, BF16, Floor(4.0 * m * n + 4 * m + 4 * (m + n), "weight + gated weight")),
+            gradient(tokens, n, BF16, Floor(4.0 * tokens * n + 16 * n, "a + b")),
+            gated(fewer, n, m),
+        ]
     shapes = [(20, 32)] if small else [(512, 384), (2048, 384), (2048, 1536), (1024, 4096)]
     weights = [(32, 48)] if small else [(384, 384), (384, 1536), (2048, 2048)]
     lists, width = ((3, 20), 40) if small else ((48, 1024), 4096)
-    probabilities = case(
-        "gate_probabilities",
-        f"{lists[0]} x {lists[1]}",
-        partial(make_gates, *lists),
-        probabilities_op,
-        {"torch.special.ndtr of torch.cat": probabilities_lines},
-    )
+    drawn_together = partial(make_gates, *lists)
+    others = {"torch.special.ndtr of torch.cat": probabilities_lines}
     return [
         *[weight(*shape, *dtypes) for shape in weights for dtypes in ((FP32, FP32), (FP32, BF16), (BF16, BF16))],
         *[gradient(*shape, dtype) for shape in shapes for dtype in (FP32, BF16)],
         case("gate_values", f"{width}", partial(make_values, width), values_op, {}),
-        probabilities,
+        case("gate_probabilities", f"{lists[0]} x {lists[1]}", drawn_together, probabilities_op, others),
     ]
 
 
-def test_gates(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)
+class Layer:
+    """A Linear with random weights, its input, and the gradient of its output; gates on both sides."""
+
+    def __init__(self, tokens: int, m: int, n: int) -> None:
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            self.linear = nn.Linear(n, m).to(BF16).requires_grad_(False)
+            self.x, self.dy = torch.randn(tokens, n).to(BF16), torch.randn(tokens, m).to(BF16)
+            self.logits = [0.4 * torch.randn(width) for width in (m, n)]
+        self.seed = 5
+
+    def key(self) -> Tensor:
+        """What a forward right after seeding draws."""
+        torch.manual_seed(self.seed)
+        return torch.randint(2**63 - 1, (1,), device=DEVICE)
+
+    def step(self, linear: nn.Module) -> list[Tensor]:
+        x = self.x.detach().requires_grad_()
+        y = linear(x)
+        y.backward(self.dy)
+        assert x.grad is not None
+        return [y.detach(), x.grad]
+
+    def by_hand(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[Tensor]:
+        """Output, gradient of the input, and gradients of the logits, of (values, slopes) of both; in fp64."""
+        weight, bias = self.linear.weight.double(), self.linear.bias.double()
+        (z_r, slope_r), (z_c, slope_c) = ([t.double() for t in side] for side in (rows, columns))
+        x, dy = self.x.double(), self.dy.double()
+        inner = F.linear(x * z_c, weight, bias)
+        back = (dy * z_r) @ weight
+        return [inner * z_r, back * z_c, slope_r * (dy * inner).sum(0), slope_c * (x * back).sum(0)]
+
+
+def gated_layer(p: Tensors) -> Contender:
+    (layer,) = p.given
+    gate(layer.linear, Gating("stg", SIGMA), rows=layer.logits[0], columns=layer.logits[1])
+    gates = layer.linear.gates
+
+    def compute() -> list[Tensor]:
+        gates.rows.grad = gates.columns.grad = None
+        torch.manual_seed(layer.seed)
+        return [*layer.step(layer.linear), gates.rows.grad, gates.columns.grad]
+
+    return computing(compute)
+
+
+def plain_layer(p: Tensors) -> Contender:
+    (layer,) = p.given
+    m, n = layer.linear.weight.shape
+    linear = nn.Linear(n, m, device="meta")
+    linear.weight, linear.bias = layer.linear.weight, layer.linear.bias
+    ones = [[torch.ones(width, device=DEVICE), torch.zeros(width, device=DEVICE)] for width in (m, n)]
+    return computing(lambda: layer.step(linear), expected=layer.by_hand(*ones)[:2])
+
+
+def gated(tokens: int, m: int, n: int) -> Case:
+    """A whole layer, forward and backward."""
+
+    def make() -> Tensors:
+        layer = Layer(tokens, m, n)
+        sides = (drawn(logits, layer.key(), stream) for stream, logits in enumerate(layer.logits))
+        expected = layer.by_hand(*sides)
+        return Tensors(f"{tokens} tokens, {m} x {n}", 1.0, short(BF16), 0, "", expected, (layer,))
+
+    return Case(
+        f"gated Linear, forward and backward, {tokens} tokens, {m} x {n}, bf16",
+        make,
+        {"gated Linear": gated_layer, PLAIN: plain_layer},
+        "gated Linear",
+        {PLAIN: 1 / 1.1},
+        tolerance=2**-6,
+        floor=Floor(
+            2.0 * (3 * tokens * (m + n) + 2 * m * n),
+            "x, y, their gradients, x and y again for the gates, the weight twice",
+            operations=4.0 * tokens * m * n,
+        ),
+    )

@@ -13,12 +13,31 @@ from functools import partial
 from typing import Any
 
 import torch
-from compare import DEVICE, Case, Contender, Problem, addressed, backends, positions, random_elements, random_rows, take
-from compare import touched_bytes as touched
 from torch import Tensor
 
 import sparsekernels as sk
 from sparsekernels import ops
+
+from ..timing import DEVICE
+from .case import (
+    BF16,
+    FP32,
+    Case,
+    Contender,
+    Floor,
+    Problem,
+    addressed,
+    called,
+    computing,
+    each_backend,
+    positions,
+    random_elements,
+    random_rows,
+    sector_bytes,
+    short,
+    take,
+    touched,
+)
 
 ALTERNATIVES = {
     "gather": ("torch.index_select", "t[idx]"),
@@ -52,7 +71,7 @@ def make(op: str, shape: tuple[int, ...], select: Callable[[], sk.Index], dtype:
     return Move(
         str(list(shape)),
         index.numel / dense.numel(),
-        str(dtype).removeprefix("torch."),
+        short(dtype),
         compact + passes * touched(index, dtype.itemsize),
         f"values + positions + {passes} x touched lines",
         [expected],
@@ -60,15 +79,6 @@ def make(op: str, shape: tuple[int, ...], select: Callable[[], sk.Index], dtype:
         index,
         values,
     )
-
-
-def reading(move: Move, read: Callable[[Move], Tensor]) -> Contender:
-    found: list[Tensor] = []
-
-    def call() -> None:
-        found[:] = [read(move)]
-
-    return Contender(call, lambda: found)
 
 
 def writing(move: Move, write: Callable[[Tensor, Move], Any]) -> Contender:
@@ -84,8 +94,8 @@ def by_torch(move: Move, op: str, how: str) -> Contender:
     if op == "gather":
         source = addressed(move.dense, move.index)
         if how == "torch.index_select":
-            return reading(move, lambda _: torch.index_select(source, 0, chosen))
-        return reading(move, lambda _: source[chosen])
+            return computing(lambda: torch.index_select(source, 0, chosen))
+        return computing(lambda: source[chosen])
     target = move.dense.clone()
     view = addressed(target, move.index)
     calls: dict[str, Callable[[], Any]] = {
@@ -98,33 +108,63 @@ def by_torch(move: Move, op: str, how: str) -> Contender:
 
 def by_op(move: Move, op: str, backend: Any) -> Contender:
     if op == "gather":
-        return reading(move, lambda m: ops.gather(m.dense, m.index, backend=backend))
+        return computing(lambda: ops.gather(move.dense, move.index, backend=backend))
     return writing(move, lambda target, m: ops.scatter_(target, m.index, m.values, backend=backend))
 
 
-def cases(small: bool) -> list[Case]:
-    flat = (100, 5000) if small else (10_000, 5000)
-    table = (3200, 64) if small else (32_000, 1024)
-    size, rows = f"{flat[0] * 5000 / 1e6:g}M elements", f"rows of {table[0]} x {table[1]}"
-    many = table[0] // 10
-    selections: list[tuple[str, tuple[int, ...], Callable[[], sk.Index], torch.dtype]] = [
-        (f"1 % of {size}", flat, lambda: random_elements(flat, 0.01), torch.float32),
-        (f"1 % of {size}, bf16", flat, lambda: random_elements(flat, 0.01), torch.bfloat16),
-        (f"20 % of {size}", flat, lambda: random_elements(flat, 0.2), torch.float32),
-        (f"18 {rows}", table, lambda: random_rows(table, 18), torch.float32),
-        (f"{many} {rows}", table, lambda: random_rows(table, many), torch.float32),
+def cases(small: bool, gpu: bool) -> list[Case]:
+    if gpu:
+        flat, table = ((100, 500), (500, 64)) if small else ((200_000, 5000), (128_256, 4096))
+        many = table[0] // 4
+        selections = [
+            (f"1 % of {flat[0] * flat[1]:.0e}, bf16", flat, 0.01, BF16),
+            (f"{many} rows of {table[0]} x {table[1]}, bf16", table, many, BF16),
+        ]
+    else:
+        flat, table = ((100, 5000), (3200, 64)) if small else ((10_000, 5000), (32_000, 1024))
+        size, rows = f"{flat[0] * 5000 / 1e6:g}M elements", f"rows of {table[0]} x {table[1]}"
+        selections = [
+            (f"1 % of {size}", flat, 0.01, FP32),
+            (f"1 % of {size}, bf16", flat, 0.01, BF16),
+            (f"20 % of {size}", flat, 0.2, FP32),
+            (f"18 {rows}", table, 18, FP32),
+            (f"{table[0] // 10} {rows}", table, table[0] // 10, FP32),
+        ]
+    return [
+        case(op, name, shape, selected, dtype, gpu)
+        for name, shape, selected, dtype in selections
+        for op in ALTERNATIVES
     ]
-    found = []
-    for name, shape, select, dtype in selections:
-        for op, alternatives in ALTERNATIVES.items():
-            contenders = {f"{op} {backend}": partial(by_op, op=op, backend=backend) for backend in backends(op)}
-            ours = next(iter(contenders))
-            contenders |= {how: partial(by_torch, op=op, how=how) for how in alternatives}
-            problem = partial(make, op, shape, select, dtype)
-            versus = dict.fromkeys(alternatives if dtype == torch.float32 else [])
-            found.append(Case(f"{op}, {name}", problem, contenders, ours, versus, tolerance=0.0))
-    return found
 
 
-def test_gather_scatter(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)
+def case(op: str, name: str, shape: tuple[int, int], selected: float, dtype: torch.dtype, gpu: bool) -> Case:
+    """`selected`: a share of the elements, or a number of rows."""
+    rows = isinstance(selected, int)
+    select = partial(random_rows, shape, selected) if rows else partial(random_elements, shape, selected)
+    contenders = (called if gpu else each_backend)(op, partial(by_op, op=op))
+    ours = next(iter(contenders))
+    contenders |= {how: partial(by_torch, op=op, how=how) for how in ALTERNATIVES[op]}
+    versus = dict.fromkeys(ALTERNATIVES[op] if gpu or dtype == FP32 else [])
+    make_it = partial(make, op, shape, select, dtype)
+    return Case(
+        f"{op}, {name}",
+        make_it,
+        contenders,
+        ours,
+        versus,
+        tolerance=0.0,
+        floor=floor(op, shape, selected) if gpu else None,
+    )
+
+
+def floor(op: str, shape: tuple[int, int], selected: float) -> Floor:
+    """In bf16."""
+    # A row that is written as a whole is not read.
+    twice = op == "scatter_" and not isinstance(selected, int)
+    passes, again = 1 + twice, " twice" * twice
+    if isinstance(selected, int):
+        moved = selected * (4 + 2 * shape[1] * (1 + passes))
+        return Floor(moved, f"values + positions + rows{again}", share=0.85)
+    numel = shape[0] * shape[1]
+    moved = 6 * selected * numel + passes * sector_bytes(numel, selected, 2)
+    return Floor(moved, f"values + positions + sectors{again}", share=0.6)

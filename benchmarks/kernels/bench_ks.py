@@ -8,18 +8,19 @@ number in the cache for each of N + M elements and so cannot be vectorised, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from compare import DEVICE, Case, Contender, Problem, backends
 from scipy import stats
 from torch import Tensor
 
 from sparsekernels import ops
+
+from ..timing import DEVICE
+from .case import BF16, FP32, WARM, Case, Contender, Floor, Problem, called, computing, each_backend, short
 
 SCIPY = "scipy.stats.ks_2samp, row by row"
 
@@ -53,7 +54,7 @@ def make(
     return Samples(
         f"{rows} x {width}",
         1.0,
-        str(dtype).removeprefix("torch."),
+        short(dtype),
         (x.numel() + y.numel()) * dtype.itemsize,
         "samples",
         [expected.double() for expected in by_scipy(pairs)],
@@ -70,12 +71,7 @@ def by_scipy(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Tensor]:
 
 
 def scipy_rows(samples: Samples) -> Contender:
-    found: list[list[Tensor]] = []
-
-    def call() -> None:
-        found[:] = [by_scipy(samples.rows)]
-
-    return Contender(call, lambda: found[0])
+    return computing(lambda: by_scipy(samples.rows))
 
 
 def by_op(samples: Samples, backend: Any) -> Contender:
@@ -87,39 +83,33 @@ def by_op(samples: Samples, backend: Any) -> Contender:
     return Contender(call, lambda: [x.cpu()[samples.checked] for x in (found[0].statistic, found[0].pvalue)])
 
 
-def cases(small: bool) -> list[Case]:
-    rows, width = (4, 256) if small else (64, 4096)
-    contenders: dict[str, Callable[[Any], Contender]] = {
-        **{f"ks_2samp {backend}": partial(by_op, backend=backend) for backend in backends("ks_2samp")},
-        SCIPY: scipy_rows,
-    }
+def cases(small: bool, gpu: bool) -> list[Case]:
+    contenders = (called if gpu else each_backend)("ks_2samp", by_op)
     ours = next(iter(contenders))
-    kinds = [("a trained row", True), ("independent rows", False)]
-    dtypes = [("", torch.float32, 40.0), (", bf16", torch.bfloat16, 80.0)]
+
+    def case(name: str, problem: Any, versus: dict[str, float | None], floor: Floor | None = None) -> Case:
+        every = {**contenders, **dict.fromkeys(versus, scipy_rows)}
+        return Case(f"ks_2samp, {name}", problem, every, ours, versus, WARM, tolerance=1e-12, floor=floor)
+
+    if gpu:
+        rows, width = (16, 64) if small else (128_256, 4096)
+        return [
+            case(
+                f"{rows} x {width}, {short(dtype)}, p-values included",
+                partial(make, rows, width, True, dtype, checked=min(rows, 64)),
+                {},
+                Floor(2.0 * rows * width * dtype.itemsize, "samples", most=most),
+            )
+            for dtype, most in ((BF16, 25e-3), (FP32, 50e-3))
+        ]
+    rows, width = (4, 256) if small else (64, 4096)
     other = width - width // 40  # p-values of different sizes are counted, not looked up
-    different = Case(
-        f"ks_2samp, independent rows, {rows} x {width} and {other}",
-        partial(make, rows, width, False, torch.float32, other),
-        contenders,
-        ours,
-        {SCIPY: None},
-        states=("warm",),
-        tolerance=1e-12,
-    )
+    different = partial(make, rows, width, False, FP32, other)
     return [
-        Case(
-            f"ks_2samp, {kind}, {rows} x {width}{suffix}",
-            partial(make, rows, width, trained, dtype),
-            contenders,
-            ours,
-            {SCIPY: bar},
-            states=("warm",),
-            tolerance=1e-12,
-        )
-        for kind, trained in kinds
-        for suffix, dtype, bar in dtypes
-    ] + [different]
-
-
-def test_ks(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)
+        *[
+            case(f"{kind}, {rows} x {width}{suffix}", partial(make, rows, width, trained, dtype), {SCIPY: bar})
+            for kind, trained in (("a trained row", True), ("independent rows", False))
+            for suffix, dtype, bar in (("", FP32, 40.0), (", bf16", BF16, 80.0))
+        ],
+        case(f"independent rows, {rows} x {width} and {other}", different, {SCIPY: None}),
+    ]

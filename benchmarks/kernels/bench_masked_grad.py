@@ -13,14 +13,36 @@ from functools import partial
 from typing import Any
 
 import torch
-from compare import DEVICE, Case, Contender, Problem, addressed, backends, positions, random_elements, random_rows, take
 from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import ops
 
+from ..timing import DEVICE
+from .case import (
+    BF16,
+    BOTH,
+    CUT_OFF,
+    FP32,
+    WARM,
+    Case,
+    Contender,
+    Floor,
+    Problem,
+    addressed,
+    called,
+    computing,
+    positions,
+    random_elements,
+    random_rows,
+    short,
+    take,
+)
+
 DENSE = "dense gradient + index_select"
 LOOKUP = "mask of tokens + index_add_"
+BUFFER = 2**27  # bytes of the dense product that may exist at a time
+PRODUCT = "grad_output.T @ input"
 SHIRA, TOKENS = "peft SHiRA", "peft TrainableTokens"
 
 
@@ -42,7 +64,7 @@ def make_linear(tokens: int, shape: tuple[int, int], select: Callable[[], sk.Ind
     return Backward(
         f"{tokens} tokens, {m} x {n}",
         index.numel / (m * n),
-        str(dtype).removeprefix("torch."),
+        short(dtype),
         moved,
         "grad_output + input + positions + result",
         [take(grad.double().T @ input.double(), index)],
@@ -73,28 +95,18 @@ def make_embedding(tokens: int, shape: tuple[int, int], select: Callable[[Tensor
     )
 
 
-def answering(compute: Callable[[], Tensor]) -> Contender:
-    """A contender whose call returns its result."""
-    found: list[Tensor] = []
-
-    def call() -> None:
-        found[:] = [compute()]
-
-    return Contender(call, lambda: found)
-
-
 def linear_op(b: Backward, backend: Any = None) -> Contender:
-    return answering(lambda: ops.masked_grad_linear(b.grad, b.input, b.index, backend=backend))
+    return computing(lambda: ops.masked_grad_linear(b.grad, b.input, b.index, backend=backend))
 
 
 def embedding_op(b: Backward, backend: Any = None) -> Contender:
-    return answering(lambda: ops.masked_grad_embedding(b.grad, b.input, b.index, backend=backend))
+    return computing(lambda: ops.masked_grad_embedding(b.grad, b.input, b.index, backend=backend))
 
 
 def linear_dense(b: Backward) -> Contender:
     chosen = positions(b.index)
-    contender = answering(lambda: addressed(b.grad.T @ b.input, b.index).index_select(0, chosen))
-    if b.input.dtype == torch.bfloat16:
+    contender = computing(lambda: addressed(b.grad.T @ b.input, b.index).index_select(0, chosen))
+    if b.input.dtype == BF16:
         contender.tolerance = 2**-8  # the product as a whole is rounded to bf16
     return contender
 
@@ -103,7 +115,7 @@ def embedding_dense(b: Backward) -> Contender:
     """What the backward of nn.Embedding computes, and a gather."""
     chosen = positions(b.index)
     backward = torch.ops.aten.embedding_dense_backward
-    return answering(
+    return computing(
         lambda: addressed(backward(b.grad, b.input, b.index.shape[0], -1, False), b.index).index_select(0, chosen)
     )
 
@@ -119,7 +131,7 @@ def embedding_lookup(b: Backward) -> Contender:
         result = torch.zeros(b.index.compact_shape, device=DEVICE)
         return result.index_add_(0, slot.index_select(0, hit), b.grad.index_select(0, hit))
 
-    return answering(compute)
+    return computing(compute)
 
 
 @dataclass
@@ -134,7 +146,7 @@ def make_linear_layer(tokens: int, shape: tuple[int, int], rank: int) -> Layer:
     torch.manual_seed(0)
     k = rank * sum(shape)
     chosen = torch.randperm(shape[0] * shape[1], device=DEVICE)[:k].sort().values
-    b = make_linear(tokens, shape, lambda: sk.Index(chosen, shape), torch.float32)
+    b = make_linear(tokens, shape, lambda: sk.Index(chosen, shape), FP32)
     weight = torch.randn(shape, device=DEVICE).mul_(shape[1] ** -0.5)
     output, grad_input = b.input.double() @ weight.double().T, b.grad.double() @ weight.double()
     b.expected = [output, grad_input, *b.expected]
@@ -214,19 +226,13 @@ def trainable_tokens(layer: Layer) -> Contender:
     return trained(layer, model, model[0].trainable_tokens_delta["default"])
 
 
-LINEAR = {
-    "masked_grad_linear": linear_op,
-    **{f"masked_grad_linear {b}": partial(linear_op, backend=b) for b in backends("masked_grad_linear")},
-    DENSE: linear_dense,
-}
-EMBEDDING = {
-    "masked_grad_embedding": embedding_op,
-    **{f"masked_grad_embedding {b}": partial(embedding_op, backend=b) for b in backends("masked_grad_embedding")},
-    DENSE: embedding_dense,
-}
+LINEAR = {**called("masked_grad_linear", linear_op), DENSE: linear_dense}
+EMBEDDING = {**called("masked_grad_embedding", embedding_op), DENSE: embedding_dense}
 
 
-def cases(small: bool) -> list[Case]:
+def cases(small: bool, gpu: bool) -> list[Case]:
+    if gpu:
+        return gpu_cases(small)
     tokens, shape = (32, (96, 64)) if small else (512, (2048, 2048))
     looked_up, table = (64, (3200, 64)) if small else (2048, (32_000, 1024))
     size, rank = f"{tokens} tokens, {shape[0]} x {shape[1]}", 1 if small else 10
@@ -235,13 +241,13 @@ def cases(small: bool) -> list[Case]:
     def linear(
         name: str,
         select: Callable[[], sk.Index],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = FP32,
         bar: float | None = None,
         contenders: Any = LINEAR,
     ) -> Case:
         problem = partial(make_linear, tokens, shape, select, dtype)
         name = f"masked_grad_linear, {name}, {size}"
-        return Case(name, problem, contenders, "masked_grad_linear", {DENSE: bar}, ("warm",), tolerance=1e-5)
+        return Case(name, problem, contenders, "masked_grad_linear", {DENSE: bar}, WARM, tolerance=1e-5)
 
     def embedding(name: str, select: Callable[[Tensor], sk.Index], contenders: Any, versus: Any) -> Case:
         problem = partial(make_embedding, looked_up, table, select)
@@ -262,7 +268,7 @@ def cases(small: bool) -> list[Case]:
         linear("5 %", partial(some, 0.05)),
         linear("20 %", partial(some, 0.2)),
         linear("50 %", partial(some, 0.5)),
-        linear("1 % bf16", partial(some, 0.01), torch.bfloat16),
+        linear("1 % bf16", partial(some, 0.01), BF16),
         # Rows are one matmul whatever the backend.
         linear("10 % of the rows", lambda: random_rows(shape, shape[0] // 10), contenders=by_rows),
         embedding("18 rows", few, {**EMBEDDING, LOOKUP: embedding_lookup}, {DENSE: None, LOOKUP: None}),
@@ -272,17 +278,80 @@ def cases(small: bool) -> list[Case]:
             partial(make_linear_layer, tokens, shape, rank),
             SHIRA,
             shira,
-            ("warm",),
+            WARM,
         ),
         layer(
             f"Embedding forward and backward, 18 rows, {lookups}",
             partial(make_embedding_layer, looked_up, table, 18),
             TOKENS,
             trainable_tokens,
-            ("warm", "cold"),
+            BOTH,
         ),
     ]
 
 
-def test_masked_grad(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)
+def whole_product(b: Backward) -> Contender:
+    """The dense gradient; the rows of it are taken for the comparison alone."""
+    found: list[Tensor] = []
+
+    def call() -> None:
+        found[:] = [b.grad.T @ b.input]
+
+    return Contender(call, lambda: [found[0].index_select(0, positions(b.index))], tolerance=2**-8)
+
+
+def gpu_cases(small: bool) -> list[Case]:
+    tokens, shape = (32, (48, 64)) if small else (4096, (4096, 14_336))
+    size = f"{shape[0]} x {shape[1]}, {tokens} tokens, bf16"
+    looked_up, table = (32, (300, 64)) if small else (16_384, (128_256, 4096))
+    count, wanted = shape[0] // 20, table[0] // 4
+
+    def elements(density: float, bar: float) -> Case:
+        k = density * shape[0] * shape[1]
+        moved = 2.0 * tokens * sum(shape) + 8 * k
+        return Case(
+            f"masked_grad_linear, {density:.1%} of {size}",
+            partial(make_linear, tokens, shape, partial(random_elements, shape, density), BF16),
+            LINEAR,
+            "masked_grad_linear",
+            {DENSE: bar},
+            tolerance=CUT_OFF,
+            # A transposed copy of both activations, or a block of the product.
+            floor=Floor(
+                moved,
+                "activations + positions + result",
+                operations=2 * tokens * k,
+                most_extra=1.1 * max(moved, BUFFER),
+            ),
+        )
+
+    return [
+        elements(0.001, 3),
+        elements(0.01, 1),
+        elements(0.05, 1),
+        Case(
+            f"masked_grad_linear, {count} rows of {size}",
+            partial(make_linear, tokens, shape, partial(random_rows, shape, count), BF16),
+            {"masked_grad_linear": linear_op, PRODUCT: whole_product},
+            "masked_grad_linear",
+            {PRODUCT: 10},
+            tolerance=2**-8,
+            floor=Floor(
+                2.0 * tokens * (count + shape[1]) + 4.0 * count * shape[1],
+                "selected columns + input + result",
+                operations=2.0 * tokens * count * shape[1],
+            ),
+        ),
+        Case(
+            f"masked_grad_embedding, {wanted} rows, {looked_up} tokens of {table[0]} x {table[1]}, fp32",
+            partial(make_embedding, looked_up, table, lambda _: random_rows(table, wanted)),
+            EMBEDDING,
+            "masked_grad_embedding",
+            {DENSE: None},
+            tolerance=1e-5,
+            floor=Floor(
+                8.0 * looked_up + 4 * wanted + 4 * table[1] * (looked_up * wanted / table[0] + wanted),
+                "ids + positions + grad_output of tokens that hit + result",
+            ),
+        ),
+    ]

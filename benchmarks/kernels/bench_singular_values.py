@@ -11,19 +11,21 @@ The floor is arithmetic: 2 T R (M + N) operations, or 2 M N (T + R) by way of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from compare import DEVICE, Case, Contender, Problem, backends
 from torch import Tensor
 
 from sparsekernels import ops
 
+from ..timing import DEVICE
+from .case import BF16, CUT_OFF, FP32, WARM, Case, Contender, Floor, Problem, called, computing, short
+
 PROJECTIONS, GRADIENT = "((dY @ U) * (X @ V)).sum(0)", "(U * ((dY.T @ X) @ V)).sum(0)"
 ROUNDED = "((dY @ U.bfloat16()) * (X @ V.bfloat16())).sum(0)"
+PRODUCTS = "products alone"
 BY_SAMPLE = "((dY @ U) * (X @ V)).sum(1)"
 ROW_DOTS, DIAGONAL = "(U * (G @ V)).sum(-2)", "diagonal of U.mT @ G @ V"
 
@@ -48,8 +50,7 @@ def make_linear(
     expected = ((dy.double() @ u.double()) * (x.double() @ v.double())).sum(1 if per_sample else (0, 1))
     moved = dtype.itemsize * b * s * (m + n) + 4 * (m + n) * rank + 4 * expected.numel()
     name = f"{b} x {s} tokens, {m} x {n}, {rank} pairs"
-    short = str(dtype).removeprefix("torch.")
-    return Factors(name, 1.0, short, moved, "activations + vectors + result", [expected], dy, x, u, v)
+    return Factors(name, 1.0, short(dtype), moved, "activations + vectors + result", [expected], dy, x, u, v)
 
 
 def make_whole(count: int, shape: tuple[int, int], rank: int) -> Factors:
@@ -62,15 +63,6 @@ def make_whole(count: int, shape: tuple[int, int], rank: int) -> Factors:
     moved = 4 * (grad.numel() + u.numel() + v.numel() + expected.numel())
     name = f"{count} x {shape[0]} x {shape[1]}, {rank} pairs"
     return Factors(name, 1.0, "float32", moved, "gradients + vectors + result", [expected], grad, None, u, v)
-
-
-def computing(compute: Callable[[], Tensor], tolerance: float | None = None) -> Contender:
-    found: list[Tensor] = []
-
-    def call() -> None:
-        found[:] = [compute()]
-
-    return Contender(call, lambda: found, tolerance=tolerance)
 
 
 def linear_op(p: Factors, backend: Any = None, per_sample: bool = False) -> Contender:
@@ -109,21 +101,23 @@ def diagonal(p: Factors) -> Contender:
     return computing(lambda: torch.diagonal(p.u.mT @ p.left @ p.v, dim1=-2, dim2=-1))
 
 
-def on_each_backend(op: str, contender: Callable[..., Contender], **options: Any) -> dict[str, Any]:
-    each = {f"{op} {b}": partial(contender, backend=b, **options) for b in backends(op)}
-    return {op: partial(contender, **options), **each}
+def products_alone(p: Factors) -> Contender:
+    assert p.right is not None
+    dy, x = p.left[0].float(), p.right[0].float()
+    expected = [dy.double() @ p.u.double(), x.double() @ p.v.double()]
+    return computing(lambda: [dy @ p.u, x @ p.v], expected=expected)
 
 
 LINEAR = {
-    **on_each_backend("singular_value_grad_linear", linear_op),
+    **called("singular_value_grad_linear", linear_op),
     PROJECTIONS: projections,
     GRADIENT: by_gradient,
 }
 PER_SAMPLE = {
-    **on_each_backend("singular_value_grad_linear", linear_op, per_sample=True),
+    **called("singular_value_grad_linear", linear_op, per_sample=True),
     BY_SAMPLE: partial(projections, per_sample=True),
 }
-WHOLE = {**on_each_backend("singular_value_grad", whole_op), ROW_DOTS: row_dots, DIAGONAL: diagonal}
+WHOLE = {**called("singular_value_grad", whole_op), ROW_DOTS: row_dots, DIAGONAL: diagonal}
 # Tokens, rows and columns of the weight.
 SHAPES = (
     (500, 384, 384),
@@ -135,18 +129,21 @@ SHAPES = (
 )
 
 
-def cases(small: bool) -> list[Case]:
+def cases(small: bool, gpu: bool) -> list[Case]:
+    if gpu:
+        return [gpu_case(*(32, 48) if small else (4096, 4096))]
+
     def linear(
         size: tuple[int, int],
         shape: tuple[int, int],
         rank: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = FP32,
         per_sample: bool = False,
     ) -> Case:
-        kind = ("per sample, " if per_sample else "") + ("bf16, " if dtype == torch.bfloat16 else "")
+        kind = ("per sample, " if per_sample else "") + ("bf16, " if dtype == BF16 else "")
         tokens = f"{size[0]} x {size[1]} tokens" if per_sample else f"{size[1]} tokens"
         contenders = {**(PER_SAMPLE if per_sample else LINEAR)}
-        if dtype == torch.bfloat16:
+        if dtype == BF16:
             contenders[ROUNDED] = partial(projections, rounded=True)
         op = "singular_value_grad_linear"
         return Case(
@@ -155,7 +152,7 @@ def cases(small: bool) -> list[Case]:
             contenders,
             op,
             {name: None for name in contenders if not name.startswith(op)},
-            ("warm",),
+            WARM,
             tolerance=1e-5,
         )
 
@@ -167,26 +164,42 @@ def cases(small: bool) -> list[Case]:
             WHOLE,
             op,
             {ROW_DOTS: None, DIAGONAL: None},
-            ("warm",),
+            WARM,
             tolerance=1e-5,
         )
 
     if small:
         return [
             linear((1, 40), (48, 32), 32),
-            linear((1, 40), (48, 32), 3, torch.bfloat16),
+            linear((1, 40), (48, 32), 3, BF16),
             linear((4, 10), (48, 32), 3, per_sample=True),
             whole(3, (48, 32), 32),
         ]
     ranks = {shape: (min(shape[1:]), min(shape[1:]) // 10) for shape in SHAPES}
     return [
         *[linear((1, t), (m, n), rank) for t, m, n in SHAPES for rank in ranks[t, m, n]],
-        *[linear((1, 2048), (768, 768), rank, torch.bfloat16) for rank in (768, 76)],
+        *[linear((1, 2048), (768, 768), rank, BF16) for rank in (768, 76)],
         *[linear((32, 64), (768, 768), rank, per_sample=True) for rank in (768, 76)],
         *[whole(6, shape, rank) for shape in ((384, 384), (768, 768)) for rank in (shape[0], shape[0] // 10)],
         *[whole(1, (2048, 2048), rank) for rank in (2048, 204)],
     ]
 
 
-def test_singular_values(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)
+def gpu_case(tokens: int, width: int) -> Case:
+    op = "singular_value_grad_linear"
+    contenders = {
+        **called(op, linear_op),
+        PROJECTIONS: projections,
+        ROUNDED: partial(projections, rounded=True),
+        PRODUCTS: products_alone,
+    }
+    moved = (2.0 * tokens + 4.0 * width) * 2 * width
+    return Case(
+        f"{op}, {tokens} tokens, {width} x {width}, {width} pairs, bf16",
+        partial(make_linear, (1, tokens), (width, width), width, BF16, False),
+        contenders,
+        op,
+        {PROJECTIONS: None, ROUNDED: None, PRODUCTS: 0.7},
+        tolerance=CUT_OFF,
+        floor=Floor(moved, "activations + vectors", operations=4.0 * tokens * width * width),
+    )

@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from compare import DEVICE, Case, Contender, Problem, backends
 from torch import Tensor
 
 from sparsekernels import ops
+
+from ..timing import DEVICE
+from .case import BF16, FP32, Case, Contender, Floor, Problem, called, each_backend, short
 
 JOINED = "torch.topk(torch.cat)"
 
@@ -37,7 +39,7 @@ def make(count: int, numel: int, density: float, magnitude: bool, dtype: torch.d
     return Ranking(
         f"{count} x {numel}",
         density,
-        str(dtype).removeprefix("torch."),
+        short(dtype),
         passes * joined.numel() * dtype.itemsize + 8 * k,
         f"{passes} x scores + 8 K",
         [best.double(), torch.tensor([k], dtype=torch.float64)],
@@ -78,27 +80,28 @@ def by_torch(ranking: Ranking) -> Contender:
     return solved(ranking, select)
 
 
-def cases(small: bool) -> list[Case]:
+def cases(small: bool, gpu: bool) -> list[Case]:
+    contenders: dict[str, Callable[[Any], Contender]] = (called if gpu else each_backend)("topk", by_op)
+    ours = next(iter(contenders))
+    contenders[JOINED] = by_torch
+
+    def case(name: str, *arguments: Any, floor: Floor | None = None) -> Case:
+        return Case(
+            f"topk, {name}", partial(make, *arguments), contenders, ours, {JOINED: None}, tolerance=0.0, floor=floor
+        )
+
+    if gpu:
+        count, numel = (5, 2000) if small else (50, 20_000_000)
+        every = count * numel
+        floor = Floor(4.0 * every + 8 * (every // 100), "scores once + positions", share=1 / 3)
+        return [case(f"1 % of {every:.0e} in {count} tensors, fp32", count, numel, 0.01, False, FP32, floor=floor)]
     numel = 2**13 if small else 2**19
     sizes = f"of 8 x {numel}"
-    rankings = [
-        (f"1 % {sizes}", (8, numel, 0.01, False, torch.float32)),
-        (f"1 % of |x|, {sizes}", (8, numel, 0.01, True, torch.float32)),
-        (f"50 % {sizes}", (8, numel, 0.5, False, torch.float32)),
-        (f"1 % {sizes}, bf16", (8, numel, 0.01, False, torch.bfloat16)),
-        ("1 % of 8 x 1000", (8, 1000, 0.01, False, torch.float32)),
-        ("1 % of 1 x 1000", (1, 1000, 0.01, False, torch.float32)),
-    ]
-    contenders: dict[str, Callable[[Any], Contender]] = {
-        **{f"topk {backend}": partial(by_op, backend=backend) for backend in backends("topk")},
-        JOINED: by_torch,
-    }
-    ours = next(iter(contenders))
     return [
-        Case(f"topk, {name}", partial(make, *arguments), contenders, ours, {JOINED: None}, tolerance=0.0)
-        for name, arguments in rankings
+        case(f"1 % {sizes}", 8, numel, 0.01, False, FP32),
+        case(f"1 % of |x|, {sizes}", 8, numel, 0.01, True, FP32),
+        case(f"50 % {sizes}", 8, numel, 0.5, False, FP32),
+        case(f"1 % {sizes}, bf16", 8, numel, 0.01, False, BF16),
+        case("1 % of 8 x 1000", 8, 1000, 0.01, False, FP32),
+        case("1 % of 1 x 1000", 1, 1000, 0.01, False, FP32),
     ]
-
-
-def test_topk(compete: Callable[..., None], case: Case, name: str, state: str) -> None:
-    compete(case, name, state)

@@ -16,6 +16,8 @@ from torch import nn
 import sparsekernels as sk
 from sparsekernels.methods import laser
 
+from ..timing import interleaved, seconds
+
 Batch = dict[str, torch.Tensor]
 TRIED, ROUNDS = 16, 3
 
@@ -75,10 +77,10 @@ def adapt(model: nn.Module, samples: Sequence[Batch], objective: str, rhos: Sequ
         progress=False,
         **options,
     )
-    seconds = time.perf_counter() - started
+    took = time.perf_counter() - started
     report = reduced.report
     passes = report["evaluations"] + 3 * report["backwards"]
-    return Found(reduced, seconds, passes * count(samples), report["evaluations"])
+    return Found(reduced, took, passes * count(samples), report["evaluations"])
 
 
 def search(
@@ -93,9 +95,9 @@ def search(
     reduced = laser.search(
         model, evaluator(texts, objective, seen), rhos=rhos, max_matrices=ROUNDS, progress=sys.stderr.isatty()
     )
-    seconds = time.perf_counter() - started
+    took = time.perf_counter() - started
     evaluations = reduced.report["evaluations"]
-    return Found(reduced, seconds, evaluations * count(texts), evaluations)
+    return Found(reduced, took, evaluations * count(texts), evaluations)
 
 
 def chance(model: nn.Module, samples: Sequence[Batch], objective: str, rhos: Sequence[float], seed: int) -> Found:
@@ -125,8 +127,8 @@ def chance(model: nn.Module, samples: Sequence[Batch], objective: str, rhos: Seq
         plan.append(kept)
         labels.remove(kept.matrix)
     reduced = laser.reduce(model, plan, decompositions=cache)
-    seconds = time.perf_counter() - started
-    return Found(reduced, seconds, evaluations * count(samples), evaluations)
+    took = time.perf_counter() - started
+    return Found(reduced, took, evaluations * count(samples), evaluations)
 
 
 def evaluator(
@@ -148,43 +150,40 @@ def count(batches: Sequence[Batch]) -> int:
 
 
 def compare_times(
-    model: nn.Module, samples: Sequence[Batch], rhos: Sequence[float], rounds: int = 15
+    model: nn.Module, batches: Sequence[Batch], rhos: Sequence[float], rounds: int = 15
 ) -> dict[str, float]:
-    """Seconds to rank every matrix, decompositions cached, and of a plain forward and backward; in turns, medians.
+    """Seconds to rank every matrix, decompositions cached, and of a plain forward and backward; interleaved, medians.
 
     The plain backward makes the gradients of the weights that are ranked, and of no others.
     """
     model.eval()
-    first = laser.rank(model, samples, rhos=rhos, progress=False)
+    first = laser.rank(model, batches, rhos=rhos, progress=False)
     weights = {model.get_parameter(matrix.parameter) for matrix in first.matrices.values()}
     flags = [(p, p.requires_grad) for p in model.parameters()]
 
     def forward() -> None:
         with torch.no_grad():
-            for batch in samples:
+            for batch in batches:
                 model(**batch)
 
     def plain() -> None:
-        for batch in samples:
-            (model(**batch).loss * (len(batch["labels"]) / count(samples))).backward()
+        for batch in batches:
+            (model(**batch).loss * (len(batch["labels"]) / count(batches))).backward()
         for p in weights:
             p.grad = None
 
     def ranked() -> None:
-        laser.rank(model, samples, rhos=rhos, decompositions=first.decompositions, progress=False)
+        laser.rank(model, batches, rhos=rhos, decompositions=first.decompositions, progress=False)
 
-    times: dict[str, list[float]] = {"forward": [], "plain": [], "ranked": []}
+    calls = {"forward": forward, "plain": plain, "ranked": ranked}
     for p, _ in flags:
         p.requires_grad_(p in weights)
-    for _ in range(rounds):
-        for name, run in (("forward", forward), ("plain", plain), ("ranked", ranked)):
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
+    samples = {name: lambda _, call=call: seconds(call) for name, call in calls.items()}
+    times = {name: mine[1:] for name, mine in interleaved(samples, least=rounds).items()}
     for p, flag in flags:
         p.requires_grad_(flag)
-    turns = list(zip(*times.values(), strict=True))[1:]
-    return {name: statistics.median(values[1:]) for name, values in times.items()} | {
+    turns = list(zip(*times.values(), strict=True))
+    return {name: statistics.median(mine) for name, mine in times.items()} | {
         "ratio": statistics.median(ranked / plain for _, plain, ranked in turns),
         "ratio_of_backwards": statistics.median((ranked - fwd) / (plain - fwd) for fwd, plain, ranked in turns),
     }

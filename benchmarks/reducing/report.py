@@ -7,75 +7,84 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finetuning.plots import COLORS, pyplot, save_figure
-from finetuning.report import spread
 from scipy.stats import spearmanr
 
 from sparsekernels.methods import laser
 from sparsekernels.structure.matrices import Matrix
 
-Content = dict[str, Any]
+from ..finetuning.plots import COLORS, pyplot, save_figure
+from ..study import Content, mean_and_spread, table, written_by
 
 
 def markdown(content: Content) -> str:
     seeds, settings = content["seeds"], content["settings"]
     before = [done["test_before"] for done in seeds]
-    lines = [
-        f"Low rank for a fine-tuned model, {settings['data']}, mean ± standard deviation over {len(seeds)} seeds.",
-        "",
-        "| found by, aim | test accuracy | against unreduced | test loss | texts evaluated | seconds | weights saved |",
-        "|---|---|---|---|---|---|---|",
-        f"| unreduced | {percent(q['accuracy'] for q in before)} | | {number(q['loss'] for q in before)} | | | |",
-    ]
+    found_by = [["unreduced", percent(q["accuracy"] for q in before), "", number(q["loss"] for q in before), *[""] * 3]]
     for name in seeds[0]["found"]:
         mine = [done["found"][name] for done in seeds]
         tests = [found["test"] for found in mine]
         gap = 100 * statistics.mean(q["accuracy"] - b["accuracy"] for q, b in zip(tests, before, strict=True))
         saved = statistics.mean(found["saved"] / done["matrices"] for found, done in zip(mine, seeds, strict=True))
-        lines.append(
-            f"| {name} | {percent(q['accuracy'] for q in tests)} | {gap:+.1f} points "
-            f"| {number(q['loss'] for q in tests)} | {statistics.mean(found['texts'] for found in mine):,.0f} "
-            f"| {statistics.mean(found['seconds'] for found in mine):.1f} | {saved:.1%} |"
+        found_by.append(
+            [
+                name,
+                percent(q["accuracy"] for q in tests),
+                f"{gap:+.1f} points",
+                number(q["loss"] for q in tests),
+                f"{statistics.mean(found['texts'] for found in mine):,.0f}",
+                f"{statistics.mean(found['seconds'] for found in mine):.1f}",
+                f"{saved:.1%}",
+            ]
         )
     pairs = [(done["found"]["adapt, accuracy"], done["found"]["search, accuracy"]) for done in seeds]
     fewer, faster = ([theirs[key] / ours[key] for ours, theirs in pairs] for key in ("texts", "seconds"))
     gaps = [100 * (ours["test"]["accuracy"] - theirs["test"]["accuracy"]) for ours, theirs in pairs]
-    times = content["times"]
-    lines += [
-        "",
-        "Weights saved are a share of those in the matrices that may be reduced. Against search with the same aim,",
-        f"adapt evaluates {several(fewer, '.0f')} times fewer texts and takes {several(faster, '.0f')} times less",
-        f"time; its test accuracy less that of search is {several(gaps, '+.1f')} points (one number a seed).",
-        "",
-        f"Ranking all matrices on {settings['samples']} texts, decompositions cached, takes "
-        f"{1e3 * times['ranked']:.0f} ms, a plain forward and backward {1e3 * times['plain']:.0f} ms:",
-        f"{times['ratio']:.2f} times as long, and {times['ratio_of_backwards']:.2f} without the forward in either.",
-        "",
-        "Rank correlation (Spearman) of the predicted gain with the measured fall of the loss, mean of the seeds:",
-        "",
-        "| rho | on the same texts | on the validation split | same texts with validation |",
-        "|---|---|---|---|",
-    ]
-    rhos = [*settings["rho"], None]
-    for rho in rhos:
+    correlations = []
+    for rho in [*settings["rho"], None]:
         row = [
             statistics.mean(correlation(done["gains"], rho, *keys) for done in seeds)
             for keys in (("predicted", "measured"), ("predicted", "validation"), ("measured", "validation"))
         ]
-        lines.append(f"| {'all' if rho is None else f'{rho:g}'} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
-    machine = content["machine"]
-    lines += ["", f"{machine['cpu']}, torch {machine['versions']['torch']}; `python benchmarks/laser.py`.", ""]
-    return "\n".join(lines)
+        correlations.append(["all" if rho is None else f"{rho:g}", *(f"{x:.2f}" for x in row)])
+    head = ["found by, aim", "test accuracy", "against unreduced", "test loss", "texts evaluated", "seconds"]
+    return "\n".join(
+        [
+            f"Low rank for a fine-tuned model, {settings['data']}, mean ± standard deviation over {len(seeds)} seeds.",
+            "",
+            table([*head, "weights saved"], found_by),
+            "",
+            "Weights saved are a share of those in the matrices that may be reduced. Against search with the same aim,",
+            f"adapt evaluates {several(fewer, '.0f')} times fewer texts and takes {several(faster, '.0f')} times less",
+            f"time; its test accuracy less that of search is {several(gaps, '+.1f')} points (one number a seed).",
+            "",
+            *ranking_time(content),
+            "",
+            "Rank correlation (Spearman) of the predicted gain with the measured fall of the loss, mean of the seeds:",
+            "",
+            table(["rho", "on the same texts", "on the validation split", "same texts with validation"], correlations),
+            "",
+            written_by(content, "python -m benchmarks laser"),
+        ]
+    )
+
+
+def ranking_time(content: Content) -> list[str]:
+    if "times" not in content:
+        return ["The time of ranking all matrices: not recorded."]
+    times = content["times"]
+    return [
+        f"Ranking all matrices on {content['settings']['samples']} texts, decompositions cached, takes "
+        f"{1e3 * times['ranked']:.0f} ms, a plain forward and backward {1e3 * times['plain']:.0f} ms:",
+        f"{times['ratio']:.2f} times as long, and {times['ratio_of_backwards']:.2f} without the forward in either.",
+    ]
 
 
 def percent(values: Iterable[float]) -> str:
-    values = [100 * value for value in values]
-    return f"{statistics.mean(values):.1f}% ± {spread(values):.1f}%"
+    return mean_and_spread((100 * value for value in values), ".1f", "%")
 
 
 def number(values: Iterable[float]) -> str:
-    values = list(values)
-    return f"{statistics.mean(values):.3f} ± {spread(values):.3f}"
+    return mean_and_spread(values, ".3f")
 
 
 def several(values: Iterable[float], how: str) -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from finetuning.training import ModelError, progress_bar
 from torch import Tensor, nn
 
 import sparsekernels as sk
 
+from ..finetuning.training import ModelError, progress_bar
 from .prompts import Batch
 
 UNTUNED, FULL, EMBED = "untuned", "full", "embed tuning"

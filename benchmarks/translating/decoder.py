@@ -131,7 +131,7 @@ def blocks(texts: list[ParallelText], tokenizer: Any, recipe: Recipe) -> Iterato
 
 def pretrain(model: nn.Module, batches: Iterator[Tensor], recipe: Recipe) -> list[float]:
     """Train on next tokens; return the losses."""
-    from finetuning.training import progress_bar
+    from ..finetuning.training import progress_bar
 
     decays = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() < 2]

@@ -15,8 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.text_task import SPLITS, DataError, split_of
-
+from ..finetuning.text_task import SPLITS, DataError, split_of
 from . import catalogues
 
 Pair = tuple[str, str]

@@ -6,16 +6,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from finetuning.plots import COLORS, pyplot, save_figure
-from finetuning.report import spread
-
+from ..finetuning.plots import COLORS, pyplot, save_figure
+from ..study import spread
 from .contenders import CONTENDERS
 from .tables import languages, of_language, values
 
 ANNOTATED = 12  # ranked rows whose tokens are written beside them
 
 
-def draw(path: Path, content: dict[str, Any]) -> list[Path]:
+def draw(content: dict[str, Any], path: Path) -> list[Path]:
     """Draw the plots beside the results file ``path``."""
     return [
         draw_scores(path.with_suffix(".png"), content),

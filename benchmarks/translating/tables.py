@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finetuning.report import spread
-
+from .. import study
+from ..study import mean_and_spread
 from .contenders import CONTENDERS, EMBED, FREQUENCY, FULL, ONE_ROW, RANDOM, SHIFT, TICKET, TRANSFER, UNTUNED
 
 METRICS = {
@@ -23,10 +23,6 @@ def values(runs: Sequence[dict[str, Any]], name: str, metric: str) -> list[float
     return [run["contenders"][name]["scores"][metric] for run in runs]
 
 
-def mean_and_spread(numbers: Sequence[float], digits: int = 1) -> str:
-    return f"{statistics.mean(numbers):.{digits}f} ± {spread(numbers):.{digits}f}"
-
-
 def of_language(content: dict[str, Any], language: str) -> list[dict[str, Any]]:
     return [run for run in content["runs"] if run["language"] == language]
 
@@ -39,7 +35,7 @@ def table(content: dict[str, Any], language: str) -> str:
     """One line a contender: mean ± standard deviation over the seeds."""
     runs = of_language(content, language)
     header = [f"en → {language}, seeds: {len(runs)}", "weights", "lr", *METRICS.values(), "one line", "agreement"]
-    lines = [header]
+    lines = []
     for name in CONTENDERS:
         entries = [run["contenders"][name] for run in runs]
         trained = sorted({entry["trained"] for entry in entries})
@@ -54,11 +50,7 @@ def table(content: dict[str, Any], language: str) -> str:
                 f"{statistics.mean(entry['agreement']['share'] for entry in entries):.1%}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+    return study.table(header, lines, aligned=True)
 
 
 def gained(runs: Sequence[dict[str, Any]], name: str, metric: str) -> list[float]:
@@ -113,7 +105,7 @@ def claims(content: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def markdown(content: dict[str, Any], command: str) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """The whole report."""
     settings, machine, runs = content["settings"], content["machine"], content["runs"]
     steps, tuning = runs[0]["steps"], settings["tuning_pairs"]
@@ -129,21 +121,12 @@ def markdown(content: dict[str, Any], command: str) -> str:
     ]
     for language in languages(content):
         lines += [table(content, language), ""]
-    lines += [
-        "| claim | measured here |",
-        "|---|---|",
-        *(f"| {claim} | {found} |" for claim, found in claims(content)),
-        "",
-    ]
+    lines += [study.table(["claim", "measured here"], claims(content)), ""]
     for language in languages(content):
         first = of_language(content, language)[0]
         tokens = ", ".join(f"`{token!r}`" for token in first["ticket"]["tokens"][: min(20, first["ticket"]["rows"])])
         lines += [f"Rows of largest statistic, en → {language}, seed {first['seed']}: {tokens}.", ""]
     seconds = sum(run["seconds"] for run in runs) + content["search_seconds"]
-    lines += [
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['versions']['torch']}; {seconds / 60:.0f} minutes"
-        + (f", and {content['model_seconds'] / 60:.0f} for the model" if content["model_seconds"] else "")
-        + f"; `{command}`.",
-        "",
-    ]
-    return "\n".join(lines)
+    model = f", and {content['model_seconds'] / 60:.0f} for the model" if content["model_seconds"] else ""
+    minutes = f"{machine['cores']} cores, {seconds / 60:.0f} minutes{model}"
+    return "\n".join([*lines, f"{minutes}; {study.written_by(content, 'python -m benchmarks ks-lottery')}"])

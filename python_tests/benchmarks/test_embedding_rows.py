@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import embedding_contenders as contenders
-import embedding_rows as bench
-from embedding_contenders import DENSE, HAND, KINDS, OURS, SHIRA, SPARSE, TOKENS
-from kernels.compare import WrongResult
+from benchmarks import embedding_contenders as contenders
+from benchmarks import embedding_rows as bench
+from benchmarks.embedding_contenders import DENSE, HAND, KINDS, OURS, SHIRA, SPARSE, TOKENS
+from benchmarks.kernels.case import WrongResult
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -36,7 +34,7 @@ def task() -> contenders.Task:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("rows") / "new" / "rows.json"
     assert bench.main(["--small", "--seconds", "0", "--out", str(out)]) == 0
-    assert list(out.parent.iterdir()) == [out], "nothing unfinished lies beside it"
+    assert sorted(out.parent.iterdir()) == [out, out.with_suffix(".md")], "nothing unfinished lies beside it"
     return dict(json.loads(out.read_text()))
 
 

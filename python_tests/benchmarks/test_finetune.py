@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,11 +11,13 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import finetune  # noqa: E402
-from finetuning import report, text_task, training  # noqa: E402
-from finetuning import study as study_module  # noqa: E402
+from benchmarks import __main__ as benchmarks_main  # noqa: E402
+from benchmarks import finetune, study  # noqa: E402
+from benchmarks.finetuning import config, text_task, training, trainings  # noqa: E402
+from benchmarks.gating import report as gates  # noqa: E402
+from benchmarks.reducing import report as laser  # noqa: E402
+from benchmarks.translating import tables as ks_lottery  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(40)]
 
@@ -190,7 +191,7 @@ def test_language_model_from_end_to_end(
     assert sift["bytes"]["trained"] == per_weight * sift["trained_weights"] + 4 * sift["tensors"]
     assert dense["bytes"]["gradients"] == 4 * dense["trained_weights"]
     plots = ["loss.png", "validation_loss.png", "cost.png", "gradient_share.png"]  # the loss of training is not lost
-    assert f"results.json, {', '.join(plots)}\n" in printed
+    assert f"written: {', '.join(str(tmp_path / 'out' / name) for name in ('results.json', *plots))}\n" in printed
     for plot in plots:
         assert (tmp_path / "out" / plot).stat().st_size > 5000
 
@@ -222,7 +223,7 @@ def test_classification(
 
 def test_a_mean_pooled_model_is_classified_by_the_mean_of_its_real_tokens(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "mean-pooled")
-    model, _ = training.load_model(training.Config("dense", str(folder)), 3)
+    model, _ = training.load_model(config.Config("dense", str(folder)), 3)
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     model.eval()
     found = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([2, 0]))
@@ -245,28 +246,64 @@ def test_predictions_that_differ_after_reloading_fail_the_program(
 def test_the_accuracy_study_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
-    def fake_train(config: training.Config, task: text_task.TextTask, *, test: bool) -> dict:
+    def fake_train(config: config.Config, task: text_task.TextTask, *, test: bool) -> dict:
         trained.append((config.method, config.lr))
         quality = -abs(config.lr - 0.09)  # best at 0.09, one step past the grid around 0.01
         result = {"validation": [{"value": quality}], "trained_weights": 1, "steps": 1}
         return {**result, "test": {"value": 0.5}} if test else result
 
-    monkeypatch.setattr(study_module, "train", fake_train)
+    monkeypatch.setattr(trainings, "train", fake_train)
     task = text_task.load_task("classification", write_rows(tmp_path / "rows.jsonl"))
-    base = training.Config("dense", "models/tiny/model")
-    entries, path = {"head": study_module.Entry("head", 1.0, 0.01)}, tmp_path / "accuracy.json"
-    study = study_module.Study(path, task, base, entries, (0,))
-    assert study.search("head", 1.0) == 0.09
+    base = config.Config("dense", "models/tiny/model", epochs=3)
+    entries, origin = {"head": trainings.Entry("head", 1.0, 0.01)}, study.origin("accuracy", [])
+
+    def start(base: config.Config) -> trainings.Trainings:
+        return trainings.Trainings(tmp_path / "accuracy.json", task, base, entries, (0,), origin)
+
+    assert start(base).search("head", 1.0) == 0.09
     assert [lr for _, lr in trained] == pytest.approx([0.01 / 3, 0.01, 0.03, 0.09, 0.27], rel=0.01)
-    again = study_module.Study(path, task, base, entries, (0,))
+    again = start(base)
     assert again.search("head", 1.0) == 0.09
     assert len(trained) == 5
-    again.run("final", "head", 0.09, 0, 0.09, 3)
-    again.summarise()
-    assert "| head | 1 | 0.09 (0.09) | 50.0%" in (tmp_path / "accuracy.md").read_text()
-    other = training.Config("dense", "models/tiny/model", batch_size=4)
-    with pytest.raises(text_task.DataError, match="other settings"):
-        study_module.Study(path, task, other, entries, (0,))
+    content = again.finish({"head": 0.09}, 1.0)
+    assert json.loads((tmp_path / "accuracy.json").read_text()) == content
+    assert {run["commit"] for run in content["runs"]} == {origin["commit"]}
+    text = trainings.table(content, "accuracy")
+    assert "| head | 1 | 0.09 (0.09) | 50.0%" in text
+    assert f"commit: {origin['commit']}; `python -m benchmarks accuracy`" in text
+    with pytest.raises(study.Refused, match="other settings"):
+        start(config.Config("dense", "models/tiny/model", epochs=3, batch_size=4))
+
+
+RESULTS = {
+    "accuracy": lambda content: trainings.table(content, "accuracy"),
+    "ird": lambda content: trainings.table(content, "ird"),
+    "gates": gates.markdown,
+    "laser": laser.markdown,
+    "ks_lottery": ks_lottery.markdown,
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_tables_are_made_from_results_that_are_older_than_their_origin(name: str) -> None:
+    """The same tables as when they were measured; laser.json lacks the time of ranking, which is in no table."""
+    content = json.loads((study.RESULTS / f"{name}.json").read_text())
+    text = RESULTS[name](content)
+    assert cells(text) == cells((study.RESULTS / f"{name}.md").read_text())
+    assert content.get("commit") or "commit: not recorded" in text.splitlines()[-1]
+
+
+def cells(text: str) -> list[list[str]]:
+    """Those of all tables, without the rules below their heads."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|-")]
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_all_programs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmarks_main.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in benchmarks_main.PROGRAMS)
+    assert benchmarks_main.main(["magic"]) == 2
 
 
 # ---- errors
@@ -325,11 +362,11 @@ def test_models_that_cannot_be_used(here: None, tmp_path: Path, capsys: pytest.C
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    report.write_json(path, {"kept": 1})
+    study.write_json(path, {"kept": 1})
     with pytest.raises(TypeError):
-        report.write_json(path, {"lost": object()})
+        study.write_json(path, {"lost": object()})
     with pytest.raises(OSError, match="disk full"):
-        report.write_atomically(path, fail_halfway)
+        study.write_atomically(path, fail_halfway)
     assert json.loads(path.read_text()) == {"kept": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 

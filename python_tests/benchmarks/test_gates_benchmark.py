@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import gates as program
 from test_finetune import save_model, write_rows
+
+from benchmarks import gates as program
 
 NAMES = (
     *("dense", "LoRA (PEFT)", "gates on rows and columns", "gates on rows and columns + low-rank"),

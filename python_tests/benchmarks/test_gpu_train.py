@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_train as program  # noqa: E402
-from gpu_training import llama, scoring, steps  # noqa: E402
-from gpu_training.llama import LLAMA_1B, LLAMA_7B, SMALL, Shape  # noqa: E402
-from gpu_training.rows import BACKWARD, DENSE, Row, rows  # noqa: E402
-from gpu_training.steps import Run, Task  # noqa: E402
-from kernels.compare import DEVICE, WrongResult  # noqa: E402
 
 import sparsekernels as sk  # noqa: E402
+from benchmarks import gpu_train as program  # noqa: E402
+from benchmarks import study  # noqa: E402
+from benchmarks.gpu_training import llama, scoring, steps  # noqa: E402
+from benchmarks.gpu_training.llama import LLAMA_1B, LLAMA_7B, SMALL, Shape  # noqa: E402
+from benchmarks.gpu_training.rows import BACKWARD, DENSE, Row, rows  # noqa: E402
+from benchmarks.gpu_training.steps import Run, Task  # noqa: E402
+from benchmarks.kernels.case import DEVICE, WrongResult  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # it is to be renamed
 TASK = Task(SMALL, 2, 16, checkpointing=True)
@@ -207,7 +205,9 @@ def test_the_bar_of_the_large_model(peak: float, met: bool) -> None:
 def test_without_a_gpu_it_prints_floors_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["--floors"]) == 0
     text = capsys.readouterr().out
-    assert text == (program.RESULTS / "gpu_train_floors.md").read_text(), "write it anew: gpu_train.py --floors"
+    assert text == (study.RESULTS / "gpu_train_floors.md").read_text(), (
+        "write it anew: python -m benchmarks gpu-train --floors"
+    )
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             program.main([])

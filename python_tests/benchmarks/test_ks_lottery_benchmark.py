@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import ks_lottery  # noqa: E402
-from finetuning.text_task import DataError  # noqa: E402
-from translating import catalogues, contenders, decoder, parallel_text, prompts, study, tables  # noqa: E402
+from benchmarks import ks_lottery  # noqa: E402
+from benchmarks.finetuning.text_task import DataError  # noqa: E402
+from benchmarks.translating import catalogues, contenders, decoder, lottery, parallel_text, prompts, tables  # noqa: E402
 
 ENTRIES = {
     "": "Content-Type: text/plain; charset=UTF-8\n",
@@ -271,7 +269,7 @@ def pairs(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rate a contender, large enough for a ticket."""
-    monkeypatch.setattr(study, "best_rate", lambda score, middle: (score(middle), middle)[1])
+    monkeypatch.setattr(lottery, "best_rate", lambda score, middle: (score(middle), middle)[1])
     for name, rate in contenders.CONTENDERS.items():
         monkeypatch.setitem(contenders.CONTENDERS, name, rate and 0.03)
 

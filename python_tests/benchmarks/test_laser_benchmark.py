@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,12 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import laser as program  # noqa: E402
-from reducing import contenders, report  # noqa: E402
 from test_finetune import save_model, write_rows  # noqa: E402
 
 import sparsekernels as sk  # noqa: E402
+from benchmarks import laser as program  # noqa: E402
+from benchmarks.reducing import contenders, report  # noqa: E402
 
 FOUND = [
     *("adapt, accuracy", "random, accuracy", "adapt, loss", "random, loss"),

@@ -1,26 +1,14 @@
-"""What the kernel benchmarks share: cases, contenders, the check that comes before any time, and the clock.
+"""What the kernel benchmarks share: cases, their floors, contenders, and the check that comes before any time.
 
 A `Case` is one job on one input. Its `contenders` are ways to get it done: ours, on each backend there is, and what a
 user would call otherwise. A contender whose result is wrong raises `WrongResult` and is given no time.
-
-Times are taken in two states:
-
-    warm   calls follow each other on the same tensors. What of them fits the last-level cache stays there, which
-           flatters whoever touches little: a sparse step may find its lines of a tensor that as a whole would not fit.
-    cold   before each call, outside the timed region, a buffer four times as large as the last-level cache is read from
-           end to end. The call finds neither its tensors nor the interpreter in any cache, as after the forward and
-           backward of a real training step. Only reads: dirty lines would be written back at the expense of the call.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,10 +17,13 @@ from torch import Tensor
 import sparsekernels as sk
 from sparsekernels.ops.backend import why_not
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STATES = ("warm", "cold")
-VERDICTS = {True: "met", False: "missed", None: "not measured"}  # of a bar
+from ..timing import DEVICE
+
+FP32, BF16 = torch.float32, torch.bfloat16
+WARM, BOTH = ("warm",), ("warm", "cold")
 LINE = 32 if DEVICE.type == "cuda" else 64  # bytes that memory moves at least: a sector, a cache line
+SECTOR = 32
+CUT_OFF = 1e-4  # tensor cores cut off what they add: thousands of terms in fp32 are not exact to 1e-5
 
 
 class WrongResult(AssertionError):
@@ -76,6 +67,36 @@ class Contender:
     tolerance: float | None = None
 
 
+@dataclass(frozen=True)
+class Floor:
+    """What a job takes at least, counted from its sizes alone, and what is asked of ours.
+
+    The bytes are those that any implementation reads and writes. Memory moves in sectors of 32 bytes, so an element of
+    two bytes costs a whole one unless a neighbour is selected, too; the count is the expected one for elements selected
+    at random. A sector of which a part is written is read as well. A GPU that fetches sectors in pairs moves up to
+    twice as much for scattered elements. Operations are those that the result needs: of a gradient at selected
+    positions one dot product for each, of projections onto fp32 vectors those of a single bf16 product, which no
+    implementation in fp32 can reach.
+
+    Attributes:
+        bytes, formula: what must be moved, in numbers and in words.
+        operations: multiplications and additions of matrix products, in bf16; 0: the rest is no matter beside memory.
+        share: of the floor's speed that is asked for. most: seconds that are allowed. most_extra: bytes that a call may
+            allocate, its result included. None: nothing is asked.
+    """
+
+    bytes: float
+    formula: str
+    share: float | None = None
+    most: float | None = None
+    operations: float = 0.0
+    most_extra: float | None = None
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """The longer of two: at so many bytes, and so many operations, a second."""
+        return max(self.bytes / bandwidth, self.operations / rate)
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """One job and everybody who can do it.
@@ -84,10 +105,12 @@ class Case:
         make: builds the problem; not called before somebody needs it.
         contenders: name -> function from the problem to a Contender.
         ours: the contender that a user of this package meets.
-        versus: those that `ratios.py` sets beside it, with the bar (ours must be so many times faster), or None.
+        versus: those that it is set beside, with the bar (ours must be so many times faster), or None.
         states: only "warm" where arithmetic, not memory, takes the time.
         tolerance: largest |found - expected| as a share of the largest |expected|.
         calls: how many calls lie before the comparison.
+        floor: at the sizes of a GPU; otherwise what the problem counts.
+        graph: whether it is timed as replays of a CUDA graph.
     """
 
     name: str
@@ -95,9 +118,11 @@ class Case:
     contenders: Mapping[str, Callable[[Any], Contender]]
     ours: str
     versus: Mapping[str, float | None] = field(default_factory=dict)
-    states: Sequence[str] = STATES
+    states: Sequence[str] = BOTH
     tolerance: float = 1e-6
     calls: int = 1
+    floor: Floor | None = None
+    graph: bool = False
 
     def entrant(self, name: str, problem: Problem) -> tuple[Contender, float]:
         """The contender, ready to be timed, and its error.
@@ -135,10 +160,39 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return float(difference / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
+def computing(compute: Callable[[], Tensor | Sequence[Tensor]], **more: Any) -> Contender:
+    """A contender whose call returns its result, or several."""
+    found: list[Tensor] = []
+
+    def call() -> None:
+        result = compute()
+        found[:] = [result] if isinstance(result, Tensor) else result
+
+    return Contender(call, lambda: found, **more)
+
+
 def backends(op: str) -> list[str]:
     """The backends that serve `op` here, fastest first; interpreted Triton is no contender."""
     known = ["native", *(["triton"] if DEVICE.type == "cuda" else []), "reference"]
     return [backend for backend in known if why_not(op, backend, DEVICE.type) is None]  # type: ignore[arg-type]
+
+
+def each_backend(op: str, contender: Callable[..., Contender], served: str | None = None, **options: Any) -> Any:
+    """Contenders on each backend of `op`; `served`: the op whose backends there are, where it is called otherwise."""
+    return {f"{op} {b}": partial(contender, backend=b, **options) for b in backends(served or op)}
+
+
+def called(op: str, contender: Callable[..., Contender], served: str | None = None, **options: Any) -> Any:
+    """Contenders for an op as it is called by default, and on each backend."""
+    return {op: partial(contender, backend=None, **options), **each_backend(op, contender, served, **options)}
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def size(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors)
 
 
 def positions(index: sk.Index) -> Tensor:
@@ -166,117 +220,14 @@ def random_rows(shape: Sequence[int], count: int) -> sk.Index:
     return sk.Index(torch.randperm(shape[0], device=DEVICE)[:count].sort().values, shape, rows=True)
 
 
-def touched_bytes(index: sk.Index, itemsize: int) -> int:
+def touched(index: sk.Index, itemsize: int) -> int:
     """Bytes of the cache lines that hold the selected part of a tensor."""
     if index.rows:
         return index.numel * itemsize
     return LINE * int(torch.unique_consecutive(positions(index) * itemsize // LINE).numel())
 
 
-def synchronized(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call, and the wait for what it launched on a GPU."""
-    if DEVICE.type == "cpu":
-        return call
-
-    def run() -> None:
-        call()
-        torch.cuda.synchronize()
-
-    return run
-
-
-def seconds(call: Callable[[], Any], repeat: int = 1) -> float:
-    """Wall-clock time of one call, as the mean over `repeat` in a row."""
-    start = time.perf_counter()
-    for _ in range(repeat):
-        call()
-    return (time.perf_counter() - start) / repeat
-
-
-def event_seconds(call: Callable[[], Any], rounds: int, ahead: float = 0.0) -> list[float]:
-    """Times of single calls on a GPU, between events; nothing waits before the last.
-
-    Before each, the GPU is kept busy for about `ahead` seconds, so that the host is done when the call begins there.
-    """
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for before, after in events:
-        if ahead:
-            torch.cuda._sleep(int(2e9 * ahead))  # cycles
-        before.record()
-        call()
-        after.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in events]
-
-
-def duration(seconds: float) -> str:
-    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
-    return f"{seconds * factor:.3g} {unit}"
-
-
-def failed(name: str, error: Exception) -> dict[str, Any]:
-    """What stands in a record in the place of a contender's numbers."""
-    return {"name": name, "failed": f"{type(error).__name__}: {error}"[:500]}
-
-
-def free() -> None:
-    """Give back what nobody holds any more."""
-    with contextlib.suppress(RuntimeError):  # after an illegal access all that follows fails, and says so itself
-        gc.collect()
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def cache_bytes() -> int:
-    """Size of the last-level cache."""
-    if DEVICE.type == "cuda":
-        return int(torch.cuda.get_device_properties(DEVICE).L2_cache_size)
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 2**10, "M": 2**20}
-    return max((int(size[:-1]) * units.get(size[-1], 1) for size in sizes), default=2**25)
-
-
-@functools.cache
-def _buffer() -> Tensor:
-    return torch.zeros(max(4 * cache_bytes(), 2**26) // 4, device=DEVICE)
-
-
-def evict() -> None:
-    """Leave nothing of interest in any cache."""
-    synchronized(_buffer().sum)()
-
-
-@functools.cache
-def copy_bandwidth() -> float:
-    """Bytes per second of `copy_` between two tensors, reads and writes both counted; measured once.
-
-    They have 256 MiB each, on a GPU 2 GiB. On a CPU a store that first fetches its line moves half as much again as is
-    counted here: shares can be a little above 1.
-    """
-    on_gpu = DEVICE.type == "cuda"
-    source = torch.rand(2**29 if on_gpu else 2**26, device=DEVICE)
-    target = torch.empty_like(source)
-    times = []
-    begin = time.perf_counter()
-    while on_gpu and time.perf_counter() - begin < 0.5:  # until its clocks are up
-        target.copy_(source)
-        torch.cuda.synchronize()
-    for _ in range(11):
-        times += event_seconds(lambda: target.copy_(source), 1) if on_gpu else [seconds(lambda: target.copy_(source))]
-    return 2 * source.numel() * source.element_size() / sorted(times)[5]
-
-
-@functools.cache
-def matmul_rate(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations per second of torch's matmul of two square matrices, a multiplication and an addition each; once."""
-    size = 8192 if DEVICE.type == "cuda" else 512
-    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-
-    def call() -> Tensor:
-        return a @ b
-
-    begin = time.perf_counter()
-    while DEVICE.type == "cuda" and time.perf_counter() - begin < 0.5:  # until its clocks are up, or down
-        synchronized(call)()
-    times = event_seconds(call, 11) if DEVICE.type == "cuda" else [seconds(call) for _ in range(11)]
-    return 2 * size**3 / sorted(times)[5]
+def sector_bytes(numel: int, density: float, itemsize: int) -> float:
+    """Bytes of the sectors that hold at least one of the elements of a tensor, each selected with this probability."""
+    each = SECTOR // itemsize
+    return numel * itemsize * (1 - (1 - density) ** each)

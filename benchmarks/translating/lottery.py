@@ -1,21 +1,18 @@
-"""The study: learning rates searched once, then every contender for each language and seed; resumable."""
+"""The runs of ks_lottery.py: learning rates searched once, then every method for each language and seed."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from finetuning import report
-from finetuning.study import best_rate
 
 import sparsekernels as sk
 
+from ..study import Content, Study, best_rate
 from . import contenders, prompts
 from .contenders import CONTENDERS, EMBED, TRANSFER, UNTUNED, Ticket
 from .parallel_text import Pair
@@ -44,26 +41,12 @@ class Job:
     test: Sequence[Pair]
 
 
-class Study:
-    """The results file and what is in it: rates, and a run for each language and seed, added as soon as it is done."""
+class Lottery:
+    """What is measured into a study: rates, and a run for each language and seed."""
 
-    def __init__(
-        self, path: Path, model: Any, tokenizer: Any, jobs: Sequence[Job], settings: Settings, origin: dict[str, Any]
-    ) -> None:
-        self.path, self.model, self.tokenizer, self.jobs, self.settings = path, model, tokenizer, jobs, settings
-        described = json.loads(json.dumps({**asdict(settings), **origin}))
-        fresh = {
-            "machine": report.machine(),
-            "settings": described,
-            "rates": {},
-            "search_seconds": 0.0,
-            "runs": [],
-        }
-        self.content = report.continued(path, fresh)
-
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        report.write_json(self.path, self.content)
+    def __init__(self, study: Study, model: Any, tokenizer: Any, jobs: Sequence[Job], settings: Settings) -> None:
+        self.study, self.content = study, study.content
+        self.model, self.tokenizer, self.jobs, self.settings = model, tokenizer, jobs, settings
 
     def batches(self, pairs: Sequence[Pair], seed: int | None = None) -> list[prompts.Batch]:
         return prompts.batches(self.tokenizer, pairs, self.settings.batch_size, seed)
@@ -99,7 +82,7 @@ class Study:
                     tried[key] = self.measure(job.validation)[0]["chrf"]
                 seconds = time.perf_counter() - started
                 self.content["search_seconds"] += seconds
-                self.save()
+                self.study.save()
                 print(f"search: {name}, lr {key}: validation chrF {tried[key]:.2f}, {seconds:.0f} s", flush=True)
             return float(tried[key])
 
@@ -112,20 +95,13 @@ class Study:
                     selections = contenders.choose(embed, ticket, batches, self.before_answer, seed)
             rate = best_rate(lambda rate, name=name: score(name, rate), middle)
             self.content["rates"][name]["lr"] = rate
-            self.save()
+            self.study.save()
 
-    def run_all(self) -> Iterator[dict[str, Any]]:
-        """Run every language and seed that the file does not hold yet; yield each, once it is in the file."""
-        done = {(run["language"], run["seed"]) for run in self.content["runs"]}
-        for seed in self.settings.seeds:
-            for job in self.jobs:
-                if (job.language, seed) not in done:
-                    self.content["runs"].append(self.run(job, seed))
-                    self.save()
-                    yield self.content["runs"][-1]
+    def run(self, job: Job, seed: int) -> Content:
+        """Every method once, on the same batches; what the file holds already is not measured again."""
+        return self.study.run({"language": job.language, "seed": seed}, lambda: self.measured(job, seed))
 
-    def run(self, job: Job, seed: int) -> dict[str, Any]:
-        """Every contender once, on the same batches."""
+    def measured(self, job: Job, seed: int) -> Content:
         started = time.perf_counter()
         batches, labelled = self.batches(job.tuning, seed), self.batches(job.test)
         results: dict[str, dict[str, Any]] = {}
@@ -163,8 +139,6 @@ class Study:
                 "holds": bool(certified.holds),
             }
         return {
-            "language": job.language,
-            "seed": seed,
             "seconds": round(time.perf_counter() - started, 1),
             "steps": len(batches) * self.settings.epochs,
             "ticket": self.describe(ticket, selections),

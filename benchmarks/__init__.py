@@ -1,0 +1,1 @@
+"""The benchmarks; see `python -m benchmarks`."""
