@@ -221,8 +221,8 @@ def train_only(model: nn.Module, selection: Selection) -> SparseModel:
         SparseModel. Pass `SparseModel.parameters()` to any torch optimizer. SparseAdamW writes the weights in the same
         pass that steps the values; after a step of any other optimizer a hook writes them.
 
-    Cost: for K selected elements, 4 B each for values, gradient and positions (8 B for positions past 2^31 elements),
-        and the originals in the dtype of the weight.
+    Memory: for K selected elements, 4 B each for values, gradient and positions (8 B for positions past 2^31 elements),
+    and the originals in the dtype of the weight.
 
     Raises:
         ValueError: names or shapes that do not fit the model, two names of one tied weight, weights that are not
