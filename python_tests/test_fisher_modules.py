@@ -43,7 +43,7 @@ def zoo_gradients(net: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:
 def test_every_kind_of_module_and_a_loss_of_ones_own() -> None:
     net, tokens = Zoo(), ids(6, 7)
     with pytest.warns(
-        RuntimeWarning, match=r"1 parameters take one backward a sample.*experts.weight \(Experts"
+        RuntimeWarning, match=r"1 parameters take one backward per sample.*experts.weight \(Experts"
     ) as said:
         found = fisher_diagonal(net, [{"ids": tokens}], loss=zoo_loss, **QUIET)
     assert_close(found, fisher(zoo_gradients(net, tokens)))
@@ -252,7 +252,7 @@ def test_a_mixer_that_reads_the_weights_of_its_modules() -> None:
     special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     config = transformers.MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2, state_size=4, **special)
     net, batch = transformers.MambaForCausalLM(config), ragged("gpt2", (9, 9, 9))
-    with pytest.warns(RuntimeWarning, match=r"12 parameters take one backward a sample"):
+    with pytest.warns(RuntimeWarning, match=r"12 parameters take one backward per sample"):
         found = fisher_diagonal(net, [batch], **QUIET)
     assert_each_close(found, fisher(gradients(net, [batch])))
 

@@ -1,9 +1,9 @@
-"""Per-sample gradients in one batched backward: what arrives at each module, split by sample, for an op to square.
+"""Per-sample gradients in one batched backward: hooks catch what reaches each module, and an op squares it per sample.
 
-A weight's gradient is a sum over tokens of products of two activations. Hooks catch both, and since each token belongs
-to one sample, the gradient of every sample can be had from them. That a module's tokens are laid out by sample, and
-that its parameters are used nowhere else, is checked: `Collector.check` compares norms with autograd on one sample, and
-the shapes of every batch must fit.
+A weight's gradient is a sum over tokens of products of two activations. Hooks catch both; since each token belongs to
+one sample, they determine the gradient of every sample. Two assumptions are checked: that a module's tokens are laid
+out by sample, and that its parameters are used nowhere else. `Collector.check` compares norms with autograd on one
+sample, and the shapes of every batch must fit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .pairs import Pair, add_squares_, pair_of, uncancelled
 
 AGREES = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, of squared norms
 AGREES_HALF = 0.05  # the whole gradient that is compared with is rounded to half precision
-# Where what tokens add cancels out, as for the bias of keys, the rest is rounding. Relative to what would be without.
+# Where the tokens' parts cancel, as for the bias of keys, rounding remains. Relative to the norm without cancelling.
 ROUNDING = {torch.float64: 1e-24, torch.float32: 1e-10}
 ROUNDING_HALF = 1e-4
 
@@ -34,7 +34,7 @@ Terms = Callable[[], Iterable[Tensor]]  # runs the model; each term is [B], and 
 
 
 class Misfit(Exception):
-    """A module that was split by sample met input that cannot be: what was collected so far is void."""
+    """A module that was split by sample got an input that cannot be split: everything collected so far is void."""
 
 
 class _Hold(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _Hold(torch.autograd.Function):
 
 
 class _Start(torch.autograd.Function):
-    """A copy of its input that requires a gradient, and passes none on: where backward ends in a frozen model."""
+    """A copy of its input that requires a gradient and passes none on: where backward ends in a frozen model."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class _Start(torch.autograd.Function):
 
 
 class Target:
-    """One parameter, and where its squares go. This backward expects `calls` uses of it, and caught `pairs`."""
+    """One parameter, and the total of its squares. This backward expects `calls` uses of it, and caught `pairs`."""
 
     def __init__(self, name: str, parameter: nn.Parameter, index: Index | None, total: Tensor | None) -> None:
         self.name, self.parameter, self.index, self.total = name, parameter, index, total
@@ -75,10 +75,11 @@ class Target:
 
 @dataclass
 class Trust:
-    """What checks found: parameters that need a backward for each sample and why, modules that were checked.
+    """Results of checks: parameters that need a backward per sample, with the reason; modules that were checked.
 
-    outside: parameters that are used outside the forward of their module. expand: whether positions that all samples
-    share may be given to each of them.
+    outside: parameters that are used outside the forward of their module. expand: whether positions shared by all
+        samples
+    may be expanded to one copy per sample.
     """
 
     outside: set[str] = field(default_factory=set)
@@ -88,15 +89,16 @@ class Trust:
 
 
 class Collector:
-    """Adds up squares of the per-sample gradients of some parameters of a model; a context manager.
+    """Sums squares of per-sample gradients of some parameters of a model; a context manager.
 
-    Within, the model is in eval mode and frozen but for what is being differentiated; on leaving, modes, flags and
-    gradients are as they were.
+    Inside it, the model is in eval mode and frozen except for what is being differentiated; on exit, modes,
+    requires_grad and gradients are restored.
 
     Args:
-        model: any torch model. indices: name of a parameter -> the part of it that counts, or None for the whole.
-        totals: name -> tensor that the squares are added to, summed over samples; names may be missing.
-        trust: what an earlier `check` of these parameters found; it is shared and added to.
+        model: any torch model.
+        indices: parameter name -> the part of it to score, or None for all of it.
+        totals: name -> tensor to add the squares to, summed over samples; names may be missing.
+        trust: results of an earlier `check` of these parameters; shared and added to.
     """
 
     def __init__(
@@ -112,12 +114,12 @@ class Collector:
         for name, index in indices.items():
             if id(named[name]) in self.targets:
                 raise ValueError(
-                    f"{name!r} and {self.targets[id(named[name])].name!r} are one tied parameter; name one"
+                    f"{name!r} and {self.targets[id(named[name])].name!r} are one tied parameter; pass one name"
                 )
             self.targets[id(named[name])] = Target(name, named[name], index, (totals or {}).get(name))
         if len({(t.parameter.device, t.parameter.dtype == torch.float64) for t in self.targets.values()}) > 1:
             raise ValueError(
-                "the parameters are on several devices, or partly fp64: take them one part after the other"
+                "the parameters are on several devices, or partly fp64: call this for each part separately"
             )
         self.trust = trust or Trust()
         self.owners: dict[nn.Module, dict[str, Target]] = {}
@@ -136,7 +138,7 @@ class Collector:
 
     @property
     def fallback(self) -> dict[str, str]:
-        """name -> why the gradient of this parameter is taken one sample at a time."""
+        """name -> why this parameter's gradient is computed one sample at a time."""
         return self.trust.fallback
 
     def __enter__(self) -> Collector:
@@ -160,15 +162,16 @@ class Collector:
     def add(
         self, terms: Terms, one: Callable[[int], Iterable[Tensor]], size: int, length: int
     ) -> tuple[Tensor, Tensor]:
-        """Add the squares for a batch of `size` samples of `length` tokens (0: not known).
+        """Add the squares for a batch of `size` samples of `length` tokens (0: unknown).
 
-        `terms()` runs the batch, `one(b)` sample b alone, for parameters of the fallback.
+        `terms()` runs the batch; `one(b)` runs sample b alone, for parameters of the fallback.
 
         Returns:
-            squared norms ([size]) over all targets, and whether every gradient of a sample was finite ([size], bool).
+            squared norms ([size]) over all targets, and whether all gradients of each sample were finite ([size],
+            bool).
 
         Raises:
-            Misfit: a parameter has just been moved to the fallback; totals are void.
+            Misfit: a parameter has just moved to the fallback; totals are void.
         """
         norms = torch.zeros(size, dtype=self._compute_dtype, device=self.device)
         for target in self.targets.values():
@@ -189,11 +192,11 @@ class Collector:
             for term, last in _with_last(terms()):
                 if self._uses is not None:
                     self.trust.outside |= self._uses.outside(term)
-                self._recomputing = True  # whatever runs forward from here on is checkpointing
+                self._recomputing = True  # any forward from here on is recomputation by checkpointing
                 if term.requires_grad:
                     term.sum().backward(retain_graph=not last)
                 for target in self.targets.values():
-                    self._finish(target)  # those with a use that got no gradient
+                    self._finish(target)  # those with a use without a gradient
         finally:
             self._catching = self._recomputing = False
             self._inputs.clear()
@@ -225,11 +228,11 @@ class Collector:
     # ---- trust, but verify
 
     def check(self, terms: Terms, length: int) -> bool:
-        """Compare with autograd on a batch that is one sample twice; parameters that disagree go to the fallback.
+        """Compare with autograd on a batch of one sample twice; parameters that disagree move to the fallback.
 
-        For each parameter the norms of both samples must be equal, and a quarter of that of the whole gradient. Whole
-        gradients exist one at a time. What is used outside its module's forward goes there too, however small its
-        gradient is. Returns whether any parameter had a gradient.
+        For each parameter, both samples' norms must be equal, and a quarter of that of the whole gradient. Whole
+        gradients exist one at a time. Parameters used outside their module's forward move there too, however small
+        their gradients. Returns whether any parameter had a gradient.
         """
         expected: dict[str, float] = {}
 
@@ -288,7 +291,7 @@ class Collector:
             own = expected.get(target.name, 0.0)
             allowed = AGREES.get(dtype, AGREES_HALF) * own + ROUNDING.get(dtype, ROUNDING_HALF) * target.uncancelled
             if target.name not in self.fallback and float((target.norms - own).abs().max()) > allowed:
-                self.fallback[target.name] = "what its module sees is not all of its gradient"
+                self.fallback[target.name] = "its module's activations do not give its whole gradient"
         return bool(expected)
 
     # ---- hooks
@@ -298,11 +301,11 @@ class Collector:
             return None
         if not torch.is_grad_enabled():
             if self._recomputing:
-                return None  # a norm that is asked for what its weight multiplies
+                return None  # _normalised calls a norm's forward
             name = next(iter(self._caught(module).values())).name
             raise ValueError(
                 f"the module of {name!r} runs without gradients; with gradient checkpointing pass use_reentrant=False, "
-                "else leave the parameter out"
+                "otherwise leave the parameter out"
             )
         if self._checking:
             self.trust.seen.add(module)
@@ -314,7 +317,7 @@ class Collector:
         changed = x
         if kind_of(module) == "embedding" and x.dim() == 2 and len(x) == 1 < self.size and self.trust.expand:
             self._expanded = True
-            changed = x.expand(self.size, -1)  # positions that all samples share: each sample gets its own gradient
+            changed = x.expand(self.size, -1)  # positions shared by all samples: each sample gets its own gradient
         elif x.requires_grad:
             changed = _Hold.apply(x)
         self._inputs[module] = changed
@@ -336,7 +339,7 @@ class Collector:
             for target in targets.values():
                 target.calls += 1
         started = output if output.requires_grad else _Start.apply(output, self._anchor)
-        node = x.grad_fn  # not x itself: with checkpointing it is to be freed
+        node = x.grad_fn  # not x itself, which checkpointing frees
         saved = x if node is None or node.name() != "_HoldBackward" else node
         started.register_hook(partial(self._arrived, module, targets, saved))
         return started
@@ -352,7 +355,7 @@ class Collector:
         x = saved if isinstance(saved, Tensor) else saved.saved_tensors[0]
         grad = grad.detach().reshape(self.size, -1, grad.shape[-1])
         bias = targets.get("bias")
-        if bias is None or bias.index is not None:  # else the norm of its gradient, the same sum, will tell
+        if bias is None or bias.index is not None:  # else the norm of its gradient, the same sum, shows it
             self._finite &= grad.flatten(1).sum(1, dtype=self._compute_dtype).isfinite()
         for attribute, target in targets.items():
             target.pairs.append(pair_of(module, attribute, grad, x.detach()))
@@ -368,7 +371,7 @@ class Collector:
 
 
 def _may_be_sparse(module: nn.Module) -> bool:
-    """Whether it is an embedding with dense gradients that no hook of the user waits for."""
+    """Whether it is an embedding with dense gradients and no gradient hooks of the user."""
     if kind_of(module) != "embedding" or module.sparse:
         return False
     weight: Any = module.weight
