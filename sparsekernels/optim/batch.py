@@ -184,7 +184,7 @@ def _fitting(p: Tensor, group: dict[str, Any]) -> Tensor:
     grad = p.grad
     assert grad is not None
     if grad.is_sparse:
-        raise ValueError(f"{name_of(group, p)}: its gradient is sparse, but it is stepped at positions of its own")
+        raise ValueError(f"{name_of(group, p)}: its gradient is sparse, but it is stepped at selected positions")
     if grad.shape != p.shape:
         raise ValueError(f"{name_of(group, p)}: {misfit(p, grad)}")
     return grad.contiguous()

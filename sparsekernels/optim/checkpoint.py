@@ -125,7 +125,7 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
         if saved.shape != index.positions.shape or not torch.equal(saved, index.positions.to(saved.dtype)):
             raise ValueError(
                 f"{name}: the state_dict was made for another selection, of the same size but with other positions; "
-                "train the saved one (keep Selection.save beside each checkpoint), and call reselect after loading"
+                "train the saved one (save the Selection with each checkpoint), and call reselect after loading"
             )
 
 

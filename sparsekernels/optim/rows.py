@@ -1,7 +1,7 @@
 """Steps with sparse (COO) gradients, as nn.Embedding(sparse=True) makes them: only the rows they list are touched.
 
 A row is what one entry of the gradient's indices names: p[i] with one sparse dimension, p[i, j] with two, and so on;
-rows are counted flat, in the order of memory. The state of such a Parameter holds, beside "step" and the moments,
+rows are counted flat, in the order of memory. Besides "step" and the moments, its state has
 
     rows        [N] int64   the rows seen so far, in the order of the lines of the moments; absent with
                             sparse_state="all", where line and row are the same and moments have the Parameter's shape

@@ -40,7 +40,7 @@ class SeenRows:
         self.rows = rows
         self.slots = torch.full((length,), -1, dtype=torch.int32, device=rows.device)
         self.slots[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        self.rooms: dict[str, tuple[Tensor, Tensor]] = {}  # what is longer than the lines in use, and these
+        self.rooms: dict[str, tuple[Tensor, Tensor]] = {}  # storage, and the part of it in use
 
     def add(self, ids: Tensor, state: dict[str, Tensor]) -> None:
         """Give every row in `ids` an entry; new entries are zero. Storage grows by doubling."""

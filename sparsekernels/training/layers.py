@@ -140,7 +140,7 @@ class SparseLinear(nn.Linear):
         kind = input.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
             return _Linear.apply(input, weight, bias, values, positions, slot)  # type: ignore[no-any-return]
-        # As autocast does for F.linear; the casts are made here so that backward meets the dtypes of forward.
+        # As autocast does for F.linear; cast here so that backward sees the dtypes of forward.
         dtype = torch.get_autocast_dtype(kind)
         args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
         with torch.autocast(kind, enabled=False):
@@ -173,12 +173,12 @@ def attach(module: nn.Module) -> list[Any]:
 
 
 def _put(module: Any, *_: Any) -> None:
-    detach(module)  # torch.compile then knows whether there is something left, and drops its graph when there is not
+    detach(module)  # torch.compile's graph then depends on whether a view was left over
     for name, slot in slots_of(module).items():
         view: Any = _attached(slot)
         module.__dict__[name] = view
         if not torch.compiler.is_compiling():
-            # torch copies no views, and a model may be copied after an interrupt.
+            # torch cannot deepcopy views, and a model may be copied after an interrupt.
             view.__dict__["__deepcopy__"] = partial(copy.deepcopy, slot.weight)
 
 

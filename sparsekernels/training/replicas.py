@@ -75,7 +75,7 @@ def before_forward(model: nn.Module, *_: Any) -> None:
         return
     replicas: Replicas = model.__dict__[REPLICAS]
     for slot in () if replicas.compared else replicas.slots:
-        slot.replicas = replicas  # in a copy of the model each slot has one of its own
+        slot.replicas = replicas  # in a copy of the model each slot has its own
     replicas.compare()
 
 
@@ -88,7 +88,7 @@ def check_while_tracing(key: str) -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result does, after an import of torch._dynamo that takes as long as that of torch.
+# As torch.compiler.assume_constant_result, without its slow import of torch._dynamo.
 check_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -26,7 +26,7 @@ class _Turn:
     values: nn.Parameter | None
     originals: Tensor | None
     dropped: IndexedValues | None  # positions that leave, and their originals
-    left: IndexedValues | None  # what stays behind from earlier calls
+    left: IndexedValues | None  # positions left by earlier calls
 
     @property
     def changed(self) -> bool:

@@ -163,7 +163,7 @@ class Slot:
         values.__dict__[SLOT] = self
 
     def unregister(self) -> None:
-        """Remove the values from the owner. An optimizer that outlives this writes no weights any more."""
+        """Remove the values from the owner. An optimizer that outlives this no longer writes the weight."""
         values = self.owner._parameters.pop(self.name + VALUES, None)
         if values is not None:
             values.__dict__.pop(SLOT, None)
@@ -256,8 +256,8 @@ class Slot:
         return torch.where(same, values, found)
 
     def __reduce__(self) -> Any:
-        # The values go first, so that the copy of a model has its slots before anything runs. The version of a copy
-        # starts anew. A submodule may be copied without the rest of the model.
+        # The values go first, so that the copy of a model has its slots before anything runs. A copy's version
+        # starts at 0. A submodule may be copied without the rest of the model.
         state = {**self.__dict__, "written": -1, "address": -1, "replicas": None}
         return _linked, (self.owner._parameters.get(self.name + VALUES),), state
 

@@ -89,7 +89,7 @@ def before_loading(
                     f"the state_dict changes {count:,} weights of {name!r} that are not selected, so delta() would "
                     "miss them and restore() would not be the base: it was trained with another selection or from "
                     "another base, or is an average of state_dicts, or the model itself changes them. Call "
-                    "train_only with the selection it was trained with (keep Selection.save beside each checkpoint); "
+                    "train_only with the selection it was trained with (save the Selection with each checkpoint); "
                     "or restore() the model, load, and call train_only again"
                 )
 
