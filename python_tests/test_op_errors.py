@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
     "gate_probabilities, none": (
         partial(ops.gate_probabilities, **STG),
         lambda: ([],),
-        "give at least one vector",
+        "pass at least one vector",
     ),
     "gate_probabilities, dtypes": (
         partial(ops.gate_probabilities, **STG),

@@ -1,4 +1,4 @@
-"""What public functions of several families do to their arguments."""
+"""Argument handling shared by the public functions of several families."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def packed(x: Tensor) -> Tensor:
-    """Contiguous; and detached, for logits and weights may require grad."""
+    """Contiguous and detached: logits and weights may require grad."""
     return x.detach().contiguous()
 
 
@@ -19,5 +19,5 @@ def by_rows(x: Tensor) -> Tensor:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for half-precision activations, else their own."""
+    """fp32 for half-precision activations, else their own dtype."""
     return torch.promote_types(dtype, torch.float32)
