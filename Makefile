@@ -29,14 +29,16 @@ ks-lottery: $(VENV)/native $(VENV)/catalogues  ## translate with a few rows of t
 test: $(VENV)/native lint  ## lint, types and every test
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
-lint: $(VENV)/packages  ## ruff and mypy
+lint: $(VENV)/packages  ## ruff, clang-format and mypy
 	$(RUN) -m ruff check --quiet .
 	$(RUN) -m ruff format --quiet --check . || { $(RUN) -m ruff format --diff . ; exit 1; }
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 	$(RUN) -m mypy --no-error-summary
 
 format: $(VENV)/packages  ## mend the formatting and what ruff can mend
 	$(RUN) -m ruff check --quiet --fix .
 	$(RUN) -m ruff format --quiet .
+	$(VENV)/bin/clang-format -i $(SOURCES)
 
 fuzz: $(VENV)/packages  ## throw 12,000 hostile calls at the raw CPU ops, under address and undefined-behaviour sanitizers
 	$(RUN) .ci/fuzz_ops.py $(ARGS)

@@ -11,6 +11,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from sparsekernels import fisher_diagonal, squared_gradient_norms
+
 VOCABULARY = 37
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 _MLP = {**_SIZES, "intermediate_size": 24}
@@ -143,3 +145,12 @@ def silently(function: Any, *args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         return function(*args, **kwargs, **QUIET)
+
+
+def fisher_and_norms(net: nn.Module, batches: Iterable[dict[str, Any]], **options: Any) -> Any:
+    """Both, of batches that can be gone through once."""
+    batches = list(batches)
+    return (
+        fisher_diagonal(net, iter(batches), **options),
+        squared_gradient_norms(net, iter(batches), **options),
+    )

@@ -104,22 +104,20 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         moments = torch.zeros((3, 2048) if rows else 2048, dtype=torch.promote_types(dtype, torch.float32))
         yield lambda p=positions, r=rows: kernel("gather")(dense, p, r)
         yield lambda p=positions, r=rows, v=moments: kernel("scatter_")(dense, p, v, r)
-        yield lambda p=positions, r=rows, v=moments: kernel("scatter_add_")(dense, p, v, r)
         for maximum in ([], [moments]):
-            state = ([moments], [moments], maximum, [torch.tensor(1.0)])
-            yield lambda p=positions, v=moments, s=state: kernel("adamw_compact_")([v], [v], *s, [dense], [p], *options)
-            yield lambda p=positions, s=state: kernel("adamw_gathered_")([dense], [dense], *s, [p], *options)
+            state = ([moments], [moments], maximum, [torch.tensor(1.0)], [positions])
+            yield lambda v=moments, s=state: kernel("adamw_")([v], [v], *s, [dense], *options)
+            yield lambda s=state: kernel("adamw_")([dense], [dense], *s, [], *options)
         one, ages = torch.tensor(1.0), torch.ones(len(positions))
         for step, rest in ((ages, ()), (one, (one, one, one)), (ages, (one, one, one))):
-            state = ([moments], [moments], [], [step], [dense], [positions], *options, *rest)
-            yield lambda v=moments, s=state: kernel("adamw_compact_")([v], [v], *s)
+            state = ([moments], [moments], [], [step], [positions], [dense], *options, *rest)
+            yield lambda v=moments, s=state: kernel("adamw_")([v], [v], *s)
         narrow = moments.bfloat16() if dtype == torch.bfloat16 else moments
         rest = (*options, None, None, None, [3, 0])
         for step in (one, ages):
-            state = ([narrow], [narrow], [narrow], [step])
-            compact, gathered = (*state, [dense], [positions], *rest), (*state, [positions], *rest)
-            yield lambda v=moments, a=compact: kernel("adamw_compact_")([v], [v], *a)
-            yield lambda a=gathered: kernel("adamw_gathered_")([dense], [dense], *a)
+            state = ([narrow], [narrow], [narrow], [step], [positions])
+            yield lambda v=moments, s=state, r=rest: kernel("adamw_")([v], [v], *s, [dense], *r)
+            yield lambda s=state, r=rest: kernel("adamw_")([dense], [dense], *s, [], *r)
         tokens = torch.zeros(32, 2048, dtype=dtype), torch.arange(32)
         ways = ((None, None, 1, []), (torch.arange(32).int(), moments, 32, []), (None, moments, 1, [3, 1, 0]))
         for slots, maximum, lines, rounding in ways:

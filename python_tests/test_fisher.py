@@ -14,6 +14,7 @@ from fishing import (
     SLOW,
     assert_close,
     fisher,
+    fisher_and_norms,
     gradients,
     model,
     norms,
@@ -35,9 +36,9 @@ def test_equals_the_loop_over_single_samples(kind: str) -> None:
     grads = gradients(net, batches)
     if kind in SLOW:
         with pytest.warns(RuntimeWarning, match=SLOW[kind]):
-            found, lengths = fisher_diagonal(net, batches, return_norms=True, **QUIET)
+            found, lengths = fisher_and_norms(net, batches, **QUIET)
     else:
-        found, lengths = silently(fisher_diagonal, net, batches, return_norms=True)
+        found, lengths = silently(fisher_and_norms, net, batches)
     assert_close(found, fisher(grads))
     assert torch.allclose(lengths.double(), norms(grads), rtol=1e-5)
     assert all(total.dtype == torch.float32 for total in found.values())
@@ -128,10 +129,10 @@ def test_checkpointing_frees_what_the_hooks_saw() -> None:
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_batching_changes_nothing(kind: str) -> None:
     net, batch = model(kind), ragged(kind, (9, 4, 9, 3, 7, 2))
-    whole, lengths = fisher_diagonal(net, [batch], return_norms=True, **QUIET)
+    whole, lengths = fisher_and_norms(net, [batch], **QUIET)
     for size in (1, 4):
         parts = [{key: x[i : i + size] for key, x in batch.items()} for i in range(0, 6, size)]
-        found, found_lengths = fisher_diagonal(net, iter(parts), return_norms=True, **QUIET)
+        found, found_lengths = fisher_and_norms(net, parts, **QUIET)
         assert_close(found, {name: total.double() for name, total in whole.items()})
         assert torch.allclose(found_lengths, lengths, rtol=1e-5)
 

@@ -12,6 +12,7 @@ from fishing import (
     QUIET,
     assert_close,
     fisher,
+    fisher_and_norms,
     gradients,
     model,
     norms,
@@ -123,9 +124,7 @@ def test_selection() -> None:
         {"down.weight": Index(torch.tensor([0, 3, 15]), net.down.weight.shape, rows=True)}
     )
     with pytest.warns(RuntimeWarning):
-        found, lengths = fisher_diagonal(
-            net, [{"ids": tokens}], loss=zoo_loss, selection=chosen, return_norms=True, **QUIET
-        )
+        found, lengths = fisher_and_norms(net, [{"ids": tokens}], loss=zoo_loss, selection=chosen, **QUIET)
     picked = [{n: sk.ops.gather(grad[n].contiguous(), chosen[n]) for n in chosen} for grad in grads]
     assert_close(found, fisher(picked))
     assert torch.allclose(lengths.double(), norms(picked), rtol=1e-5)
@@ -288,9 +287,7 @@ def test_a_misfit_in_a_later_batch_starts_over() -> None:
 
     grads = each(net, torch.cat([first, second]))
     with pytest.warns(RuntimeWarning, match="expert.weight"):
-        found, lengths = fisher_diagonal(
-            net, [{"input_ids": first}, {"input_ids": second}], loss=squares, return_norms=True, **QUIET
-        )
+        found, lengths = fisher_and_norms(net, [{"input_ids": first}, {"input_ids": second}], loss=squares, **QUIET)
     assert_close(found, fisher(grads))
     assert torch.allclose(lengths.double(), norms(grads), rtol=1e-5)
 

@@ -90,11 +90,10 @@ def test_gather_reads_no_further(around: Tensor, positions: list[int], wide: tor
         RAW.gather(around[1000:1100].view(100, 1), torch.tensor(positions, dtype=wide), True)
 
 
-@pytest.mark.parametrize("op", ["scatter_", "scatter_add_"])
 @pytest.mark.parametrize("positions", [[0, 700, 5], [0, -700, 5], [-1, 3, 5], [0, 3, 100]])
-def test_scatter_writes_no_further(around: Tensor, positions: list[int], op: str) -> None:
+def test_scatter_writes_no_further(around: Tensor, positions: list[int]) -> None:
     with pytest.raises(RuntimeError, match="positions"):
-        getattr(RAW, op)(around[1000:1100], torch.tensor(positions), torch.ones(3), False)
+        RAW.scatter_(around[1000:1100], torch.tensor(positions), torch.ones(3), False)
     assert torch.equal(around, torch.arange(4096.0))
 
 
@@ -155,16 +154,16 @@ def test_storage_that_is_too_small() -> None:
 
 CRASHES = {
     "positions in the moments of another parameter": (
-        "adamw_compact_([ones(4), ones(4)], [ones(4), ones(4)], [m := zeros(8), ones(8)][:1] and [m[2:6], ones(4)], "
-        "[ones(4), ones(4)], [], [tensor(1.0)] * 2, [ones(9), ones(9)], "
-        "[arange(4), m.view(torch.int32)[:4].copy_(arange(4))], 0.1, 0.9, 0.999, 0.0, 1e-8, False)"
+        "adamw_([ones(4), ones(4)], [ones(4), ones(4)], [m := zeros(8), ones(8)][:1] and [m[2:6], ones(4)], "
+        "[ones(4), ones(4)], [], [tensor(1.0)] * 2, [arange(4), m.view(torch.int32)[:4].copy_(arange(4))], "
+        "[ones(9), ones(9)], 0.1, 0.9, 0.999, 0.0, 1e-8, False)"
     ),
     "an embedding without columns": "masked_grad_embedding(zeros(3, 0), arange(3), arange(2), False, -1)",
     "group times gates is 2**64 + 4, of a gradient": (
         "gate_gradient(zeros(5, 4), zeros(5, 4), zeros(4), 0, 0.5, None, 0, 2**62 + 1)"
     ),
     "group times gates is 2**64 + 4, of a weight": (
-        "gated_weight(zeros(4, 3), None, zeros(4), None, 0, 0.5, None, False, torch.float32, 2**62 + 1, 1)"
+        "gated_weight(zeros(3, 4), None, None, zeros(4), 0, 0.5, None, False, torch.float32, 2**62 + 1)"
     ),
     "rows beyond number": (
         "adamw_rows_(zeros(2**62, 0), zeros(2, 0), tensor([3, 1]), None, zeros(2**62, 0), zeros(2**62, 0), None, "

@@ -38,7 +38,6 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
         lambda: (dense(), index(1, rows=True), ONES(3)),
         r"values must have shape \[1, 3\], got \[3\]",
     ),
-    "scatter_add_, values": (ops.scatter_add_, lambda: (dense(), index(1, 2), ONES(2, 1)), r"must have shape \[2\]"),
     "linear, weight": (
         ops.masked_grad_linear,
         lambda: (dense(7, 4), dense(7, 2), index(1)),
@@ -105,9 +104,9 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
         "rows has 3 gates of 1 each for 4.*expected 4",
     ),
     "gated_weight, group": (
-        partial(ops.gated_weight, **STG, row_group=3),
-        lambda: (dense(), None, ONES(1)),
-        "3 does not divide 4",
+        partial(ops.gated_weight, **STG, column_group=2),
+        lambda: (dense(), None, None, ONES(1)),
+        "2 does not divide 3",
     ),
     "gated_weight, bias": (
         partial(ops.gated_weight, **STG),
@@ -169,10 +168,10 @@ ADAMW = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e
 
 
 def lists(n: int, k: int = 2) -> list[list[torch.Tensor]]:
-    """values, grads, moments, steps, weights and positions of adamw_compact_ for `n` tensors."""
+    """params, grads, moments, steps, positions and weights of adamw_ for `n` tensors."""
     floats = [[torch.ones(k) for _ in range(n)] for _ in range(4)]
     positions = [torch.arange(k, dtype=torch.int32) for _ in range(n)]
-    return [*floats, [], [torch.tensor(1.0) for _ in range(n)], [torch.ones(5) for _ in range(n)], positions]
+    return [*floats, [], [torch.tensor(1.0) for _ in range(n)], positions, [torch.ones(5) for _ in range(n)]]
 
 
 @pytest.mark.parametrize("broken", range(8))
@@ -182,7 +181,7 @@ def test_adamw_lists_that_do_not_fit(broken: int) -> None:
     args[broken] = [torch.ones(2)] if broken == 4 else args[broken][:1]
     before = [[x.clone() for x in entries] for entries in args]
     with pytest.raises(RuntimeError):
-        ops.adamw_compact_(*args, **ADAMW)
+        ops.adamw_(*args, **ADAMW)
     for entries, was in zip(args, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(entries, was, strict=True))
 
@@ -192,12 +191,12 @@ def test_adamw_never_writes_outside(bad: str) -> None:
     """The raw op, which trusts no argument."""
     args = lists(1)
     if bad in ("out of range", "negative"):
-        args[7] = [torch.tensor([0, 5] if bad == "out of range" else [-1, 2])]
+        args[6] = [torch.tensor([0, 5] if bad == "out of range" else [-1, 2])]
     elif bad == "state":
         args[2] = [torch.ones(1)]
     else:
         args[1] = [torch.ones(2, dtype=torch.float64)]
     before = [[x.clone() for x in entries] for entries in args]
     with pytest.raises((RuntimeError, IndexError)):
-        ops.adamw_compact_(*args, **ADAMW)
-    assert torch.equal(args[6][0], before[6][0])
+        ops.adamw_(*args, **ADAMW)
+    assert torch.equal(args[7][0], before[7][0])

@@ -155,4 +155,4 @@ def test_the_ops_are_native_here() -> None:
     """Or the tests above would prove half as much."""
     if backend._load_errors.get("cpu"):
         pytest.skip("no native library")
-    assert backend.has_native("adamw_compact_", "cpu")
+    assert backend.has_native("adamw_", "cpu")

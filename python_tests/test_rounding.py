@@ -68,7 +68,7 @@ def step(dtype: torch.dtype, state: torch.dtype, rounding: tuple[int, ...], name
 def step_at_positions(
     compact: bool, rows: bool, dtype: torch.dtype, state: torch.dtype, rounding: tuple[int, ...], name: str | None
 ) -> list[torch.Tensor]:
-    """The same through adamw_compact_ and adamw_gathered_: two tensors, the second with an age for each position."""
+    """The same through adamw_, compact and not: two tensors, the second with an age for each position."""
     generator = torch.Generator().manual_seed(2)
     shape = (20, 70) if rows else (1400,)
     weights = [(1 + torch.rand(40, 70, generator=generator)).to(dtype) for _ in range(2)]
@@ -80,12 +80,13 @@ def step_at_positions(
     ages[::3] = 2.0**23
     steps = [torch.tensor(2.0**22), ages]
     options = {"lr": 2.0**-11, "beta1": 0.5, "beta2": 0.0, "weight_decay": 0.0, "eps": 0.0}
+    state = (m, v, [], steps, positions)
     if compact:
         values = [(w if rows else w.view(-1))[::2].float().contiguous() for w in weights]
-        call, args = ops.adamw_compact_, (values, grads, m, v, [], steps, weights, positions)
+        args = (values, grads, *state, weights)
     else:
-        call, args = ops.adamw_gathered_, (weights, [g.to(dtype) for g in grads], m, v, [], steps, positions)
-    call(*args, **options, rounding=rounding, backend=name)
+        args = (weights, [g.to(dtype) for g in grads], *state, [])
+    ops.adamw_(*args, **options, rounding=rounding, backend=name)
     return [*weights, *m, *v]
 
 
@@ -94,7 +95,7 @@ def step_at_positions(
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", ["triton", "native"])
 def test_the_same_bits_at_positions(name: str, compact: bool, rows: bool, dtype: torch.dtype) -> None:
-    if reason := backend.why_not("adamw_compact_", name, "cpu"):  # type: ignore[arg-type]
+    if reason := backend.why_not("adamw_", name, "cpu"):  # type: ignore[arg-type]
         pytest.skip(reason)
     case = (compact, rows, dtype, BF16)
     expected = step_at_positions(*case, (3, 5), "reference")

@@ -231,13 +231,13 @@ def step_in_place(run, steps: list[torch.Tensor], device: torch.device) -> list[
     made = [[torch.rand(20, generator=generator).to(device) for _ in range(4)] for _ in range(2)]
     values, grads, exp_avgs, exp_avg_sqs = zip(*made, strict=True)
     weights = [torch.zeros(60, device=device) for _ in range(2)]
-    run(values, grads, exp_avgs, exp_avg_sqs, [], steps, weights, [positions] * 2, *OPTIONS)
+    run(values, grads, exp_avgs, exp_avg_sqs, [], steps, [positions] * 2, weights, *OPTIONS)
     return [*values, *exp_avgs, *exp_avg_sqs, *weights]
 
 
 def test_scalars_in_memory_are_those_of_the_arguments(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way that steps on the device take, taken with steps on the host."""
-    run = backend.triton_kernel("adamw_compact_")
+    run = backend.triton_kernel("adamw_")
     steps = [torch.tensor(1.0), torch.tensor(7.0)]
     expected = step_in_place(run, steps, device)
     asked = []
@@ -252,10 +252,10 @@ def test_scalars_in_memory_are_those_of_the_arguments(device: torch.device, monk
 @needs_gpu
 @pytest.mark.parametrize("name", ["triton", "native"])
 def test_steps_on_the_device_are_not_waited_for(name: str, device: torch.device) -> None:
-    reason = backend.why_not("adamw_compact_", name, "cuda")
+    reason = backend.why_not("adamw_", name, "cuda")
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
-    run = backend.select("adamw_compact_", "cuda", name)
+    run = backend.select("adamw_", "cuda", name)
     steps = [torch.tensor(1.0), torch.tensor(7.0)]
     expected = step_in_place(lambda *args: run(*map(_listed, args)), steps, device)
     on_device = [step.to(device) for step in steps]

@@ -1,4 +1,4 @@
-"""One AdamW step at selected positions: adamw_compact_ and adamw_gathered_, beside what torch offers for it.
+"""One AdamW step at selected positions, compact and not: adamw_, beside what torch offers for it.
 
 `SparseAdamW` and `torch.optim.AdamW(fused=True)` are timed through their ready-made `step()`. Gradients are given: how
 they come about is the matter of bench_masked_grad.py. The versions of the gathered form that a user writes by hand keep
@@ -131,7 +131,7 @@ def compact_op(step: Step, backend: Any) -> Contender:
     def call() -> None:
         for count in steps:
             count.add_(1)
-        ops.adamw_compact_(values, grads, *state, [], steps, weights, chosen, **OPTIONS, backend=backend)
+        ops.adamw_(values, grads, *state, [], steps, chosen, weights, **OPTIONS, backend=backend)
 
     return solved(step, weights, call)
 
@@ -143,7 +143,7 @@ def gathered_op(step: Step, backend: Any) -> Contender:
     def call() -> None:
         for count in steps:
             count.add_(1)
-        ops.adamw_gathered_(params, step.grads, *state, [], steps, chosen, **OPTIONS, backend=backend)
+        ops.adamw_(params, step.grads, *state, [], steps, chosen, **OPTIONS, backend=backend)
 
     return solved(step, params, call)
 
@@ -236,13 +236,13 @@ def _op_state(step: Step) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor
 
 COMPACT = {
     "SparseAdamW": sparse_adamw,
-    **{f"adamw_compact_ {b}": partial(compact_op, backend=b) for b in backends("adamw_compact_")},
+    **{f"adamw_ {b}": partial(compact_op, backend=b) for b in backends("adamw_")},
     FUSED: dense_fused,
     COPY: compact_fused,
 }
 GATHERED = {
     "SparseAdamW": sparse_adamw_gathered,
-    **{f"adamw_gathered_ {b}": partial(gathered_op, backend=b) for b in backends("adamw_gathered_")},
+    **{f"adamw_ {b}": partial(gathered_op, backend=b) for b in backends("adamw_")},
     ADVANCED: partial(by_hand, read=lambda t, i: t[i], write=lambda t, i, x: t.__setitem__(i, x)),
     SELECT: partial(by_hand, read=lambda t, i: t.index_select(0, i), write=lambda t, i, x: t.index_copy_(0, i, x)),
     AROUND: select_around_fused,

@@ -1,7 +1,7 @@
-"""Reading and writing selected weights: gather, scatter_ and scatter_add_, beside torch's indexing.
+"""Reading and writing selected weights: gather and scatter_, beside torch's indexing.
 
 torch offers two ways each: the index_* functions, and advanced indexing, which is what most code is written with. All
-must give the same bits: copies are exact, and a sum of two is rounded once.
+must give the same bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from sparsekernels import ops
 ALTERNATIVES = {
     "gather": ("torch.index_select", "t[idx]"),
     "scatter_": ("Tensor.index_copy_", "t[idx] = v"),
-    "scatter_add_": ("Tensor.index_add_", "t[idx] += v"),
 }
 
 
@@ -46,11 +45,10 @@ def make(op: str, shape: tuple[int, ...], select: Callable[[], sk.Index], dtype:
     index = select()
     values = torch.randn(index.compact_shape, device=DEVICE).to(dtype)
     selected = take(dense, index)
-    added = (selected.float() + values.float()).to(dtype)  # rounded once
-    expected = {"gather": selected, "scatter_": values, "scatter_add_": added}[op].double()
+    expected = {"gather": selected, "scatter_": values}[op].double()
     compact = index.numel * dtype.itemsize + index.positions.numel() * index.positions.element_size()
     # Whole rows are written without being read first; a line with one written element is read, too.
-    passes = 2 if op == "scatter_add_" or (op == "scatter_" and not index.rows) else 1
+    passes = 2 if op == "scatter_" and not index.rows else 1
     return Move(
         str(list(shape)),
         index.numel / dense.numel(),
@@ -93,8 +91,6 @@ def by_torch(move: Move, op: str, how: str) -> Contender:
     calls: dict[str, Callable[[], Any]] = {
         "Tensor.index_copy_": lambda: view.index_copy_(0, chosen, values),
         "t[idx] = v": lambda: view.__setitem__(chosen, values),
-        "Tensor.index_add_": lambda: view.index_add_(0, chosen, values),
-        "t[idx] += v": lambda: view.__setitem__(chosen, view[chosen] + values),
     }
     untouched = [(target, move.dense, move.index)]
     return Contender(calls[how], lambda: [take(target, move.index)], untouched)
@@ -103,8 +99,7 @@ def by_torch(move: Move, op: str, how: str) -> Contender:
 def by_op(move: Move, op: str, backend: Any) -> Contender:
     if op == "gather":
         return reading(move, lambda m: ops.gather(m.dense, m.index, backend=backend))
-    function = {"scatter_": ops.scatter_, "scatter_add_": ops.scatter_add_}[op]
-    return writing(move, lambda target, m: function(target, m.index, m.values, backend=backend))
+    return writing(move, lambda target, m: ops.scatter_(target, m.index, m.values, backend=backend))
 
 
 def cases(small: bool) -> list[Case]:

@@ -89,7 +89,9 @@ def optimizer_rows(small: bool) -> list[Row]:
 
     def step(name: str, shapes: Any, select: Any, ours: str, versus: Any) -> Case:
         make = partial(bench_adamw.make, shapes, select, dtype=BF16)
-        return Case(f"adamw_compact_, {name}", make, compact, ours, versus, calls=bench_adamw.CALLS, tolerance=2**-8)
+        return Case(
+            f"adamw_ of compact values, {name}", make, compact, ours, versus, calls=bench_adamw.CALLS, tolerance=2**-8
+        )
 
     def some(shape: tuple[int, ...], count: int = count) -> Any:
         return random_rows(shape, count)
@@ -136,17 +138,15 @@ def moving_rows(small: bool) -> list[Row]:
     numel, density, count = flat[0] * flat[1], 0.01, table[0] // 4
     found = []
     for op, (first, second) in bench_gather_scatter.ALTERNATIVES.items():
-        passes = {"gather": 1, "scatter_": 2, "scatter_add_": 2}[op]
+        passes = {"gather": 1, "scatter_": 2}[op]
         of_elements = _moving(op, f"1 % of {numel:.0e}", flat, lambda: random_elements(flat, density), (first, second))
         moved = 6 * density * numel + passes * sector_bytes(numel, density, 2)
         words = "values + positions + sectors" + (" twice" if passes == 2 else "")
         found.append(Row(of_elements, moved, words, share=0.6))
         name = f"{count} rows of {table[0]} x {table[1]}"
         of_rows = _moving(op, name, table, lambda: random_rows(table, count), (first, second))
-        passes = 2 if op == "scatter_add_" else 1  # a row that is written as a whole is not read
-        moved = count * (4 + 2 * table[1] * (1 + passes))
-        words = "values + positions + rows" + (" twice" if passes == 2 else "")
-        found.append(Row(of_rows, moved, words, share=0.85))
+        moved = count * (4 + 2 * table[1] * 2)  # a row that is written as a whole is not read
+        found.append(Row(of_rows, moved, "values + positions + rows", share=0.85))
     return found
 
 

@@ -22,7 +22,7 @@ class Ages {
   }
 
   // Sets what depends on age, for the position in this slot.
-  void set(int64_t slot, T& step_size, T& inv_sqrt_bias2) {
+  SK_INLINE void set(int64_t slot, T& step_size, T& inv_sqrt_bias2) {
     const float age = ages_[slot];
     uint32_t bits;
     std::memcpy(&bits, &age, sizeof(bits));
@@ -50,8 +50,8 @@ struct NoAges {
 };
 
 struct AdamwTask {
-  void* values;      // [K * width], compact form only
-  const void* grad;  // compact [K * width], or dense
+  void* values;      // [K * width]: compact form. null: the weight and its gradient are read where they lie
+  const void* grad;  // [K * width], or as the weight
   void *exp_avg, *exp_avg_sq, *maximum;  // [K * width]; maximum may be null
   void* dense;                           // the weight
   const void* positions;                 // [K]
@@ -61,7 +61,6 @@ struct AdamwTask {
   int64_t numel, width;
   AdamwStep<float> step32;
   AdamwStep<double> step64;
-  void (*run)(const AdamwTask&, int64_t begin, int64_t end);
 
   // The random bits of one array at a position of the weight, which lies in this slot.
   uint32_t random(int64_t slot, int64_t position, uint32_t array) const {
@@ -73,7 +72,8 @@ struct AdamwTask {
 
 template <typename T>
 const AdamwStep<T>& step_of(const AdamwTask& task) {
-  if constexpr (std::is_same_v<T, double>) return task.step64; else return task.step32;
+  if constexpr (std::is_same_v<T, double>) return task.step64;
+  else return task.step32;
 }
 
 constexpr int64_t kBlock = 64;  // elements computed together
@@ -84,7 +84,8 @@ inline __attribute__((always_inline)) void adamw_run(
     const T* x, const T* __restrict__ g, T* __restrict__ m, T* __restrict__ v, T* __restrict__ maximum, T* out,
     int64_t n, const AdamwStep<T>& step) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = adamw<amsgrad>(x[i], g[i], m[i], v[i], amsgrad ? maximum + i : nullptr, step);
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = adamw<amsgrad>(x[i], g[i], m[i], v[i], amsgrad ? maximum + i : nullptr, step);
 }
 
 // The same for n single elements, at most kBlock, that differ in age; the first lies in slot `first`.
@@ -121,59 +122,14 @@ inline __attribute__((always_inline)) void prefetch_block(const P* dense, const 
   for (int64_t j = i + kAhead; j < std::min(i + kAhead + kBlock, end); ++j) prefetch(dense + positions[j]);
 }
 
-// Both forms: T is the arithmetic's type, W the weight's, S the state's, I the positions'.
+// T is the arithmetic's type, W the weight's, S the state's, I the positions'.
 //
-// Values step in place; the dense weight receives them, rounded to nearest: nothing is lost, for the values stay.
-template <typename T, typename W, typename S, typename I, bool amsgrad, bool aged>
-SK_CLONES void adamw_compact(const AdamwTask& task, int64_t begin, int64_t end) {
-  T* __restrict__ x = static_cast<T*>(task.values);
-  const T* __restrict__ g = static_cast<const T*>(task.grad);
-  S* __restrict__ m = static_cast<S*>(task.exp_avg);
-  S* __restrict__ v = static_cast<S*>(task.exp_avg_sq);
-  S* __restrict__ maximum = static_cast<S*>(task.maximum);
-  W* __restrict__ dense = static_cast<W*>(task.dense);
-  const I* positions = static_cast<const I*>(task.positions);
-  const AdamwStep<T> step = step_of<T>(task);
-  std::conditional_t<aged, Ages<T>, NoAges> ages(task.ages, *task.options);
-  if (task.width != 1) {
-    for_rows(task.width, begin, end, [&](int64_t i, int64_t slot, int64_t column, int64_t count) {
-      AdamwStep<T> own = step;
-      if constexpr (aged) ages.set(slot, own.step_size, own.inv_sqrt_bias2);
-      const int64_t at = int64_t(positions[slot]) * task.width + column;
-      constexpr int64_t kRun = std::is_same_v<S, T> ? INT64_MAX : kBlock;
-      for (int64_t done = 0; done < count; done += kRun) {
-        const int64_t n = std::min(count - done, kRun), o = i + done;
-        with_state<amsgrad, kBlock, T>(
-            m + o, v + o, maximum + o, n, task.rounding.stochastic,
-            [&](int64_t j, uint32_t array) { return task.random(slot, at + done + j, array); },
-            [&](T* m, T* v, T* maximum) { adamw_run<amsgrad>(x + o, g + o, m, v, maximum, x + o, n, own); });
-        if constexpr (std::is_same_v<S, T>) break;
-      }
-      for (int64_t j = 0; j < count; ++j) dense[at + j] = W(x[i + j]);
-    });
-    return;
-  }
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(end - i, kBlock);
-    prefetch_block(dense, positions, i, end);
-    with_state<amsgrad, kBlock, T>(
-        m + i, v + i, maximum + i, n, task.rounding.stochastic,
-        [&](int64_t j, uint32_t array) { return task.random(i + j, positions[i + j], array); },
-        [&](T* m, T* v, T* maximum) {
-          if constexpr (aged) {
-            adamw_run_aged<amsgrad>(x + i, g + i, m, v, maximum, x + i, n, step, ages, i);
-          } else {
-            adamw_run<amsgrad>(x + i, g + i, m, v, maximum, x + i, n, step);
-          }
-        });
-    for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(x[i + j]);
-  }
-}
-
-// The weight and its gradient are read where they lie, stepped, and the weight written back.
-template <typename T, typename W, typename S, typename I, bool amsgrad, bool aged>
-SK_CLONES void adamw_gathered(const AdamwTask& task, int64_t begin, int64_t end) {
-  const W* __restrict__ grad = static_cast<const W*>(task.grad);
+// Compact values step in place; the weight receives them, rounded to nearest: nothing is lost, for the values stay.
+// Otherwise the weight and its gradient are read where they lie, stepped, and the weight written back.
+template <typename T, typename W, typename S, typename I, bool compact, bool amsgrad, bool aged>
+SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
+  T* __restrict__ values = static_cast<T*>(task.values);
+  const auto* __restrict__ grad = static_cast<const std::conditional_t<compact, T, W>*>(task.grad);
   S* __restrict__ m = static_cast<S*>(task.exp_avg);
   S* __restrict__ v = static_cast<S*>(task.exp_avg_sq);
   S* __restrict__ maximum = static_cast<S*>(task.maximum);
@@ -184,39 +140,97 @@ SK_CLONES void adamw_gathered(const AdamwTask& task, int64_t begin, int64_t end)
   std::conditional_t<aged, Ages<T>, NoAges> ages(task.ages, *task.options);
   alignas(64) T x[kBlock], g[kBlock];
   if (task.width != 1) {
+    constexpr int64_t kRun = compact && std::is_same_v<S, T> ? INT64_MAX : kBlock;
     for_rows(task.width, begin, end, [&](int64_t i, int64_t slot, int64_t column, int64_t count) {
       AdamwStep<T> own = step;
       if constexpr (aged) ages.set(slot, own.step_size, own.inv_sqrt_bias2);
-      for (int64_t done = 0; done < count; done += kBlock) {
-        const int64_t n = std::min(count - done, kBlock), o = i + done;
+      for (int64_t done = 0; done < count; done += kRun) {
+        const int64_t n = std::min(count - done, kRun), o = i + done;
         const int64_t at = int64_t(positions[slot]) * task.width + column + done;
         const auto draw = [&](int64_t j, uint32_t array) { return task.random(slot, at + j, array); };
-        for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[at + j]); g[j] = T(grad[at + j]); }
+        if constexpr (!compact) {
+          for (int64_t j = 0; j < n; ++j) {
+            x[j] = T(dense[at + j]);
+            g[j] = T(grad[at + j]);
+          }
+        }
         with_state<amsgrad, kBlock, T>(m + o, v + o, maximum + o, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
-          adamw_run<amsgrad>(x, g, m, v, maximum, x, n, own);
+          if constexpr (compact) {
+            adamw_run<amsgrad>(values + o, grad + o, m, v, maximum, values + o, n, own);
+          } else {
+            adamw_run<amsgrad>(x, g, m, v, maximum, x, n, own);
+          }
         });
-        narrow(x, dense + at, n, stochastic, kWeight, draw);
+        if constexpr (compact) {
+          for (int64_t j = 0; j < n; ++j) dense[at + j] = W(values[o + j]);
+        } else {
+          narrow(x, dense + at, n, stochastic, kWeight, draw);
+        }
+        if constexpr (kRun != kBlock) break;
       }
     });
     return;
   }
-  W out[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(end - i, kBlock);
     const auto draw = [&](int64_t j, uint32_t array) { return task.random(i + j, positions[i + j], array); };
     prefetch_block(dense, positions, i, end);
-    prefetch_block(grad, positions, i, end);
-    for (int64_t j = 0; j < n; ++j) { x[j] = T(dense[positions[i + j]]); g[j] = T(grad[positions[i + j]]); }
-    with_state<amsgrad, kBlock, T>(m + i, v + i, maximum + i, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
-      if constexpr (aged) {
-        adamw_run_aged<amsgrad>(x, g, m, v, maximum, x, n, step, ages, i);
-      } else {
-        adamw_run<amsgrad>(x, g, m, v, maximum, x, n, step);
+    if constexpr (!compact) {
+      prefetch_block(grad, positions, i, end);
+      for (int64_t j = 0; j < n; ++j) {
+        x[j] = T(dense[positions[i + j]]);
+        g[j] = T(grad[positions[i + j]]);
       }
+    }
+    with_state<amsgrad, kBlock, T>(m + i, v + i, maximum + i, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
+      const auto run = [&](T* own, const T* own_grad) __attribute__((always_inline)) {
+        if constexpr (aged) {
+          adamw_run_aged<amsgrad>(own, own_grad, m, v, maximum, own, n, step, ages, i);
+        } else {
+          adamw_run<amsgrad>(own, own_grad, m, v, maximum, own, n, step);
+        }
+      };
+      if constexpr (compact) run(values + i, grad + i);
+      else run(x, g);
     });
-    narrow(x, out, n, stochastic, kWeight, draw);
-    for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = out[j];
+    if constexpr (compact) {
+      for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(values[i + j]);
+    } else {
+      W out[kBlock];
+      narrow(x, out, n, stochastic, kWeight, draw);
+      for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = out[j];
+    }
   }
 }
+
+// The kernel for a task whose weight, state and positions are of these dtypes, which are known to go together. Each
+// form is compiled by a file of its own, side by side: they take the longest of all.
+using AdamwRun = void (*)(const AdamwTask&, int64_t begin, int64_t end);
+template <bool compact>
+AdamwRun adamw_kernel(const AdamwTask& task, ScalarType weight, ScalarType state, ScalarType positions) {
+  AdamwRun run = nullptr;
+  const auto with_bool = [](bool value, const auto& f) { value ? f(std::true_type{}) : f(std::false_type{}); };
+  with_floating(weight, "adamw_", [&](auto zero) {
+    using W = decltype(zero);
+    using T = opmath_t<W>;
+    const auto with_types = [&](auto narrow, auto index) {
+      using S = decltype(narrow);
+      with_bool(task.maximum, [&](auto amsgrad) {
+        with_bool(task.ages, [&](auto aged) {
+          run = adamw_at<T, W, S, decltype(index), compact, decltype(amsgrad)::value, decltype(aged)::value>;
+        });
+      });
+    };
+    const auto with_state = [&](auto narrow) {
+      if (positions == ScalarType::Int) with_types(narrow, int32_t{});
+      else with_types(narrow, int64_t{});
+    };
+    if (state == scalar_type<T>()) return with_state(T{});
+    if constexpr (std::is_same_v<T, float>) with_state(BFloat16{});
+  });
+  return run;
+}
+extern template AdamwRun adamw_kernel<true>(const AdamwTask&, ScalarType, ScalarType, ScalarType);
+extern template AdamwRun adamw_kernel<false>(const AdamwTask&, ScalarType, ScalarType, ScalarType);
 
 }  // namespace sk::cpu

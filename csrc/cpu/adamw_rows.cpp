@@ -1,44 +1,14 @@
 // adamw_rows_: checks and CPU registration.
 #include "adamw_rows.h"
 
-#include <algorithm>
-#include <numeric>
-#include <optional>
-#include <utility>
-
 #include "../common.h"
 #include "positions.h"
+#include "radix.h"
 
 namespace sk {
 namespace {
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread: about 10 us of work
-
-// The entries of a gradient by row, stably, so that duplicates of a row follow each other as they came.
-struct Sorted {
-  std::vector<int64_t> ids, order;
-};
-
-Sorted sort_by_row(const int64_t* ids, int64_t count, int64_t rows) {
-  constexpr int kDigit = 11;
-  Sorted from{{ids, ids + count}, std::vector<int64_t>(count)};
-  std::iota(from.order.begin(), from.order.end(), 0);
-  if (std::is_sorted(ids, ids + count)) return from;
-  Sorted to = from;
-  for (int shift = 0; shift < 64 && (rows - 1) >> shift > 0; shift += kDigit) {
-    int64_t starts[(1 << kDigit) + 1] = {};
-    const auto digit = [&](int64_t i) { return (from.ids[i] >> shift) & ((1 << kDigit) - 1); };
-    for (int64_t i = 0; i < count; ++i) ++starts[digit(i) + 1];
-    for (int d = 0; d < 1 << kDigit; ++d) starts[d + 1] += starts[d];
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = starts[digit(i)]++;
-      to.ids[at] = from.ids[i];
-      to.order[at] = from.order[i];
-    }
-    std::swap(from, to);
-  }
-  return from;
-}
 
 void* check_state(const Tensor& state, const Tensor& first, const Tensor& param, int64_t width, const char* name) {
   STD_TORCH_CHECK(
@@ -52,29 +22,33 @@ void* check_state(const Tensor& state, const Tensor& first, const Tensor& param,
 }
 
 void adamw_rows_(
-    Tensor param, Tensor grad_values, Tensor ids, std::optional<Tensor> slots, Tensor exp_avg,
-    Tensor exp_avg_sq, std::optional<Tensor> max_exp_avg_sq, Tensor scales, double beta1, double beta2, double eps,
-    bool maximize, std::vector<int64_t> rounding) {
+    Tensor param, Tensor grad_values, Tensor ids, MaybeTensor slots, Tensor exp_avg, Tensor exp_avg_sq,
+    MaybeTensor max_exp_avg_sq, Tensor scales, double beta1, double beta2, double eps, bool maximize,
+    std::vector<int64_t> rounding) {
   STD_TORCH_CHECK(param.dim() > 0 && param.is_contiguous(), "param must be contiguous, of at least one dimension");
   const int64_t rows = param.size(0), count = ids.numel();
   if (count == 0) return;
   const int64_t width = rows == 0 ? 0 : param.numel() / rows;
   STD_TORCH_CHECK(
       grad_values.is_contiguous() && grad_values.scalar_type() == param.scalar_type() &&
-          grad_values.dim() == param.dim() && grad_values.size(0) == count && grad_values.numel() == product(count, width),
+          grad_values.dim() == param.dim() && grad_values.size(0) == count &&
+          grad_values.numel() == product(count, width),
       "grad_values must be contiguous [T, *row] with the dtype of param");
   STD_TORCH_CHECK(
       ids.dim() == 1 && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long,
       "ids must be contiguous int64 with one entry for each row of grad_values");
   const auto* listed = data<int64_t>(ids, "ids");
+  std::vector<cpu::RowEntry> entries;
+  entries.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
     STD_TORCH_CHECK(listed[i] >= 0 && listed[i] < rows, "ids has an entry out of range for a table of ", rows, " rows");
+    entries.push_back({listed[i], i});
   }
-  const Sorted sorted = sort_by_row(listed, count, rows);
+  // Stably: duplicates of a row follow each other as they came.
+  sort_stably(entries, [](const cpu::RowEntry& entry) { return entry.row; });
   const int64_t lines = exp_avg.size(0);
   cpu::AdamwRowsTask task{};
-  task.ids = sorted.ids.data();
-  task.order = sorted.order.data();
+  task.entries = entries.data();
   task.count = count;
   task.width = width;
   if (slots) {
@@ -83,7 +57,7 @@ void adamw_rows_(
         "slots must be contiguous int32 with one entry for each row of param");
     task.slots = data<int32_t>(*slots, "slots");
     for (int64_t i = 0; i < count; ++i) {
-      const int32_t slot = task.slots[task.ids[i]];
+      const int32_t slot = task.slots[entries[i].row];
       STD_TORCH_CHECK(slot >= 0 && slot < lines, "slots has an entry out of range for a state of ", lines, " rows");
     }
   } else {
@@ -100,8 +74,8 @@ void adamw_rows_(
     using W = decltype(zero);
     using T = opmath_t<W>;
     STD_TORCH_CHECK(
-        scales.dim() == 2 && scales.size(1) == 2 && scales.is_contiguous() && scales.scalar_type() == scalar_type<T>() &&
-            (scales.size(0) == 1 || scales.size(0) == count),
+        scales.dim() == 2 && scales.size(1) == 2 && scales.is_contiguous() &&
+            scales.scalar_type() == scalar_type<T>() && (scales.size(0) == 1 || scales.size(0) == count),
         "scales must be contiguous [1, 2] or [T, 2], fp32 (fp64 for fp64 parameters)");
     task.scales = data<T>(scales, "scales");
     task.param = mutable_data<W>(param, "param");

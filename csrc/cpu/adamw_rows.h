@@ -12,10 +12,15 @@
 
 namespace sk::cpu {
 
+// A line of the gradient, and the row that it is for.
+struct RowEntry {
+  int64_t row, line;
+};
+
 struct AdamwRowsTask {
   void* param;              // [V, width]
   const void* grad_values;  // [count, width]
-  const int64_t *ids, *order;  // [count]; ids ascend, and the gradient of ids[i] is grad_values[order[i]]
+  const RowEntry* entries;     // [count], by row
   const int32_t* slots;        // [V], or null: a row is its own slot
   void *exp_avg, *exp_avg_sq, *maximum;  // [S, width]; maximum may be null
   const void* scales;                    // [count or 1, 2]
@@ -42,17 +47,17 @@ SK_CLONES void adamw_rows(const AdamwRowsTask& task, int64_t begin, int64_t end)
   S* exp_avg = static_cast<S*>(task.exp_avg);
   S* exp_avg_sq = static_cast<S*>(task.exp_avg_sq);
   S* maximum = static_cast<S*>(task.maximum);
-  AdamwStep<T> step{
-      T(task.step.beta2), T(task.step.rest1), T(task.step.rest2), T(0), T(0), T(1), T(task.step.eps), T(task.step.sign)};
+  AdamwStep<T> step{T(task.step.beta2), T(task.step.rest1), T(task.step.rest2), T(0), T(0), T(1),
+                    T(task.step.eps),   T(task.step.sign)};
   const auto line_of = [&](int64_t row) { return (task.slots ? task.slots[row] : row) * width; };
   std::vector<T> sum(width);
   alignas(64) T x[kBlock];
-  while (begin > 0 && begin < end && task.ids[begin] == task.ids[begin - 1]) ++begin;
+  while (begin > 0 && begin < end && task.entries[begin].row == task.entries[begin - 1].row) ++begin;
   for (int64_t i = begin, next; i < end; i = next) {
-    const int64_t row = task.ids[i], line = line_of(row);
-    const W* grad = grads + task.order[i] * width;
-    for (next = i + 1; next < task.count && task.ids[next] == row; ++next) {
-      const W* more = grads + task.order[next] * width;
+    const int64_t row = task.entries[i].row, line = line_of(row);
+    const W* grad = grads + task.entries[i].line * width;
+    for (next = i + 1; next < task.count && task.entries[next].row == row; ++next) {
+      const W* more = grads + task.entries[next].line * width;
       if (next == i + 1) {
         for (int64_t j = 0; j < width; ++j) sum[j] = T(grad[j]) + T(more[j]);
       } else {
@@ -61,9 +66,9 @@ SK_CLONES void adamw_rows(const AdamwRowsTask& task, int64_t begin, int64_t end)
     }
     const bool alone = next == i + 1;
     const bool more = next < end;
-    const int64_t next_row = more ? task.ids[next] : row, next_line = line_of(next_row);
-    const W* next_grad = grads + task.order[more ? next : i] * width;
-    const T* own = scales + (task.scales_each ? 2 * task.order[i] : 0);
+    const int64_t next_row = more ? task.entries[next].row : row, next_line = line_of(next_row);
+    const W* next_grad = grads + task.entries[more ? next : i].line * width;
+    const T* own = scales + (task.scales_each ? 2 * task.entries[i].line : 0);
     step.decay = own[0];
     step.step_size = own[1];
     for (int64_t c = 0; c < width; c += kBlock) {

@@ -89,7 +89,8 @@ struct Write {
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) {
         auto* to = reinterpret_cast<typename Vector<S, bytes>::loose*>(out + r * stride + c * (bytes / sizeof(S)));
-        if (add) *to += sum[r][c]; else *to = sum[r][c];
+        if (add) *to += sum[r][c];
+        else *to = sum[r][c];
       }
     }
   }

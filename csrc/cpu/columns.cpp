@@ -1,6 +1,7 @@
 // take_columns and put_columns: checks, dispatch, CPU registrations.
-#include "../common.h"
 #include "columns.h"
+
+#include "../common.h"
 #include "positions.h"
 #include "scratch.h"
 

@@ -85,8 +85,8 @@ int64_t whole_vectors(const Lanes* lanes, int64_t count, int64_t width) {
 
 template <int bytes>
 SK_VBMI2 void compress_rows(
-    const char* __restrict__ x, int64_t stride, const Lanes* lanes, int64_t count, int64_t width, char* __restrict__ out,
-    int64_t begin, int64_t end) {
+    const char* __restrict__ x, int64_t stride, const Lanes* lanes, int64_t count, int64_t width,
+    char* __restrict__ out, int64_t begin, int64_t end) {
   using V = Vector<bytes>;
   const int64_t whole = whole_vectors<bytes>(lanes, count, width), all = (width + V::kLanes - 1) / V::kLanes;
   for (int64_t t = begin; t < end; ++t) {
@@ -105,8 +105,8 @@ SK_VBMI2 void compress_rows(
 
 template <int bytes>
 SK_VBMI2 void expand_rows(
-    const char* __restrict__ x, int64_t stride, const Lanes* lanes, int64_t count, int64_t width, char* __restrict__ out,
-    int64_t begin, int64_t end) {
+    const char* __restrict__ x, int64_t stride, const Lanes* lanes, int64_t count, int64_t width,
+    char* __restrict__ out, int64_t begin, int64_t end) {
   using V = Vector<bytes>;
   const int64_t whole = whole_vectors<bytes>(lanes, count, width), all = (width + V::kLanes - 1) / V::kLanes;
   for (int64_t t = begin; t < end; ++t) {
@@ -127,8 +127,8 @@ SK_VBMI2 void expand_rows(
 // their size; with `lanes`, which are null where the machine does not compress, a vector at a time.
 template <typename U, typename I>
 void take_columns(
-    const U* __restrict__ x, int64_t stride, const I* columns, [[maybe_unused]] const Lanes* lanes, int64_t count, int64_t width,
-    U* __restrict__ out, int64_t begin, int64_t end) {
+    const U* __restrict__ x, int64_t stride, const I* columns, [[maybe_unused]] const Lanes* lanes, int64_t count,
+    int64_t width, U* __restrict__ out, int64_t begin, int64_t end) {
 #if SK_COMPRESSES
   if (lanes) return compress_rows<sizeof(U)>((const char*)x, stride, lanes, count, width, (char*)out, begin, end);
 #endif
@@ -140,8 +140,8 @@ void take_columns(
 // out[t, columns[k]] = x[t, k], and 0 elsewhere among `width` columns.
 template <typename U, typename I>
 void put_columns(
-    const U* __restrict__ x, int64_t stride, const I* columns, [[maybe_unused]] const Lanes* lanes, int64_t count, int64_t width,
-    U* __restrict__ out, int64_t begin, int64_t end) {
+    const U* __restrict__ x, int64_t stride, const I* columns, [[maybe_unused]] const Lanes* lanes, int64_t count,
+    int64_t width, U* __restrict__ out, int64_t begin, int64_t end) {
 #if SK_COMPRESSES
   if (lanes) return expand_rows<sizeof(U)>((const char*)x, stride, lanes, count, width, (char*)out, begin, end);
 #endif

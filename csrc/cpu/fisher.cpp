@@ -35,11 +35,9 @@ void fisher_squares_(Tensors totals, Tensors grads) {
       ends.push_back(grads[i].numel() + (i ? ends[i - 1] : 0));
     }
     parallel_for(0, ends.back(), kGrain, [&](int64_t begin, int64_t end) {
-      size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-      for (; begin < end; begin = ends[i], ++i) {
-        const int64_t at = begin - (i ? ends[i - 1] : 0);
-        cpu::squares(grad[i] + at, total[i] + at, std::min(end, ends[i]) - begin);
-      }
+      for_stretches(ends, begin, end, [&](size_t i, int64_t first, int64_t last) {
+        cpu::squares(grad[i] + first, total[i] + first, last - first);
+      });
     });
   });
 }
@@ -68,20 +66,16 @@ struct Embedding {
   S *total, *norms;  // either may be null
 
   int64_t sample(int64_t hit) const { return hits[hit].token / each; }
-  bool same_row(int64_t hit) const {
-    return hit > 0 && hit < int64_t(hits.size()) && hits[hit].from == hits[hit - 1].from;
-  }
 
   SK_INLINE void fetch(int64_t hit) const {
     cpu::prefetch_row(dy + hits[hit].token * width, width);
-    if (total && !same_row(hit)) cpu::prefetch_row(total + hits[hit].from * width, width);
+    if (total && !same_row(hits, hit)) cpu::prefetch_row(total + hits[hit].from * width, width);
   }
 
   // All hits of a row are of one thread: [begin, end) is moved on to where rows change. The norm of a row within a
   // sample is left in `found`, at the first of its hits.
   void square(int64_t begin, int64_t end, double* found) const {
-    while (begin < end && same_row(begin)) ++begin;
-    while (end > begin && same_row(end)) ++end;
+    keep_rows_whole(hits, begin, end);
     auto grad = scratch<S>(width);
     for (int64_t i = begin, next; i < end; i = next) {
       const Hit& hit = hits[i];
@@ -101,9 +95,8 @@ struct Embedding {
   void run() const {
     const int64_t count = int64_t(hits.size());
     std::vector<double> found(count), sums(samples);
-    parallel_for(0, count, kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-      square(begin, end, found.data());
-    });
+    parallel_for(
+        0, count, kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) { square(begin, end, found.data()); });
     for (int64_t i = 0; i < count; ++i) sums[sample(i)] += found[i];
     for (int64_t b = 0; norms && b < samples; ++b) norms[b] = S(double(norms[b]) + sums[b]);
   }
@@ -168,7 +161,7 @@ struct Columns {
 
   // One sample after the other is added to total, and the blocks of a sample to its norm: the order never changes.
   void run() const {
-    const int64_t blocks = (m + cpu::kColumns - 1) / cpu::kColumns;
+    const int64_t blocks = ceil_div(m, cpu::kColumns);
     auto sums = scratch<S>(std::min(samples, kSamples) * count);
     for (int64_t first = 0; first < samples; first += kSamples) {
       const int64_t here = std::min(kSamples, samples - first);

@@ -42,7 +42,8 @@ SK_CLONES void square_sums(const S* g, int64_t count, S* total, double* sums) {
 // The gradient of element `at` of the activations: for a bias dy, for the weight of a norm dy times what it multiplies.
 template <bool scaled, typename S, typename T>
 SK_INLINE S term(const T* dy, const T* x, int64_t at) {
-  if constexpr (scaled) return S(dy[at]) * S(x[at]); else return S(dy[at]);
+  if constexpr (scaled) return S(dy[at]) * S(x[at]);
+  else return S(dy[at]);
 }
 
 // sums[j] = the sum over tokens of term(j) for `count` columns, kColumns at most. Four tokens are read at once: so many

@@ -1,12 +1,8 @@
 // Checks that the fisher ops share.
 #pragma once
-#include <optional>
-
 #include "positions.h"
 
 namespace sk {
-
-using MaybeTensor = std::optional<Tensor>;
 
 // Memory of total or norms, which must have `numel` elements; null where it is not wanted.
 template <typename S>
@@ -16,16 +12,6 @@ S* sum_pointer(const MaybeTensor& sum, int64_t numel, const char* name) {
       sum->is_contiguous() && sum->scalar_type() == scalar_type<S>() && sum->numel() == numel, name,
       " must be contiguous, of ", numel, " elements in fp32 (fp64 for fp64 activations)");
   return mutable_data<S>(*sum, name);
-}
-
-inline void check_activations(const Tensor& grad_output, const MaybeTensor& input) {
-  STD_TORCH_CHECK(
-      grad_output.dim() == 3 && grad_output.is_contiguous(),
-      "grad_output must be contiguous, [samples, tokens, width]");
-  STD_TORCH_CHECK(
-      !input || (input->dim() == 3 && input->is_contiguous() && input->scalar_type() == grad_output.scalar_type() &&
-                 input->size(0) == grad_output.size(0) && input->size(1) == grad_output.size(1)),
-      "input must be contiguous, with the dtype, samples and tokens of grad_output");
 }
 
 // Calls f with a typed pointer to positions, null where all are selected; not at all where none is. What is changed are

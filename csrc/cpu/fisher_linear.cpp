@@ -88,7 +88,7 @@ struct Linear {
   template <typename F>
   void pack(int64_t first, int64_t last, int64_t dy_columns, const F& run) const {
     constexpr int64_t part = kBand * cpu::kPanel<S>;
-    const int64_t dy_parts = (dy_columns + part - 1) / part, parts = dy_parts + (n + part - 1) / part;
+    const int64_t dy_parts = ceil_div(dy_columns, part), parts = dy_parts + ceil_div(n, part);
     for_each_task((last - first) * parts, [&] {
       return [&](int64_t task) {
         const int64_t at = task % parts;
@@ -122,15 +122,16 @@ struct Linear {
               x, n, which, length(b), columns, n, to, begin, end, 0, length(b));
         }
       });
-      const cpu::Packed<S> packed{
-          packed_dy.get(), packed_x.get(), from.data(), last - first, lines(), n, cpu::register_bytes()};
-      if (index && !rows) gather(packed, own(first)); else square(packed, own(first));
+      const cpu::Packed<S> packed{packed_dy.get(),      packed_x.get(), from.data(), last - first, lines(), n,
+                                  cpu::register_bytes()};
+      if (index && !rows) gather(packed, own(first));
+      else square(packed, own(first));
     });
   }
 
   void square(const cpu::Packed<S>& packed, S* own_norms) const {
-    const int64_t strips = (packed.m + kStrip - 1) / kStrip, band = kBand * cpu::kPanel<S>;
-    run_tasks(strips * ((n + band - 1) / band), packed.samples, own_norms, [&] {
+    const int64_t strips = ceil_div(packed.m, kStrip), band = kBand * cpu::kPanel<S>;
+    run_tasks(strips * ceil_div(n, band), packed.samples, own_norms, [&] {
       return [&](int64_t task, double* sums) {
         const int64_t r = task % strips * kStrip, c = task / strips * band;
         cpu::square_products(packed, r, std::min(r + kStrip, packed.m), c, std::min(c + band, n), total, sums);
@@ -141,7 +142,7 @@ struct Linear {
   void gather(const cpu::Packed<S>& packed, S* own_norms) const {
     const int64_t stride = cpu::round_up(n, cpu::kLanes<S>), fits = kStripBytes / (stride * int64_t(sizeof(S)));
     const int64_t strip = std::clamp(fits / cpu::kRows * cpu::kRows, cpu::kRows, kStrip);
-    run_tasks((m + strip - 1) / strip, packed.samples, own_norms, [&] {
+    run_tasks(ceil_div(m, strip), packed.samples, own_norms, [&] {
       return [&, products = scratch<S>(strip * stride), at = scratch<int32_t>(strip * n)](int64_t task, double* sums) {
         const int64_t row = task * strip, end = std::min(row + strip, m);
         const I* from = std::lower_bound(index, index + count, row * n);
@@ -162,8 +163,7 @@ struct Linear {
   int64_t panel(int64_t b) const {
     const int64_t fits = cpu::chunk_for(n, length(b), sizeof(S));
     if (fits == 0) return cpu::kLine;
-    const int64_t parts = (length(b) + fits - 1) / fits;
-    return cpu::round_up((length(b) + parts - 1) / parts, cpu::kLine);
+    return cpu::round_up(ceil_div(length(b), ceil_div(length(b), fits)), cpu::kLine);
   }
 
   // A dot product for each position and sample, over panels as masked_grad_linear packs them.
@@ -187,7 +187,7 @@ struct Linear {
           cpu::pack(of_dy ? dy : x, tokens.data() + t, panels, width, each, here, begin, end);
         }
       });
-      run_tasks((count + block - 1) / block, last - first, own(first), [&] {
+      run_tasks(ceil_div(count, block), last - first, own(first), [&] {
         return [&, row = scratch<int32_t>(block), column = scratch<int32_t>(block), found = scratch<S>(block)](
                    int64_t task, double* sums) {
           const int64_t k = task * block, here = std::min(block, count - k);
@@ -230,7 +230,8 @@ void fisher_linear_(
       Linear<T, I> linear{dy, x, samples, m, n, index, count, index && rows, sum, norm};
       linear.find_tokens(each);
       const double real = double(linear.tokens.size()) / double(samples);
-      if (index && !rows && worth_dots(count, m * n, real)) linear.dots(); else linear.products();
+      if (index && !rows && worth_dots(count, m * n, real)) linear.dots();
+      else linear.products();
     });
   });
 }

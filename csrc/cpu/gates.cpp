@@ -2,7 +2,6 @@
 #include "gates.h"
 
 #include <cmath>
-#include <optional>
 #include <tuple>
 
 #include "../common.h"
@@ -11,11 +10,10 @@
 namespace sk {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 constexpr int64_t kGateGrain = 1 << 5;  // blocks of gates that are
 
-int64_t blocks_of(int64_t count) { return (count + cpu::kGates - 1) / cpu::kGates; }
+int64_t blocks_of(int64_t count) { return ceil_div(count, cpu::kGates); }
 
 // How gates are drawn.
 struct Draw {
@@ -51,7 +49,7 @@ struct Draw {
   template <typename S>
   void open(const S* logits, int64_t count, int64_t begin, int64_t end, S* values, S* slopes) const {
     const S shift = S(noise * std::log(-kGateLow / kGateHigh));
-    const auto run = kind == kStg          ? cpu::open_gates<kStg, S>
+    const auto run = kind == kStg         ? cpu::open_gates<kStg, S>
                      : kind == kFineGates ? cpu::open_gates<kFineGates, S>
                                           : cpu::open_gates<kHardConcrete, S>;
     run(logits, S(noise), shift, count, begin, end, values, slopes);
@@ -64,7 +62,8 @@ void with_logits(const Tensor& logits, const char* op, const F& f) {
   STD_TORCH_CHECK(logits.dim() == 1 && logits.is_contiguous(), "logits must be contiguous, of one dimension");
   const ScalarType dtype = logits.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, " takes logits in fp32 and fp64 only");
-  if (dtype == ScalarType::Double) f(double{}); else f(float{});
+  if (dtype == ScalarType::Double) f(double{});
+  else f(float{});
 }
 
 std::tuple<Tensor, Tensor> gate_values(Tensor logits, int64_t kind, double noise, MaybeTensor key, int64_t stream) {
@@ -73,8 +72,9 @@ std::tuple<Tensor, Tensor> gate_values(Tensor logits, int64_t kind, double noise
   Tensor values = torch::stable::new_empty(logits, {count}), slopes = torch::stable::new_empty(logits, {count});
   with_logits(logits, "gate_values", [&](auto zero) {
     using S = decltype(zero);
-    draw(data<S>(logits, "logits"), count, stream, static_cast<S*>(values.mutable_data_ptr()),
-         static_cast<S*>(slopes.mutable_data_ptr()));
+    draw(
+        data<S>(logits, "logits"), count, stream, static_cast<S*>(values.mutable_data_ptr()),
+        static_cast<S*>(slopes.mutable_data_ptr()));
   });
   return {values, slopes};
 }
@@ -82,13 +82,13 @@ std::tuple<Tensor, Tensor> gate_values(Tensor logits, int64_t kind, double noise
 std::tuple<Tensor, Tensor> gate_probabilities(Tensors logits, int64_t kind, double noise) {
   STD_TORCH_CHECK(!logits.empty(), "logits must hold at least one tensor");
   const Draw draw(kind, noise, std::nullopt);
-  std::vector<int64_t> starts{0}, blocks{0};
+  std::vector<int64_t> starts{0}, ends;  // of the gates, and of the blocks they come in
   for (const Tensor& each : logits) {
     STD_TORCH_CHECK(
         each.is_contiguous() && each.scalar_type() == logits[0].scalar_type(),
         "logits must be contiguous, all of one dtype");
     starts.push_back(starts.back() + each.numel());
-    blocks.push_back(blocks.back() + blocks_of(each.numel()));
+    ends.push_back((ends.empty() ? 0 : ends.back()) + blocks_of(each.numel()));
   }
   const int64_t count = starts.back();
   Tensor values = torch::stable::new_empty(logits[0], {count}), slopes = torch::stable::new_empty(logits[0], {count});
@@ -97,18 +97,18 @@ std::tuple<Tensor, Tensor> gate_probabilities(Tensors logits, int64_t kind, doub
     std::vector<const S*> from;
     for (const Tensor& each : logits) from.push_back(data<S>(each, "logits"));
     S *p = static_cast<S*>(values.mutable_data_ptr()), *d = static_cast<S*>(slopes.mutable_data_ptr());
-    parallel_for(0, blocks.back(), kGateGrain, [&](int64_t begin, int64_t end) {
-      for (size_t k = 0; k < logits.size(); ++k) {
-        const int64_t first = std::max(begin, blocks[k]) - blocks[k], last = std::min(end, blocks[k + 1]) - blocks[k];
-        if (first >= last) continue;
+    parallel_for(0, ends.back(), kGateGrain, [&](int64_t begin, int64_t end) {
+      for_stretches(ends, begin, end, [&](size_t k, int64_t first, int64_t last) {
         draw.open(from[k], logits[k].numel(), first, last, p + starts[k], d + starts[k]);
-      }
+      });
     });
   });
   return {values, slopes};
 }
 
-bool divides(int64_t count, int64_t group, int64_t size) { return group > 0 && size % group == 0 && count == size / group; }
+bool divides(int64_t count, int64_t group, int64_t size) {
+  return group > 0 && size % group == 0 && count == size / group;
+}
 
 // A factor for each of `size` rows or columns: gates repeated `group` times, or ones.
 template <typename S>
@@ -134,7 +134,7 @@ Scratch<S> factors(const MaybeTensor& logits, int64_t size, int64_t group, const
 
 std::tuple<Tensor, Tensor> gated_weight(
     Tensor weight, MaybeTensor bias, MaybeTensor rows, MaybeTensor columns, int64_t kind, double noise, MaybeTensor key,
-    bool transposed, ScalarType dtype, int64_t row_group, int64_t column_group) {
+    bool transposed, ScalarType dtype, int64_t column_group) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be contiguous, of two dimensions");
   const int64_t height = weight.size(0), width = weight.size(1), m = transposed ? width : height;
   STD_TORCH_CHECK(
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> gated_weight(
   with_floating(weight.scalar_type(), "gated_weight", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    const auto of_rows = factors<S>(rows, m, row_group, draw, 0);
+    const auto of_rows = factors<S>(rows, m, 1, draw, 0);
     const auto of_columns = factors<S>(columns, transposed ? height : width, column_group, draw, 1);
     const S *outer = (transposed ? of_columns : of_rows).get(), *inner = (transposed ? of_rows : of_columns).get();
     with_floating(dtype, "gated_weight", [&](auto other) {
@@ -183,8 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_gradient(
   const Draw draw(kind, noise, key);
   Tensor gradient = torch::stable::new_empty(logits, {count}), of_values = torch::stable::new_empty(logits, {count});
   Tensor scaled = torch::stable::new_empty(logits, {width});
-  const int64_t blocks = (tokens + cpu::kTokens - 1) / cpu::kTokens;
-  const int64_t across = (width + cpu::kColumns - 1) / cpu::kColumns;
+  const int64_t blocks = ceil_div(tokens, cpu::kTokens), across = ceil_div(width, cpu::kColumns);
   auto totals = scratch<double>(2 * width);
   with_floating(a.scalar_type(), "gate_gradient", [&](auto zero) {
     using T = decltype(zero);
@@ -198,7 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> gate_gradient(
         S* products = parts.get() + 2 * block * width + column;
         cpu::sum_tokens(
             left + first * a_stride + column, a_stride, right + first * b_stride + column, b_stride,
-            std::min(cpu::kTokens, tokens - first), std::min(cpu::kColumns, width - column), products, products + width);
+            std::min(cpu::kTokens, tokens - first), std::min(cpu::kColumns, width - column), products,
+            products + width);
       }
     });
     parallel_for(0, 2 * width, kGrain / (blocks + 1) + 1, [&](int64_t begin, int64_t end) {

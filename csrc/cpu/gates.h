@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "../common.h"
-#include "gate_rule.h"
 #include "../rules/philox.h"
+#include "gate_rule.h"
 
 namespace sk::cpu {
 
@@ -13,9 +13,11 @@ constexpr int64_t kGates = 64;  // whole vectors always: a gate has the same bit
 constexpr int64_t kTokens = 64, kColumns = 1024;  // what is summed in the dtype of the products
 
 // The first two words of counters first, first + 1, ... Round by round, or GCC makes no vectors of them.
-SK_INLINE void draw_words(uint64_t key, uint64_t first, uint32_t stream, uint32_t* __restrict__ u, uint32_t* __restrict__ v) {
+SK_INLINE void draw_words(
+    uint64_t key, uint64_t first, uint32_t stream, uint32_t* __restrict__ u, uint32_t* __restrict__ v) {
   alignas(64) uint32_t c2[kGates], c3[kGates];
-  for (int64_t j = 0; j < kGates; ++j) u[j] = uint32_t(first) + uint32_t(j);  // kGates divides first: nothing is carried
+  for (int64_t j = 0; j < kGates; ++j)
+    u[j] = uint32_t(first) + uint32_t(j);  // kGates divides first: nothing is carried
   for (int64_t j = 0; j < kGates; ++j) v[j] = uint32_t(first >> 32);
   for (int64_t j = 0; j < kGates; ++j) c2[j] = stream;
   for (int64_t j = 0; j < kGates; ++j) c3[j] = 0;
@@ -56,9 +58,8 @@ SK_CLONES void draw_gates(
       [&](int64_t first) __attribute__((always_inline)) {
         if (drawn) draw_words(key, uint64_t(first), stream, words[0], words[1]);
       },
-      [&](S x, int64_t j) __attribute__((always_inline)) {
-        return draw_gate<kind, drawn>(x, noise, words[0][j], words[1][j]);
-      });
+      [&](S x, int64_t j)
+          __attribute__((always_inline)) { return draw_gate<kind, drawn>(x, noise, words[0][j], words[1][j]); });
 }
 
 template <int kind, typename S>
@@ -82,8 +83,8 @@ SK_CLONES void scale_rows(
   }
 }
 
-// products[j] = sum of a[t, j] b[t, j], sums[j] = sum of a[t, j], over kTokens tokens and kColumns columns at most. Eight
-// tokens at once: sixteen streams keep memory busy, and sums are loaded and stored an eighth as often.
+// products[j] = sum of a[t, j] b[t, j], sums[j] = sum of a[t, j], over kTokens tokens and kColumns columns at most.
+// Eight tokens at once: sixteen streams keep memory busy, and sums are loaded and stored an eighth as often.
 template <typename S, typename T>
 SK_CLONES void sum_tokens(
     const T* __restrict__ a, int64_t a_stride, const T* __restrict__ b, int64_t b_stride, int64_t tokens, int64_t count,
@@ -97,9 +98,9 @@ SK_CLONES void sum_tokens(
       const S p0 = S(p[0]), p1 = S(p[a_stride]), p2 = S(p[2 * a_stride]), p3 = S(p[3 * a_stride]);
       const S p4 = S(p[4 * a_stride]), p5 = S(p[5 * a_stride]), p6 = S(p[6 * a_stride]), p7 = S(p[7 * a_stride]);
       sums[j] += ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7));
-      products[j] += ((p0 * S(q[0]) + p1 * S(q[b_stride])) + (p2 * S(q[2 * b_stride]) + p3 * S(q[3 * b_stride]))) +
-                     ((p4 * S(q[4 * b_stride]) + p5 * S(q[5 * b_stride])) +
-                      (p6 * S(q[6 * b_stride]) + p7 * S(q[7 * b_stride])));
+      products[j] +=
+          ((p0 * S(q[0]) + p1 * S(q[b_stride])) + (p2 * S(q[2 * b_stride]) + p3 * S(q[3 * b_stride]))) +
+          ((p4 * S(q[4 * b_stride]) + p5 * S(q[5 * b_stride])) + (p6 * S(q[6 * b_stride]) + p7 * S(q[7 * b_stride])));
     }
   }
   for (; t < tokens; ++t) {

@@ -1,4 +1,4 @@
-// gather, scatter_ and scatter_add_: checks and CPU registrations.
+// gather and scatter_: checks and CPU registrations.
 #include "gather_scatter.h"
 
 #include "../common.h"
@@ -7,7 +7,7 @@
 namespace sk {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;  // bytes, or elements, that are worth a thread
+constexpr int64_t kGrain = 1 << 14;  // bytes that are worth a thread
 
 // How many positions a dense tensor has, and how many elements, of how many bytes, one stands for.
 struct Layout {
@@ -49,8 +49,7 @@ void scatter_(Tensor target, const Tensor& positions, const Tensor& values, bool
   const Layout layout(target, rows);
   const int64_t bytes = layout.bytes(), count = positions.numel(), numel = product(count, layout.width);
   STD_TORCH_CHECK(
-      values.is_contiguous() && values.scalar_type() == target.scalar_type() &&
-          values.numel() == numel,
+      values.is_contiguous() && values.scalar_type() == target.scalar_type() && values.numel() == numel,
       "values do not fit positions and target");
   with_positions(positions, [&](const auto* index) {
     check_positions(index, count, layout.limit);
@@ -66,34 +65,10 @@ void scatter_(Tensor target, const Tensor& positions, const Tensor& values, bool
   });
 }
 
-void scatter_add_(Tensor target, const Tensor& positions, const Tensor& values, bool rows) {
-  const int64_t count = positions.numel();
-  const Layout layout(target, rows);
-  const int64_t width = layout.width;
-  with_floating(target.scalar_type(), "scatter_add_", [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using sum_t = opmath_t<scalar_t>;
-    STD_TORCH_CHECK(
-        values.is_contiguous() && values.scalar_type() == scalar_type<sum_t>() &&
-            values.numel() == product(count, width),
-        "values do not fit positions and target");
-    with_positions(positions, [&](const auto* index) {
-      check_positions(index, count, layout.limit);
-      const auto* from = data<sum_t>(values, "values");
-      auto* to = mutable_data<scalar_t>(target, "target");
-      check_apart({index, count * int64_t(sizeof(*index))}, {to, layout.numel() * layout.item}, "positions");
-      parallel_for(0, count, kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-        cpu::scatter_add(from, index, to, width, begin, end);
-      });
-    });
-  });
-}
-
 }  // namespace
 }  // namespace sk
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) {
   m.impl("gather", TORCH_BOX(&sk::gather));
   m.impl("scatter_", TORCH_BOX(&sk::scatter_));
-  m.impl("scatter_add_", TORCH_BOX(&sk::scatter_add_));
 }

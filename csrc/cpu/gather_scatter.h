@@ -15,8 +15,7 @@ struct Unit {
 
 // to[i] = from[index[i]], units of U.
 template <typename U, typename I>
-void gather_units(
-    const char* __restrict__ source, const I* index, char* __restrict__ out, int64_t begin, int64_t end) {
+void gather_units(const char* __restrict__ source, const I* index, char* __restrict__ out, int64_t begin, int64_t end) {
   const auto* from = (const typename Unit<U>::type*)source;
   auto* to = (typename Unit<U>::type*)out;
   int64_t i = begin;
@@ -63,17 +62,6 @@ void scatter(const char* from, const I* index, char* to, int64_t bytes, int64_t 
     case 8: return scatter_units<uint64_t>(from, index, to, begin, end);
     default:
       for (int64_t i = begin; i < end; ++i) std::memcpy(to + int64_t(index[i]) * bytes, from + i * bytes, bytes);
-  }
-}
-
-// to[index[i]] += from[i] for positions of `width` elements; the sum is formed in S and rounded once.
-template <typename S, typename T, typename I>
-void scatter_add(
-    const S* __restrict__ from, const I* index, T* __restrict__ to, int64_t width, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    T* row = to + int64_t(index[i]) * width;
-    if (width == 1 && i + kAhead < end) prefetch(to + index[i + kAhead]);
-    for (int64_t j = 0; j < width; ++j) row[j] = T(S(row[j]) + from[i * width + j]);
   }
 }
 

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
-#include <utility>
 
 #include "../common.h"
 #include "positions.h"
+#include "radix.h"
 
 namespace sk {
 
@@ -15,20 +15,18 @@ struct Hit {
   int64_t token, from, to;
 };
 
-// By `from`, stably: sums run in the order of the tokens. A radix sort, 11 bits at a time.
+// By `from`, stably: sums run in the order of the tokens.
 inline void sort_hits(std::vector<Hit>& hits) {
-  constexpr int kDigit = 11;
-  uint64_t all = 0;
-  for (const Hit& hit : hits) all |= uint64_t(hit.from);
-  std::vector<Hit> sorted(hits.size());
-  for (int shift = 0; shift < 64 && all >> shift > 0; shift += kDigit) {
-    int64_t starts[(1 << kDigit) + 1] = {};
-    const auto digit = [&](const Hit& hit) { return uint64_t(hit.from) >> shift & ((1 << kDigit) - 1); };
-    for (const Hit& hit : hits) ++starts[digit(hit) + 1];
-    for (int d = 0; d < 1 << kDigit; ++d) starts[d + 1] += starts[d];
-    for (const Hit& hit : hits) sorted[starts[digit(hit)]++] = hit;
-    std::swap(hits, sorted);
-  }
+  sort_stably(hits, [](const Hit& hit) { return hit.from; });
+}
+
+inline bool same_row(const std::vector<Hit>& hits, int64_t i) {
+  return i > 0 && i < int64_t(hits.size()) && hits[i].from == hits[i - 1].from;
+}
+// Hits of one row follow each other and are of one thread: the range is moved on to where rows change.
+inline void keep_rows_whole(const std::vector<Hit>& hits, int64_t& begin, int64_t& end) {
+  while (begin < end && same_row(hits, begin)) ++begin;
+  while (end > begin && same_row(hits, end)) ++end;
 }
 
 // The hits in order of position, then of token. Bisection looks at few of many positions: to check them all would cost
@@ -63,7 +61,7 @@ std::vector<Hit> find_hits(
 template <typename I>
 void check_hits(const std::vector<Hit>& hits, const I* index, int64_t per_row) {
   for (size_t i = 0; i < hits.size(); ++i) {
-    if (i > 0 && hits[i].from == hits[i - 1].from) continue;
+    if (same_row(hits, int64_t(i))) continue;
     const I *from = index + hits[i].from, *to = index + hits[i].to;
     const bool ascends = std::adjacent_find(from, to, std::greater_equal<I>()) == to;
     STD_TORCH_CHECK(ascends && *from / per_row == to[-1] / per_row, kUnsorted);

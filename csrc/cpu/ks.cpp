@@ -1,12 +1,11 @@
 // Two-sample Kolmogorov-Smirnov: checks, one row after the other, CPU registration.
-#include "ks_16.h"
-
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <tuple>
 
 #include "../common.h"
+#include "ks_16.h"
 #include "scratch.h"
 
 namespace sk {
@@ -28,14 +27,22 @@ class Tester {
     most_buckets_ = cpu::kLanes << cpu::shift_for(n + m);
     if (sizeof(T) == 2) most_buckets_ = std::min(8 * most_buckets_, cpu::kMostBuckets);
     for (int i = 0; i < cpu::kLevels; ++i) {
-      parts_[i] = {scratch<uint16_t>(n + m + 2 * most_buckets_), scratch<uint8_t>(2 * most_buckets_),
-                   scratch<C>(2 * most_buckets_), scratch<F>(n + m),
-                   scratch<cpu::Candidate<F>>(std::min(n + m, most_buckets_))};
+      parts_[i] = {
+          scratch<uint16_t>(n + m + 2 * most_buckets_), scratch<uint8_t>(2 * most_buckets_),
+          scratch<C>(2 * most_buckets_), scratch<F>(n + m), scratch<cpu::Candidate<F>>(std::min(n + m, most_buckets_))};
       Parts& own = parts_[i];
       uint16_t* places = own.places.get();
-      levels_[i] = {places, places + n, places + n + m, places + n + m + most_buckets_,
-                    own.marks.get(), own.marks.get() + most_buckets_, own.counts.get(), own.counts.get() + most_buckets_,
-                    own.gathered.get(), own.candidates.get()};
+      levels_[i] = {
+          places,
+          places + n,
+          places + n + m,
+          places + n + m + most_buckets_,
+          own.marks.get(),
+          own.marks.get() + most_buckets_,
+          own.counts.get(),
+          own.counts.get() + most_buckets_,
+          own.gathered.get(),
+          own.candidates.get()};
     }
   }
 
@@ -89,12 +96,11 @@ class Tester {
     int shift = 2;
     while ((cpu::kLanes << shift) < 2 * middle + 1) ++shift;
     if (!same && (cpu::kLanes << shift) <= most_buckets_) {
-      cpu::search_whole<D>(
-          x_bits, n_, y_bits, m_, least, middle, shift, steps_, levels_[0], found, [](uint16_t bits) {
-            T value;
-            std::memcpy(&value, &bits, sizeof(value));
-            return F(value);
-          });
+      cpu::search_whole<D>(x_bits, n_, y_bits, m_, least, middle, shift, steps_, levels_[0], found, [](uint16_t bits) {
+        T value;
+        std::memcpy(&value, &bits, sizeof(value));
+        return F(value);
+      });
       return true;
     }
     cpu::widen(x, n_, wide_.get());

@@ -2,8 +2,8 @@
 //
 // A difference is counted in units of 1/lcm(n, m): each element of x lifts it by `up`, each of y lowers it by `down`.
 // Both samples are counted in buckets of the same width. The difference is known where a bucket ends, and bounded by
-// the counts inside: only buckets that could hold the largest one are looked into, which are a few in hundred. Small ones
-// are sorted, crowded ones counted again, in buckets that follow the magnitudes of what they hold.
+// the counts inside: only buckets that could hold the largest one are looked into, which are a few in hundred. Small
+// ones are sorted, crowded ones counted again, in buckets that follow the magnitudes of what they hold.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -84,7 +84,7 @@ struct Level {
 template <typename C>
 constexpr int kHalf = 4 * sizeof(C);
 template <typename C>
-constexpr C kMask = (C(1) << kHalf<C>) - 1;
+constexpr C kMask = ~(~C(0) << kHalf<C>);
 
 template <typename F>
 struct Range {
@@ -115,13 +115,12 @@ SK_CLONES Range<F> range(const F* v, int64_t n, bool finite) {
   }
   for (; i < n; ++i) take(v[i], 0);
   Range<F> all{least[0], most[0], nan[0] != 0};
-  for (int64_t l = 1; l < kLanes; ++l) {
-    all = joined(all, {least[l], most[l], nan[l] != 0});
-  }
+  for (int64_t l = 1; l < kLanes; ++l) { all = joined(all, {least[l], most[l], nan[l] != 0}); }
   return all;
 }
 
-// Bucket b lies at (b % stretch) * kLanes + b / stretch: the next stretch is in the next lane. `shift` is log2(stretch).
+// Bucket b lies at (b % stretch) * kLanes + b / stretch: the next stretch is in the next lane. `shift` is
+// log2(stretch).
 inline __attribute__((always_inline)) int32_t place_of(int32_t bucket, int shift) {
   return (bucket & ((1 << shift) - 1)) * int32_t(kLanes) + (bucket >> shift);
 }
@@ -170,8 +169,7 @@ void count(const uint16_t* places, int64_t n, C one, C* counts) {
 
 // Sums before each bucket, and the extremes of the differences where buckets end.
 template <typename C, typename D>
-SK_CLONES void sum_up(
-    const C* counts, C* before, int64_t stretch, D up, D down, D start, D* most, D* least) {
+SK_CLONES void sum_up(const C* counts, C* before, int64_t stretch, D up, D down, D start, D* most, D* least) {
   C sums[kLanes] = {};
   for (int64_t q = 0; q < stretch; ++q) {
     for (int64_t l = 0; l < kLanes; ++l) sums[l] += counts[q * kLanes + l];
@@ -225,8 +223,9 @@ SK_CLONES void mark(
 
 // Moves the elements of candidates to where slots[place] - 1 says.
 template <typename F>
-void gather(const F* v, const uint16_t* places, int64_t n, const uint16_t* slots, F* Candidate<F>::*to,
-            Candidate<F>* candidates) {
+void gather(
+    const F* v, const uint16_t* places, int64_t n, const uint16_t* slots, F* Candidate<F>::* to,
+    Candidate<F>* candidates) {
   for (int64_t i = 0; i < n; ++i) {
     const uint16_t slot = slots[places[i]];
     if (slot) *(candidates[slot - 1].*to)++ = v[i];
@@ -280,8 +279,9 @@ void visit_candidates(
       const int64_t place = at.rows[r] * kLanes + l;
       if (!at.marks[place]) continue;
       const C past = at.before[place];
-      visit(place, l * stretch + at.rows[r], at.counts[place],
-            start + steps.up * int64_t(past & kMask<C>) - steps.down * int64_t(past >> kHalf<C>));
+      visit(
+          place, l * stretch + at.rows[r], at.counts[place],
+          start + steps.up * int64_t(past & kMask<C>) - steps.down * int64_t(past >> kHalf<C>));
     }
   }
 }

@@ -25,7 +25,8 @@ SK_CLONES inline Magnitudes magnitudes(const uint16_t* bits, int64_t n, uint16_t
 }
 
 // One bucket a number: zero in the middle, as many as there are magnitudes on either side of it.
-SK_CLONES inline void find_places(const uint16_t* bits, int64_t n, int32_t least, int32_t middle, int shift, uint16_t* places) {
+SK_CLONES inline void find_places(
+    const uint16_t* bits, int64_t n, int32_t least, int32_t middle, int shift, uint16_t* places) {
   for (int64_t i = 0; i < n; ++i) {
     const int32_t magnitude = bits[i] & 0x7fff;
     const int32_t from_zero = magnitude ? magnitude - least + 1 : 0;
@@ -44,8 +45,8 @@ void search_whole(
     const int64_t here_x = here & kMask<C>, here_y = here >> kHalf<C>;
     const int64_t from_zero = std::abs(bucket - middle), magnitude = from_zero ? from_zero + least - 1 : 0;
     found.see(
-        before + steps.up * here_x - steps.down * here_y,
-        value(uint16_t(magnitude | (bucket < middle ? 0x8000 : 0))), here_x > 0);
+        before + steps.up * here_x - steps.down * here_y, value(uint16_t(magnitude | (bucket < middle ? 0x8000 : 0))),
+        here_x > 0);
   });
 }
 

@@ -29,8 +29,7 @@ void split_positions(const I* index, int64_t count, int64_t n, int32_t* row, int
 // Panels of `parts` chunks, one after the other: panels[part][column][token].
 template <typename S, typename T>
 void pack_panels(const T* from, S* panels, int64_t width, int64_t chunk, int64_t tokens) {
-  const int64_t parts = (tokens + chunk - 1) / chunk;
-  const int64_t blocks = (width + cpu::kLine - 1) / cpu::kLine;
+  const int64_t parts = ceil_div(tokens, chunk), blocks = ceil_div(width, cpu::kLine);
   parallel_for(0, parts * blocks, 8, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end;) {
       const int64_t part = at / blocks, first = at - part * blocks, last = std::min(blocks, first + end - at);
@@ -48,7 +47,7 @@ void sum_tokens(
     const T* dy, const T* x, int64_t tokens, int64_t m, int64_t n, const int32_t* row, const int32_t* column, S* out,
     int64_t count) {
   const int64_t chunk = cpu::chunk_for(n, tokens, sizeof(S));
-  const int64_t parts = (std::min(tokens, kTokens) + chunk - 1) / chunk;
+  const int64_t parts = ceil_div(std::min(tokens, kTokens), chunk);
   auto x_panels = scratch<S>(parts * n * chunk);
   auto dy_panels = scratch<S>(parts * m * chunk);
   for (int64_t first = 0; first < tokens; first += parts * chunk) {
@@ -84,8 +83,7 @@ Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const 
     });
     const T *dy = data<T>(grad_output, "grad_output"), *x = data<T>(input, "input");
     if (count == 0 || tokens == 0) return;
-    sum_tokens<S>(
-        dy, x, tokens, m, n, row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
+    sum_tokens<S>(dy, x, tokens, m, n, row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
   });
   return result;
 }
@@ -95,9 +93,7 @@ template <typename S, typename T, typename I>
 void sum_hits(
     const std::vector<Hit>& hits, int64_t begin, int64_t end, const T* dy, const I* index, int64_t width, bool rows,
     S* out) {
-  const auto same_row = [&](int64_t i) { return i > 0 && i < int64_t(hits.size()) && hits[i].from == hits[i - 1].from; };
-  while (begin < end && same_row(begin)) ++begin;
-  while (end > begin && same_row(end)) ++end;
+  keep_rows_whole(hits, begin, end);
   for (int64_t i = begin; i < end; ++i) {
     const Hit& hit = hits[i];
     const T* row = dy + hit.token * width;
@@ -128,9 +124,8 @@ Tensor masked_grad_embedding(
     const T* dy = data<T>(grad_output, "grad_output");
     with_positions(positions, [&](const auto* index) {
       std::vector<Hit> hits;
-      with_positions(ids, [&](const auto* id) {
-        hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx);
-      });
+      with_positions(
+          ids, [&](const auto* id) { hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx); });
       if (!rows) check_hits(hits, index, width);
       parallel_for(0, int64_t(hits.size()), kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
         sum_hits(hits, begin, end, dy, index, width, rows, static_cast<S*>(result.mutable_data_ptr()));

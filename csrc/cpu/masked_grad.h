@@ -1,8 +1,9 @@
 // Weight gradients at selected elements of a Linear.
 //
-// Tokens are packed, a chunk at a time, into panels: X^T as [N][chunk] and dY^T as [M][chunk], in the dtype of the sum. A
-// position is then a dot product of two contiguous runs, and the chunk is as long as X's panel fits the second-level cache.
-// Positions are summed in groups whose lanes one tree of shuffles folds together: ordered, so the result is deterministic.
+// Tokens are packed, a chunk at a time, into panels: X^T as [N][chunk] and dY^T as [M][chunk], in the dtype of the sum.
+// A position is then a dot product of two contiguous runs, and the chunk is as long as X's panel fits the second-level
+// cache. Positions are summed in groups whose lanes one tree of shuffles folds together: ordered, so the result is
+// deterministic.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,9 +14,9 @@
 
 namespace sk::cpu {
 
-constexpr int64_t kLine = 16;           // chunks are multiples of this many tokens
+constexpr int64_t kLine = 16;  // chunks are multiples of this many tokens
 constexpr int64_t kPanelBytes = 1 << 19;  // what X's panel may take of the second-level cache
-constexpr int kGroup = 8;               // positions that share a reduction
+constexpr int kGroup = 8;  // positions that share a reduction
 
 template <typename S>
 struct Lanes;
@@ -36,7 +37,8 @@ inline int64_t chunk_for(int64_t n, int64_t tokens, int64_t itemsize) {
   return std::min(wanted, (tokens + kLine - 1) / kLine * kLine);
 }
 
-// A 16 x 16 block of floats, transposed in registers: at each of four levels, rows 2^l apart exchange runs of 2^l lanes.
+// A 16 x 16 block of floats, transposed in registers: at each of four levels, rows 2^l apart exchange runs of 2^l
+// lanes.
 SK_INLINE void transpose(Floats* r) {
   for (int i = 0; i < 16; i += 2) {
     const Floats a = r[i], b = r[i + 1];
@@ -64,8 +66,8 @@ SK_INLINE void transpose(Floats* r) {
 // Where `order` is given, order[t] stands in the place of t on the right.
 template <typename S, typename T>
 SK_CLONES void pack(
-    const T* __restrict__ from, const int64_t* order, S* __restrict__ panel, int64_t width, int64_t chunk, int64_t tokens,
-    int64_t begin, int64_t end) {
+    const T* __restrict__ from, const int64_t* order, S* __restrict__ panel, int64_t width, int64_t chunk,
+    int64_t tokens, int64_t begin, int64_t end) {
   const auto token = [&](int64_t t) { return from + (order ? order[t] : t) * width; };
   for (int64_t t = 0; t < chunk; t += kLine) {
     const int64_t rows = std::clamp<int64_t>(tokens - t, 0, kLine);

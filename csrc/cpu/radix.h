@@ -1,35 +1,28 @@
-// Floating-point numbers as unsigned integers of the same order, shared by the CPU loops and CUDA kernels.
+// A stable radix sort.
 #pragma once
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
-
-#include "../rules/rule.h"
+#include <utility>
+#include <vector>
 
 namespace sk {
 
-template <int bytes>
-struct Key;
-template <>
-struct Key<2> {
-  using type = uint16_t;
-};
-template <>
-struct Key<4> {
-  using type = uint32_t;
-};
-template <>
-struct Key<8> {
-  using type = uint64_t;
-};
-
-// The order: negative numbers with all bits inverted, positive ones with the sign bit set; -0 becomes +0 first.
-template <typename K>
-SK_RULE K radix_key(K bits, bool magnitude) {
-  constexpr K sign = K(K(1) << (8 * sizeof(K) - 1));
-  const K absolute = K(bits & K(~sign));
-  if (magnitude) return absolute;
-  if (absolute == 0) return sign;
-  return bits & sign ? K(~bits) : K(bits | sign);
+// By key(item), an int64 that is not negative, 11 bits at a time.
+template <typename T, typename F>
+void sort_stably(std::vector<T>& items, const F& key) {
+  if (std::is_sorted(items.begin(), items.end(), [&](const T& a, const T& b) { return key(a) < key(b); })) return;
+  constexpr int kDigit = 11;
+  uint64_t all = 0;
+  for (const T& item : items) all |= uint64_t(key(item));
+  std::vector<T> sorted(items.size());
+  for (int shift = 0; shift < 64 && all >> shift > 0; shift += kDigit) {
+    int64_t starts[(1 << kDigit) + 1] = {};
+    const auto digit = [&](const T& item) { return uint64_t(key(item)) >> shift & ((1 << kDigit) - 1); };
+    for (const T& item : items) ++starts[digit(item) + 1];
+    for (int d = 0; d < 1 << kDigit; ++d) starts[d + 1] += starts[d];
+    for (const T& item : items) sorted[starts[digit(item)]++] = item;
+    std::swap(items, sorted);
+  }
 }
 
 }  // namespace sk

@@ -34,7 +34,10 @@ inline __attribute__((always_inline)) void with_state(
     run(exp_avg, exp_avg_sq, maximum);
   } else {
     alignas(64) T m[kMost], v[kMost], largest[kMost];
-    for (int64_t j = 0; j < n; ++j) { m[j] = T(exp_avg[j]); v[j] = T(exp_avg_sq[j]); }
+    for (int64_t j = 0; j < n; ++j) {
+      m[j] = T(exp_avg[j]);
+      v[j] = T(exp_avg_sq[j]);
+    }
     for (int64_t j = 0; amsgrad && j < n; ++j) largest[j] = T(maximum[j]);
     run(m, v, largest);
     narrow(m, exp_avg, n, stochastic, kExpAvg, draw);

@@ -20,8 +20,6 @@ constexpr int64_t kTokens = 1 << 14;      // tokens of which the weight's gradie
 constexpr int64_t kTallBytes = 1 << 23;   // packed tokens that are read so slowly that strips should be tall
 constexpr int64_t kGroupBytes = 1 << 24;  // vectors of small matrices that are packed at a time
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t strip_for(int64_t rows, int64_t row_bytes) {
   const int64_t fits = std::min(kStripBytes / row_bytes, kStrip) / cpu::kRows * cpu::kRows;
   return std::clamp(fits, cpu::kRows, cpu::round_up(std::max<int64_t>(rows, 1), cpu::kRows));
@@ -113,8 +111,8 @@ void of_matrices(const T* grad, const S* u, const S* v, int64_t count, int64_t m
         const int64_t row = at % strips * strip, rows = std::min(strip, m - row), from = (first + i) * m + row;
         const auto lines = strip_of(grad + from * n, n, rows, g.get(), stride);
         dot_strip<S>(
-            bytes, lines, rows, panels.at(i, 0), n, u + from * rank, rank, begin,
-            std::min(begin + band, rank), product.get(), found.data() + at * rank);
+            bytes, lines, rows, panels.at(i, 0), n, u + from * rank, rank, begin, std::min(begin + band, rank),
+            product.get(), found.data() + at * rank);
       };
     });
     for (int64_t i = 0; i < here; ++i) {
@@ -251,7 +249,7 @@ Tensor singular_value_grad(Tensor grad, Tensor u, Tensor v) {
   with_floating(grad.scalar_type(), "singular_value_grad", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    const S *left = vectors<S>(u, 3, product(product(count, m), rank), "u");
+    const S* left = vectors<S>(u, 3, product(product(count, m), rank), "u");
     const S* right = vectors<S>(v, 3, product(product(count, n), rank), "v");
     if (grad.numel() == 0 || rank == 0) return;
     const T* g = data<T>(grad, "grad");
@@ -261,13 +259,7 @@ Tensor singular_value_grad(Tensor grad, Tensor u, Tensor v) {
 }
 
 Tensor singular_value_grad_linear(Tensor grad_output, Tensor input, Tensor u, Tensor v, bool per_sample) {
-  STD_TORCH_CHECK(
-      grad_output.dim() == 3 && grad_output.is_contiguous(),
-      "grad_output must be contiguous, [samples, tokens, width]");
-  STD_TORCH_CHECK(
-      input.dim() == 3 && input.is_contiguous() && input.scalar_type() == grad_output.scalar_type() &&
-          input.size(0) == grad_output.size(0) && input.size(1) == grad_output.size(1),
-      "input must be contiguous, with the dtype, samples and tokens of grad_output");
+  check_activations(grad_output, input);
   STD_TORCH_CHECK(u.dim() == 2, "u must be [rows, vectors]");
   const int64_t samples = input.size(0), each = input.size(1), m = grad_output.size(2), n = input.size(2);
   const int64_t rank = u.size(1);

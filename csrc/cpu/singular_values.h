@@ -54,8 +54,8 @@ SK_CLONES void multiply_packed(
 // sums in fp64.
 template <typename S>
 SK_CLONES void add_products(
-    const S* __restrict__ a, int64_t a_stride, const S* __restrict__ b, int64_t b_stride, int64_t rows,
-    int64_t columns, double* __restrict__ sums) {
+    const S* __restrict__ a, int64_t a_stride, const S* __restrict__ b, int64_t b_stride, int64_t rows, int64_t columns,
+    double* __restrict__ sums) {
   alignas(64) S part[kPanel<S>];
   for (int64_t first = 0; first < rows; first += kRows) {
     for (int64_t j = 0; j < columns; ++j) part[j] = S(0);

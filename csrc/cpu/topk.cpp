@@ -21,11 +21,9 @@ struct Axis {
   // f(tensor, pointer, count, offset on the axis) for each stretch of [begin, end) inside one tensor.
   template <typename F>
   void runs(int64_t begin, int64_t end, const F& f) const {
-    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (; begin < end; begin = std::min(end, ends[i]), ++i) {
-      const int64_t start = i == 0 ? 0 : ends[i - 1];
-      f(i, data[i] + (begin - start), std::min(end, ends[i]) - begin, begin);
-    }
+    for_stretches(ends, begin, end, [&](size_t i, int64_t first, int64_t last) {
+      f(i, data[i] + first, last - first, (i == 0 ? 0 : ends[i - 1]) + first);
+    });
   }
 };
 
@@ -110,7 +108,7 @@ std::tuple<Tensor, Tensor> topk(Tensors scores, int64_t k, bool magnitude) {
   Tensor positions = torch::stable::new_empty(scores[0], {k}, ScalarType::Long);
   Tensor counts = torch::stable::new_zeros(scores[0], {int64_t(scores.size())}, ScalarType::Long);
   with_floating(scores[0].scalar_type(), "topk", [&](auto zero) {
-    using K = typename Key<sizeof(zero)>::type;
+    using K = cpu::Key<sizeof(zero)>;
     Axis<K> axis;
     int64_t end = 0;
     for (const Tensor& s : scores) {
@@ -129,6 +127,4 @@ std::tuple<Tensor, Tensor> topk(Tensors scores, int64_t k, bool magnitude) {
 }  // namespace
 }  // namespace sk
 
-STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) {
-  m.impl("topk", TORCH_BOX(&sk::topk));
-}
+STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CPU, m) { m.impl("topk", TORCH_BOX(&sk::topk)); }

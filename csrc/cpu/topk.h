@@ -5,9 +5,21 @@
 #include <vector>
 
 #include "../common.h"
-#include "radix.h"
 
 namespace sk::cpu {
+
+// Floating-point numbers as unsigned integers of the same order: negative numbers with all bits inverted, positive ones
+// with the sign bit set; -0 becomes +0 first.
+template <int bytes>
+using Key = std::conditional_t<bytes == 2, uint16_t, std::conditional_t<bytes == 4, uint32_t, uint64_t>>;
+template <typename K>
+SK_INLINE K radix_key(K bits, bool magnitude) {
+  constexpr K sign = K(K(1) << (8 * sizeof(K) - 1));
+  const K absolute = K(bits & K(~sign));
+  if (magnitude) return absolute;
+  if (absolute == 0) return sign;
+  return bits & sign ? K(~bits) : K(bits | sign);
+}
 
 constexpr int64_t kSkip = 16;  // entries that are passed over together when none of them matters
 
@@ -32,8 +44,7 @@ constexpr int digit_bits(int64_t scores) { return scores < (1 << 18) ? 8 : 16; }
 
 // counts[digit] += 1 for every score whose key, above the digit, is `prefix`. The first digit has nothing above it.
 template <typename K>
-SK_CLONES void histogram(
-    const K* bits, int64_t n, bool magnitude, int shift, int digit, K prefix, int64_t* counts) {
+SK_CLONES void histogram(const K* bits, int64_t n, bool magnitude, int shift, int digit, K prefix, int64_t* counts) {
   const bool first = shift + digit == int(8 * sizeof(K));
   const K low = K((uint64_t(1) << digit) - 1);
   for (int64_t i = 0; i < n; i += kSkip) {
@@ -57,7 +68,8 @@ struct Found {
 
 // Offsets, counted from `offset`, of scores above the threshold, and of at most `most` that equal it.
 template <typename K>
-SK_CLONES void collect(const K* bits, int64_t n, bool magnitude, K threshold, int64_t offset, int64_t most, Found& found) {
+SK_CLONES void collect(
+    const K* bits, int64_t n, bool magnitude, K threshold, int64_t offset, int64_t most, Found& found) {
   for (int64_t i = 0; i < n; i += kSkip) {
     const int64_t end = std::min(i + kSkip, n);
     bool any = false;

@@ -1,18 +1,13 @@
-// adamw_compact_ and adamw_gathered_ on CUDA: checks, one launch for all tensors of one kind, registrations.
+// adamw_ on CUDA: checks, one launch for all tensors of one kind, registration.
 #include "adamw.h"
-
-#include <optional>
 
 #include "host.h"
 
 namespace sk::cuda {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-
 const float* number(const Tensor& tensor, int32_t device, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, name, " must be a 0-d fp32 tensor");
+  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Float, name, " must be a 0-d fp32 tensor");
   check_device(tensor, device, name);
   return static_cast<const float*>(tensor.const_data_ptr());
 }
@@ -30,19 +25,14 @@ AdamwCall make_call(
   return call;
 }
 
-void check_lists(size_t count, std::initializer_list<size_t> sizes, size_t maxima) {
-  for (size_t size : sizes) STD_TORCH_CHECK(size == count, "all lists must have one entry for each parameter");
-  STD_TORCH_CHECK(maxima == 0 || maxima == count, "max_exp_avg_sqs must be empty or have one entry for each parameter");
-}
-
 void check_state(const Tensor& state, int64_t numel, ScalarType dtype, int32_t device, const char* name) {
   check_device(state, device, name);
   STD_TORCH_CHECK(
-      state.numel() == numel && state.scalar_type() == dtype && state.is_contiguous(),
-      name, " does not fit: it must be contiguous, of the size of its selection, in the dtype of its like");
+      state.numel() == numel && state.scalar_type() == dtype && state.is_contiguous(), name,
+      " does not fit: it must be contiguous, of the size of its selection, in the dtype of its like");
 }
 
-// Fills what both forms share.
+// All but the values of the compact form, and the gradient.
 AdamwTensor make_tensor(
     const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& weight,
     const Tensor& positions, const std::vector<int64_t>& rounding, size_t number, int32_t device) {
@@ -90,10 +80,11 @@ bool is_narrow(const Tensor& exp_avg, const Tensor& weight) {
   return exp_avg.scalar_type() != computed_in(dtype_of(weight));
 }
 
-// Tensors of one dtype of weights, of positions and of moments go together, whatever lies between them. `call` says the rest.
+// Tensors of one dtype of weights, of positions and of moments go together, whatever lies between them. `call` says the
+// rest.
 void run(
-    const char* name, const std::vector<AdamwTensor>& tensors, const Tensors& weights, const Tensors& exp_avgs,
-    AdamwCall call, int32_t device) {
+    const std::vector<AdamwTensor>& tensors, const Tensors& weights, const Tensors& exp_avgs, AdamwCall call,
+    int32_t device) {
   const DeviceGuard guard(device);
   std::vector<bool> done(tensors.size(), false);
   for (size_t first = 0; first < tensors.size(); ++first) {
@@ -116,71 +107,43 @@ void run(
       room = torch::stable::new_empty(exp_avgs[first], {kScales * int64_t(alike.size())}, computed_in(call.dtype));
       call.scales = room.mutable_data_ptr();
     }
-    check_launch(name, launch_adamw(alike.data(), int64_t(alike.size()), call, current_stream(device)));
+    check_launch("adamw_", launch_adamw(alike.data(), int64_t(alike.size()), call, current_stream(device)));
   }
 }
 
-void adamw_compact_(
-    Tensors values, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-    Tensors weights, Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps,
+void adamw_(
+    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
+    Tensors positions, Tensors weights, double lr, double beta1, double beta2, double weight_decay, double eps,
     bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf,
     std::vector<int64_t> rounding) {
   check_lists(
-      values.size(),
-      {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), weights.size(), positions.size()},
-      max_exp_avg_sqs.size());
-  if (values.empty()) return;
-  const int32_t device = device_of(values[0], "values");
-  const bool amsgrad = !max_exp_avg_sqs.empty();
-  std::vector<AdamwTensor> tensors;
-  for (size_t i = 0; i < values.size(); ++i) {
-    const Tensor* maximum = amsgrad ? &max_exp_avg_sqs[i] : nullptr;
-    auto tensor =
-        make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], weights[i], positions[i], rounding, i, device);
-    const ScalarType wide = computed_in(dtype_of(weights[i]));
-    check_state(values[i], tensor.numel, wide, device, "values");
-    check_state(grads[i], tensor.numel, wide, device, "grads");
-    tensor.values = values[i].mutable_data_ptr();
-    tensor.grad = grads[i].const_data_ptr();
-    tensors.push_back(tensor);
-  }
-  auto call =
-      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, rounding, device);
-  call.compact = true;
-  call.amsgrad = amsgrad;
-  run("adamw_compact_", tensors, weights, exp_avgs, call, device);
-}
-
-void adamw_gathered_(
-    Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-    Tensors positions, double lr, double beta1, double beta2, double weight_decay, double eps, bool maximize,
-    MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf, std::vector<int64_t> rounding) {
-  check_lists(
       params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
-      max_exp_avg_sqs.size());
+      {max_exp_avg_sqs.size(), weights.size()});
   if (params.empty()) return;
   const int32_t device = device_of(params[0], "params");
-  const bool amsgrad = !max_exp_avg_sqs.empty();
+  auto call =
+      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, rounding, device);
+  call.compact = !weights.empty();
+  call.amsgrad = !max_exp_avg_sqs.empty();
+  const Tensors& dense = call.compact ? weights : params;
   std::vector<AdamwTensor> tensors;
   for (size_t i = 0; i < params.size(); ++i) {
-    const Tensor* maximum = amsgrad ? &max_exp_avg_sqs[i] : nullptr;
+    const Tensor* maximum = call.amsgrad ? &max_exp_avg_sqs[i] : nullptr;
     auto tensor =
-        make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], params[i], positions[i], rounding, i, device);
+        make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], dense[i], positions[i], rounding, i, device);
+    if (call.compact) {
+      check_state(params[i], tensor.numel, computed_in(dtype_of(weights[i])), device, "params");
+      tensor.values = params[i].mutable_data_ptr();
+    }
     check_device(grads[i], device, "grads");
     check_same(params[i], grads[i], "grads");
     tensor.grad = grads[i].const_data_ptr();
     tensors.push_back(tensor);
   }
-  auto call =
-      make_call({lr, beta1, beta2, weight_decay, eps, maximize}, lr_tensor, grad_scale, found_inf, rounding, device);
-  call.amsgrad = amsgrad;
-  run("adamw_gathered_", tensors, params, exp_avgs, call, device);
+  run(tensors, dense, exp_avgs, call, device);
 }
 
 }  // namespace
 }  // namespace sk::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CUDA, m) {
-  m.impl("adamw_compact_", TORCH_BOX(&sk::cuda::adamw_compact_));
-  m.impl("adamw_gathered_", TORCH_BOX(&sk::cuda::adamw_gathered_));
-}
+STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CUDA, m) { m.impl("adamw_", TORCH_BOX(&sk::cuda::adamw_)); }

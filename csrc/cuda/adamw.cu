@@ -2,14 +2,13 @@
 //
 // The tensors of a launch travel as its argument, some 30 of them in 4 kB: no table has to reach the device, nothing
 // has to outlive the call, and a CUDA graph records it as it is. More tensors take more launches.
-#include "adamw.h"
-
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
 #include "../rules/adamw.h"
 #include "../rules/round.h"
+#include "adamw.h"
 #include "device.cuh"
 #include "vector.cuh"
 
@@ -127,16 +126,17 @@ __device__ __forceinline__ Vector<T, N> widened(const Vector<S, N>& from) {
   return out;
 }
 
-// The rule of rules/adamw.h for N elements a thread; blocks are dealt to the tensors in order. `plain` launches know all
-// numbers on the host, have one step for each tensor and round to nearest: they are not to pay in registers for what
-// others need. T is the arithmetic's type, W the weight's, S the state's, I the positions'.
+// The rule of rules/adamw.h for N elements a thread; blocks are dealt to the tensors in order. `plain` launches know
+// all numbers on the host, have one step for each tensor and round to nearest: they are not to pay in registers for
+// what others need. T is the arithmetic's type, W the weight's, S the state's, I the positions'.
 template <typename T, typename W, typename S, typename I, bool compact, bool amsgrad, bool plain>
 __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constant__ Table<T> table) {
   constexpr int N = kVector<T>;
   int low = 0, high = table.count;  // the entry of this block is in [low, high)
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (table.entries[middle].first_block <= int64_t(blockIdx.x)) low = middle; else high = middle;
+    if (table.entries[middle].first_block <= int64_t(blockIdx.x)) low = middle;
+    else high = middle;
   }
   const Entry<T>& entry = table.entries[low];
   const int64_t i = ((int64_t(blockIdx.x) - entry.first_block) * kThreads + threadIdx.x) * N;
@@ -289,7 +289,8 @@ void launch_table(const Table<T>& table, int64_t blocks, const AdamwCall& call, 
   if (call.compact && call.amsgrad) adamw_kernel<T, W, S, I, true, true, plain><<<grid, kThreads, 0, stream>>>(table);
   if (call.compact && !call.amsgrad) adamw_kernel<T, W, S, I, true, false, plain><<<grid, kThreads, 0, stream>>>(table);
   if (!call.compact && call.amsgrad) adamw_kernel<T, W, S, I, false, true, plain><<<grid, kThreads, 0, stream>>>(table);
-  if (!call.compact && !call.amsgrad) adamw_kernel<T, W, S, I, false, false, plain><<<grid, kThreads, 0, stream>>>(table);
+  if (!call.compact && !call.amsgrad)
+    adamw_kernel<T, W, S, I, false, false, plain><<<grid, kThreads, 0, stream>>>(table);
 }
 
 template <typename T, typename W, typename I>

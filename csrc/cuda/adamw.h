@@ -33,7 +33,7 @@ struct AdamwCall {
   uint64_t seed = 0;
   Dtype dtype = Dtype::fp32;  // of the weights
   bool wide = false;          // positions are int64
-  void* scales = nullptr;     // [tensors, kScales], M: room for what is made of numbers on the device; null if none is
+  void* scales = nullptr;  // [tensors, kScales], M: room for what is made of numbers on the device; null if none is
 };
 
 constexpr int kScales = 4;

@@ -1,4 +1,4 @@
-// gather, scatter_ and scatter_add_ on CUDA: checks and registrations.
+// gather and scatter_ on CUDA: checks and registrations.
 #include "gather_scatter.h"
 
 #include "host.h"
@@ -16,13 +16,6 @@ Layout layout_of(const Tensor& dense, bool rows) {
   if (!rows) return {dense.numel(), 1};
   STD_TORCH_CHECK(dense.dim() >= 1, "rows of a tensor without dimensions");
   return {dense.size(0), dense.size(0) == 0 ? 0 : dense.numel() / dense.size(0)};
-}
-
-void check_values(const Tensor& values, ScalarType dtype, int64_t numel, int32_t device) {
-  check_device(values, device, "values");
-  STD_TORCH_CHECK(
-      values.is_contiguous() && values.scalar_type() == dtype && values.numel() == numel,
-      "values do not fit positions and target");
 }
 
 Tensor gather(const Tensor& source, const Tensor& positions, bool rows) {
@@ -44,24 +37,16 @@ void scatter_(Tensor target, const Tensor& positions, const Tensor& values, bool
   const int32_t device = device_of(target, "target");
   const Layout layout = layout_of(target, rows);
   const Positions index = positions_of(positions, device, layout.limit);
-  check_values(values, target.scalar_type(), product(index.count, layout.width), device);
+  check_device(values, device, "values");
+  STD_TORCH_CHECK(
+      values.is_contiguous() && values.scalar_type() == target.scalar_type() &&
+          values.numel() == product(index.count, layout.width),
+      "values do not fit positions and target");
   const DeviceGuard guard(device);
   const int64_t bytes = layout.width * int64_t(target.element_size());
   const char* error =
       launch_scatter(target.mutable_data_ptr(), values.const_data_ptr(), index, bytes, current_stream(device));
   check_launch("scatter_", error);
-}
-
-void scatter_add_(Tensor target, const Tensor& positions, const Tensor& values, bool rows) {
-  const int32_t device = device_of(target, "target");
-  const Layout layout = layout_of(target, rows);
-  const Positions index = positions_of(positions, device, layout.limit);
-  const Dtype dtype = dtype_of(target);
-  check_values(values, computed_in(dtype), product(index.count, layout.width), device);
-  const DeviceGuard guard(device);
-  const char* error = launch_scatter_add(
-      target.mutable_data_ptr(), values.const_data_ptr(), index, layout.width, dtype, current_stream(device));
-  check_launch("scatter_add_", error);
 }
 
 }  // namespace
@@ -70,5 +55,4 @@ void scatter_add_(Tensor target, const Tensor& positions, const Tensor& values, 
 STABLE_TORCH_LIBRARY_IMPL(sparsekernels, CUDA, m) {
   m.impl("gather", TORCH_BOX(&sk::cuda::gather));
   m.impl("scatter_", TORCH_BOX(&sk::cuda::scatter_));
-  m.impl("scatter_add_", TORCH_BOX(&sk::cuda::scatter_add_));
 }

@@ -1,9 +1,8 @@
-// gather, scatter_ and scatter_add_: one thread an element, or a vector of up to 16 bytes.
-#include "gather_scatter.h"
-
+// gather and scatter_: one thread an element, or a vector of up to 16 bytes.
 #include <algorithm>
 
 #include "device.cuh"
+#include "gather_scatter.h"
 
 namespace sk::cuda {
 namespace {
@@ -31,14 +30,6 @@ template <typename U, typename I>
 __global__ void __launch_bounds__(kThreads)
     scatter(U* __restrict__ target, const U* __restrict__ values, Positions positions, int64_t width) {
   for_elements<I>(positions, width, [&](int64_t compact, int64_t dense) { target[dense] = values[compact]; });
-}
-
-template <typename T, typename S, typename I>
-__global__ void __launch_bounds__(kThreads)
-    scatter_add(T* __restrict__ target, const S* __restrict__ values, Positions positions, int64_t width) {
-  for_elements<I>(positions, width, [&](int64_t compact, int64_t dense) {
-    target[dense] = static_cast<T>(static_cast<S>(target[dense]) + values[compact]);
-  });
 }
 
 // Threads and blocks for `count` rows of `width` units.
@@ -90,21 +81,6 @@ const char* launch_scatter(void* target, const void* values, const Positions& po
       const Shape shape(positions.count, width);
       scatter<U, decltype(index)><<<shape.blocks, shape.threads, 0, static_cast<cudaStream_t>(stream)>>>(
           static_cast<U*>(target), static_cast<const U*>(values), positions, width);
-      return launch_error();
-    });
-  });
-}
-
-const char* launch_scatter_add(
-    void* target, const void* values, const Positions& positions, int64_t width, Dtype dtype, void* stream) {
-  if (positions.count == 0 || width == 0) return nullptr;
-  return with_dtype(dtype, [&](auto element, auto sum) {
-    using T = decltype(element);
-    using S = decltype(sum);
-    return with_positions(positions.wide, [&](auto index) {
-      const Shape shape(positions.count, width);
-      scatter_add<T, S, decltype(index)><<<shape.blocks, shape.threads, 0, static_cast<cudaStream_t>(stream)>>>(
-          static_cast<T*>(target), static_cast<const S*>(values), positions, width);
       return launch_error();
     });
   });

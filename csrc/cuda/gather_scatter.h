@@ -1,4 +1,4 @@
-// Launchers of gather, scatter_ and scatter_add_. They return what went wrong, or null.
+// Launchers of gather and scatter_. They return what went wrong, or null.
 #pragma once
 #include "types.h"
 
@@ -15,11 +15,5 @@ const char* launch_scatter(
     void* target,        // [positions.limit * bytes]
     const void* values,  // [positions.count * bytes]
     const Positions& positions, int64_t bytes, void* stream);
-
-// target[positions[k]] += values[k]; a position stands for `width` elements. The sum is rounded once.
-const char* launch_scatter_add(
-    void* target,        // [positions.limit * width], of dtype
-    const void* values,  // [positions.count * width], fp32, fp64 if dtype is
-    const Positions& positions, int64_t width, Dtype dtype, void* stream);
 
 }  // namespace sk::cuda

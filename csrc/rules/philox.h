@@ -1,4 +1,5 @@
-// Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011): the same numbers on every device, in any order.
+// Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011): the same numbers on every device, in any
+// order.
 #pragma once
 #include <stdint.h>
 

@@ -20,8 +20,8 @@ SK_RULE float float_of(uint32_t bits) {
   return x;
 }
 
-// A neighbour of x with `dropped` mantissa bits less, as a float; uniform `random` bits decide which. Infinities, NaN and
-// what rounding up would make infinite stay below.
+// A neighbour of x with `dropped` mantissa bits less, as a float; uniform `random` bits decide which. Infinities, NaN
+// and what rounding up would make infinite stay below.
 SK_RULE float round_mantissa(float x, int dropped, uint32_t random) {
   const uint32_t mask = (uint32_t(1) << dropped) - 1, bits = bits_of(x);
   const uint32_t down = bits & ~mask, up = (bits + (random >> (32 - dropped))) & ~mask;

@@ -21,8 +21,7 @@ from .topk import topk_samples
 def all_samples() -> dict[str, list[Sample]]:
     samples = [
         *gather_scatter_samples(),
-        Sample("scatter_", "strided-values", strided_values(add=False)),
-        Sample("scatter_add_", "strided-values", strided_values(add=True)),
+        Sample("scatter_", "strided-values", strided_values),
         *adamw_samples(),
         *adamw_rows_samples(),
         *columns_samples(),

@@ -1,4 +1,4 @@
-"""Samples of the AdamW ops; the oracle is torch.optim.AdamW itself, in fp64, on the compact copy."""
+"""Samples of adamw_; the oracle is torch.optim.AdamW itself, in fp64, on the compact copy."""
 
 from __future__ import annotations
 
@@ -138,15 +138,15 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
         keywords["rounding"] = plan.rounding
         if plan.lr_tensor:
             keywords["lr"] = on_device["lr_tensor"]
-        state = (grads, exp_avgs, exp_avg_sqs, maxima, step_tensors)
-        args = (values, *state, dense, positions) if compact else (dense, *state, positions)
-        mutated = [*(values if compact else dense), *exp_avgs, *exp_avg_sqs, *maxima]
+        params, weights = (values, dense) if compact else (dense, [])
+        args = (params, grads, exp_avgs, exp_avg_sqs, maxima, step_tensors, positions, weights)
+        mutated = [*params, *exp_avgs, *exp_avg_sqs, *maxima]
         results = [e[0] for e in expected]
         if not compact:
             results = [put(w.to(FP64), i, e) for w, i, e in zip(dense, indices, results, strict=True)]
         columns = [[e[j] for e in expected] for j in range(1, 4 if plan.amsgrad else 3)]
         return Case(
-            ops.adamw_compact_ if compact else ops.adamw_gathered_,
+            ops.adamw_,
             args,
             (*args, *options.positional(), *on_device.values(), list(plan.rounding)),
             [*results, *(tensor for column in columns for tensor in column)],
@@ -214,5 +214,5 @@ def plans() -> Iterator[tuple[str, Plan]]:
 
 def adamw_samples() -> Iterator[Sample]:
     for name, plan in plans():
-        yield Sample("adamw_compact_", name, adamw(plan, compact=True))
-        yield Sample("adamw_gathered_", name, adamw(plan, compact=False))
+        yield Sample("adamw_", f"compact-{name}", adamw(plan, compact=True))
+        yield Sample("adamw_", f"indexed-{name}", adamw(plan, compact=False))

@@ -142,13 +142,13 @@ def gated(*args: Any, **kwargs: Any) -> list[Tensor]:
 
 def weighted(
     shape: tuple[int, int], kind: str = "stg", dtype: torch.dtype = FP32, out: torch.dtype | None = None,
-    sides: str = "rc", bias: bool = True, transposed: bool = False, groups: tuple[int, int] = (1, 1),
+    sides: str = "rc", bias: bool = True, transposed: bool = False, group: int = 1,
     key: int | None = KEY, strided: bool = False, special: bool = False,
 ) -> Callable[[Maker], Case]:  # fmt: skip
     """`shape` counts gates; sides: which of rows and columns have them."""
 
     def make(maker: Maker) -> Case:
-        m, n = (size * group for size, group in zip(shape, groups, strict=True))
+        m, n = shape[0], shape[1] * group
         lies = (n, m) if transposed else (m, n)
         weight = maker.strided(*lies, dtype=dtype) if strided else maker.randn(*lies, dtype=dtype)
         shift = maker.randn(m, dtype=dtype) if bias else None
@@ -161,19 +161,19 @@ def weighted(
         )
         expected, expected_shift = weight.cpu().double(), None if shift is None else shift.cpu().double()
         if rows is not None:
-            z = draw(rows, kind, key, 0)[0].repeat_interleave(groups[0])
+            z = draw(rows, kind, key, 0)[0]
             expected = expected * (z if transposed else z[:, None])
             expected_shift = None if expected_shift is None else expected_shift * z
         if columns is not None:
-            z = draw(columns, kind, key, 1)[0].repeat_interleave(groups[1])
+            z = draw(columns, kind, key, 1)[0].repeat_interleave(group)
             expected = expected * (z[:, None] if transposed else z)
         options = {"key": key_of(maker, key), "transposed": transposed}
         kwargs = {"kind": kind, "noise": NOISE[kind], **options, "dtype": out}
         packed = [None if x is None else x.contiguous() for x in (weight, shift, rows, columns)]
-        raw = (*packed, KINDS.index(kind), NOISE[kind], *options.values(), out or dtype, *groups)
+        raw = (*packed, KINDS.index(kind), NOISE[kind], *options.values(), out or dtype, group)
         return Case(
             gated, (weight, shift, rows, columns), raw, [expected] + [expected_shift] * bias,
-            {**kwargs, "row_group": groups[0], "column_group": groups[1]},
+            {**kwargs, "column_group": group},
         )  # fmt: skip
 
     return make
@@ -198,10 +198,9 @@ def weighted_samples() -> Iterator[Sample]:
             for out in (FP32, BF16, FP16, *[FP64] * (dtype == FP64)):
                 name = f"{short(dtype)}-to-{short(out)}{tag}"
                 yield sample(name, (17, 33), dtype=dtype, out=out, transposed=transposed)
-        for groups in ((4, 1), (1, 3), (5, 2)):
-            name = f"groups-{groups[0]}x{groups[1]}{tag}"
-            yield sample(name, (9, 11), groups=groups, transposed=transposed)
-            yield sample(f"{name}-bf16", (9, 11), dtype=BF16, groups=groups, transposed=transposed)
+        for group in (2, 3):
+            yield sample(f"group-{group}{tag}", (9, 11), group=group, transposed=transposed)
+            yield sample(f"group-{group}{tag}-bf16", (9, 11), dtype=BF16, group=group, transposed=transposed)
         yield sample(f"strided{tag}", (17, 33), strided=True, transposed=transposed)
         yield sample(f"special{tag}", (17, 33), special=True, transposed=transposed)
         yield sample(f"special-bf16{tag}", (17, 33), dtype=BF16, special=True, transposed=transposed)

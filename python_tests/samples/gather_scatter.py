@@ -1,4 +1,4 @@
-"""Samples of gather, scatter_ and scatter_add_."""
+"""Samples of gather and scatter_."""
 
 from __future__ import annotations
 
@@ -38,23 +38,17 @@ def gather(layout: Layout, dtype: torch.dtype, special: bool = False) -> Callabl
 
 
 def scatter_(
-    layout: Layout, dtype: torch.dtype, values_dtype: torch.dtype, add: bool, special: bool = False
+    layout: Layout, dtype: torch.dtype, values_dtype: torch.dtype, special: bool = False
 ) -> Callable[[Maker], Case]:
     def make(maker: Maker) -> Case:
         target, index = maker.randn(*layout.shape, dtype=dtype), maker.index(layout)
         values = maker.randn(*index.compact_shape, dtype=values_dtype)
         if special:
             with_specials(values)
-        op_dtype = dtype
-        written = values.cpu()
-        if add:
-            op_dtype = torch.promote_types(dtype, FP32)  # the sum is formed here and rounded once
-            written = take(target, index).to(op_dtype) + written.to(op_dtype)
-        expected = put(target, index, written)
-        call = ops.scatter_add_ if add else ops.scatter_
-        raw = (target, index.positions, values.to(op_dtype), index.rows)
+        expected = put(target, index, values.cpu())
+        raw = (target, index.positions, values.to(dtype), index.rows)
         touched = {"mutated": [target], "inside": [(target, index)]}
-        return Case(call, (target, index, values), raw, [expected], exact=True, **touched)
+        return Case(ops.scatter_, (target, index, values), raw, [expected], exact=True, **touched)
 
     return make
 
@@ -63,31 +57,22 @@ def gather_scatter_samples() -> Iterator[Sample]:
     for layout, dtype in grid():
         tag = f"{layout.name}-{short(dtype)}"
         yield Sample("gather", tag, gather(layout, dtype))
-        yield Sample("scatter_", tag, scatter_(layout, dtype, dtype, add=False))
-        yield Sample("scatter_add_", tag, scatter_(layout, dtype, dtype, add=True))
+        yield Sample("scatter_", tag, scatter_(layout, dtype, dtype))
     for dtype in (torch.int64, torch.uint8, torch.bool):
         yield Sample("gather", f"some-{short(dtype)}", gather(BY_NAME["some"], dtype))
     for name, dtype in itertools.product(("some", "many", "rows-3d"), (BF16, FP16)):
-        for op, add in (("scatter_", False), ("scatter_add_", True)):
-            yield Sample(op, f"{name}-{short(dtype)}-from-f32", scatter_(BY_NAME[name], dtype, FP32, add))
+        yield Sample("scatter_", f"{name}-{short(dtype)}-from-f32", scatter_(BY_NAME[name], dtype, FP32))
     for dtype in (FP32, BF16, FP16):
         layout = BY_NAME["int64"]
         yield Sample("gather", f"special-{short(dtype)}", gather(layout, dtype, special=True))
-        yield Sample("scatter_", f"special-{short(dtype)}", scatter_(layout, dtype, dtype, False, special=True))
-        yield Sample("scatter_add_", f"special-{short(dtype)}", scatter_(layout, dtype, dtype, True, special=True))
+        yield Sample("scatter_", f"special-{short(dtype)}", scatter_(layout, dtype, dtype, special=True))
 
 
-def strided_values(add: bool) -> Callable[[Maker], Case]:
+def strided_values(maker: Maker) -> Case:
     """Compact values that are a transposed view."""
-
-    def make(maker: Maker) -> Case:
-        layout = BY_NAME["rows-int64"]
-        target, index = maker.randn(*layout.shape), maker.index(layout)
-        values = maker.strided(*index.compact_shape, dtype=FP32)
-        written = values.cpu() + (take(target, index) if add else 0)
-        call = ops.scatter_add_ if add else ops.scatter_
-        raw = (target, index.positions, values.contiguous(), index.rows)
-        touched = {"mutated": [target], "inside": [(target, index)]}
-        return Case(call, (target, index, values), raw, [put(target, index, written)], exact=True, **touched)
-
-    return make
+    layout = BY_NAME["rows-int64"]
+    target, index = maker.randn(*layout.shape), maker.index(layout)
+    values = maker.strided(*index.compact_shape, dtype=FP32)
+    raw = (target, index.positions, values.contiguous(), index.rows)
+    touched = {"mutated": [target], "inside": [(target, index)]}
+    return Case(ops.scatter_, (target, index, values), raw, [put(target, index, values.cpu())], exact=True, **touched)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..common.names import base_parameters, default_head, groups, matching
 from ..index import Index
 from ..ops import topk
-from ..scoring.fisher import FisherPlan, Labels, accumulate, prepare, say_slow, zeros_for
+from ..scoring.fisher import Labels, zeros_for
 from ..scoring.losses import Batch, Loss, batch_size, rows_of
-from ..scoring.own_forward import refuse_outside, say_left_out
+from ..scoring.own_forward import refuse_outside, warn_left_out
+from ..scoring.per_sample import PerSampleGradients
 from ..selection import Selection
 
 MAX_FISHER_BYTES = 4 << 30
@@ -49,7 +50,7 @@ class Search:
     head: list[str]
     k: int
     max_bytes: int
-    plan: FisherPlan
+    gradients: PerSampleGradients
     progress: bool
     left_out: list[str]
 
@@ -84,15 +85,15 @@ class Search:
                 f"density {density} of {total:,} weights leaves none besides the {charged:,} of the head, which train "
                 "densely; raise density, or pass a smaller head"
             )
-        plan = prepare(model, batches, dict.fromkeys(chosen), loss, labels)
-        left_out = [name for name in chosen if name in plan.trust.outside]
-        everything: dict[str, Index | None] = dict.fromkeys(name for name in chosen if name not in plan.trust.outside)
+        gradients = PerSampleGradients(model, batches, dict.fromkeys(chosen), loss, labels)
+        left_out = [name for name in chosen if name in gradients.outside]
+        everything: dict[str, Index | None] = dict.fromkeys(name for name in chosen if name not in gradients.outside)
         if targets is not None or not everything:
             refuse_outside(left_out, "targets")
         k = min(k, sum(parameters[name].numel() for name in everything))
-        say_left_out(method, left_out)
-        say_slow({name: why for name, why in plan.trust.fallback.items() if name in everything})
-        return cls(model, everything, dense, k, max_fisher_bytes, plan, progress, left_out)
+        warn_left_out(method, left_out)
+        gradients.warn_slow(everything)
+        return cls(model, everything, dense, k, max_fisher_bytes, gradients, progress, left_out)
 
     def numel(self, name: str, index: Index | None) -> int:
         return self.model.get_parameter(name).numel() if index is None else index.numel
@@ -106,7 +107,7 @@ class Search:
         sizes = {name: 4 * self.numel(name, index) for name, index in among.items()}
         for group in groups(sizes, self.max_bytes):
             totals = {name: zeros_for(self.model.get_parameter(name), among[name]) for name in group}
-            accumulate(self.model, batches, {name: among[name] for name in group}, totals, self.plan, self.progress)
+            self.gradients.add_squares_(batches, {name: among[name] for name in group}, totals, self.progress)
             whole += sum(float(total.sum(dtype=torch.float64)) for total in totals.values())
             names = [*kept, *group]
             scores = [kept[name][1] if name in kept else totals[name] for name in names]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..index import Index
-from ..scoring.fisher import Labels, accumulate
+from ..scoring.fisher import Labels
 from ..scoring.losses import Batch, Loss, batch_size, rows_of
 from ..selection import Selection
 from .fisher_search import MAX_FISHER_BYTES, Search
@@ -91,7 +91,7 @@ def ird(
     )
     with bar:
         while size > search.k:
-            norms = accumulate(model, batches, among, {}, search.plan, False)
+            norms = search.gradients.add_squares_(batches, among, {}, False)
             wanted = min(len(norms), max(min_samples, math.ceil(sample_factor * len(norms))))
             best = norms.argsort(descending=True, stable=True)[:wanted].sort().values.cpu()
             batches, kept_samples = _subset(batches, best), kept_samples[best]

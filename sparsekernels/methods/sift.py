@@ -15,7 +15,7 @@ from ..common.supported import refuse_unsupported_of
 from ..index import Index
 from ..scoring.eval_mode import only_trainable
 from ..scoring.losses import default_loss
-from ..scoring.own_forward import OwnForward, refuse_outside, say_left_out
+from ..scoring.own_forward import OwnForward, refuse_outside, warn_left_out
 from ..selection import Selection, count_for
 from .gradient_curve import SHARES, GradientCurve
 
@@ -118,7 +118,7 @@ def sift(
     chosen = [name for name in chosen if name in found]
     if targets is not None or not chosen:
         refuse_outside(left_out, "targets")
-    say_left_out("sift", left_out)
+    warn_left_out("sift", left_out)
     selection = Selection(
         {name: found[name] for name in chosen} | {name: Index.full(names[name].shape) for name in dense}
     )

@@ -27,6 +27,10 @@ from .singular_values import reference as singular_values
 from .topk import reference as topk
 
 
+def nothing(*args: object, **kwargs: object) -> None:
+    """Fake of every op that only mutates."""
+
+
 @dataclass(frozen=True)
 class Op:
     """One row: `family` is the stem that csrc/, ops/, python_tests/ and benchmarks/ share."""
@@ -36,13 +40,8 @@ class Op:
     schema: str
     doc: str
     reference: Callable[..., Any]
-    fake: Callable[..., Any]
+    fake: Callable[..., Any] = nothing
 
-
-ADAMW_OPTIONS = (
-    "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize, "
-    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, int[] rounding=[]"
-)
 
 OPS: tuple[Op, ...] = (
     Op(
@@ -59,34 +58,16 @@ OPS: tuple[Op, ...] = (
         "(Tensor(a!) target, Tensor positions, Tensor values, bool rows) -> ()",
         "write compact values over the selected elements or rows",
         gather_scatter.scatter_,
-        gather_scatter.nothing,
     ),
     Op(
-        "scatter_add_",
-        "gather_scatter",
-        "(Tensor(a!) target, Tensor positions, Tensor values, bool rows) -> ()",
-        "add compact values to the selected elements or rows",
-        gather_scatter.scatter_add_,
-        gather_scatter.nothing,
-    ),
-    Op(
-        "adamw_compact_",
-        "adamw",
-        "(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor(e!)[] weights, Tensor[] positions, "
-        f"{ADAMW_OPTIONS}) -> ()",
-        "AdamW on compact values, written through into the dense weights",
-        adamw.adamw_compact_,
-        gather_scatter.nothing,
-    ),
-    Op(
-        "adamw_gathered_",
+        "adamw_",
         "adamw",
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        f"Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor[] positions, {ADAMW_OPTIONS}) -> ()",
-        "AdamW at the selected positions of dense parameters with dense gradients",
-        adamw.adamw_gathered_,
-        gather_scatter.nothing,
+        "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor[] positions, Tensor(e!)[] weights, "
+        "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize, "
+        "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, int[] rounding=[]) -> ()",
+        "AdamW at selected positions of dense parameters, or on compact ones, written through into dense weights",
+        adamw.adamw_,
     ),
     Op(
         "adamw_rows_",
@@ -96,7 +77,6 @@ OPS: tuple[Op, ...] = (
         "bool maximize, int[] rounding) -> ()",
         "AdamW on the rows that a sparse gradient lists, duplicates summed on the way",
         adamw_rows.adamw_rows_,
-        gather_scatter.nothing,
     ),
     Op(
         "masked_grad_linear",
@@ -120,7 +100,6 @@ OPS: tuple[Op, ...] = (
         "(Tensor(a!)[] totals, Tensor[] grads) -> ()",
         "add the squares of gradients, elementwise, over a list of tensors",
         fisher.fisher_squares_,
-        gather_scatter.nothing,
     ),
     Op(
         "fisher_linear_",
@@ -128,7 +107,6 @@ OPS: tuple[Op, ...] = (
         "(Tensor grad_output, Tensor input, Tensor(a!)? total, Tensor(b!)? norms, Tensor? positions, bool rows) -> ()",
         "add squared per-sample weight gradients of a Linear, and per-sample norms, at all or at selected positions",
         fisher.fisher_linear_,
-        gather_scatter.nothing,
     ),
     Op(
         "fisher_embedding_",
@@ -137,7 +115,6 @@ OPS: tuple[Op, ...] = (
         "int padding_idx) -> ()",
         "the same for an Embedding's table: tokens of one id are summed within their sample, then squared",
         fisher.fisher_embedding_,
-        gather_scatter.nothing,
     ),
     Op(
         "fisher_vector_",
@@ -145,7 +122,6 @@ OPS: tuple[Op, ...] = (
         "(Tensor grad_output, Tensor? input, Tensor(a!)? total, Tensor(b!)? norms, Tensor? positions) -> ()",
         "the same for a bias, or for the weight of a norm",
         fisher.fisher_vector_,
-        gather_scatter.nothing,
     ),
     Op(
         "topk",
@@ -199,7 +175,7 @@ OPS: tuple[Op, ...] = (
         "gated_weight",
         "gates",
         "(Tensor weight, Tensor? bias, Tensor? rows, Tensor? columns, int kind, float noise, Tensor? key, "
-        "bool transposed, ScalarType dtype, int row_group, int column_group) -> (Tensor gated, Tensor gated_bias)",
+        "bool transposed, ScalarType dtype, int column_group) -> (Tensor gated, Tensor gated_bias)",
         "a weight times gates on its rows and columns, drawn on the way",
         gates.gated_weight,
         gates.gated_weight_fake,

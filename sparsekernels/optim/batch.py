@@ -36,7 +36,7 @@ class Batch:
         self.kind, self.params = kind, list(params)
         self.slots = [plan.slots[p] for p in params] if kind == "compact" else []
         indices = [slot.index for slot in self.slots] or [plan.index[p] for p in params]
-        self.fresh: list[tuple[Tensor, dict[str, Tensor]]] = []  # state for the first step
+        self.fresh: list[tuple[Tensor, dict[str, Tensor]]] = []  # state that the first step installs
         found = []
         for p, index in zip(params, indices, strict=True):
             state = states.get(p)
@@ -50,13 +50,11 @@ class Batch:
         self.steps = [state["step"] for state in found]
         self.dense: list[Tensor] = [slot.weight for slot in self.slots]
         positions = [index.positions for index in indices]
-        lists = self.exp_avgs, self.exp_avg_sqs, self.maxima, self.steps
-        self.lists = (*lists, self.dense, positions) if kind == "compact" else (*lists, positions)
+        self.lists = self.exp_avgs, self.exp_avg_sqs, self.maxima, self.steps, positions, self.dense
         self.mutated = [*params, *self.dense]
-        name = f"adamw_{kind}_"
-        self.op: Any = getattr(torch.ops.sparsekernels, name).default._op
+        self.op: Any = torch.ops.sparsekernels.adamw_.default._op
         self.infinite: Tensor | None = None  # found_inf=1, for the dry run
-        self.native = has_native(name, params[0].device.type)
+        self.native = has_native("adamw_", params[0].device.type)
         # _foreach_add_ takes twice as long for one.
         self.count = partial(self.steps[0].add_, 1) if len(found) == 1 else partial(torch._foreach_add_, self.steps, 1)
         # Ops do not bump versions by themselves; a backward over weights that changed since its forward must fail.
@@ -69,7 +67,7 @@ class Batch:
         replaced, or load_state_dict(assign=True) replaced a weight.
         """
         grads = []
-        for p, m, v, step in zip(self.params, self.exp_avgs, self.exp_avg_sqs, self.steps):  # noqa: B905 - slower
+        for p, m, v, step in zip(self.params, self.exp_avgs, self.exp_avg_sqs, self.steps):  # noqa: B905 - it costs time
             state, grad = states[p], p.grad
             if state.get("exp_avg") is not m or state.get("exp_avg_sq") is not v or state.get("step") is not step:
                 return None
@@ -184,7 +182,7 @@ def _fitting(p: Tensor, group: dict[str, Any]) -> Tensor:
     grad = p.grad
     assert grad is not None
     if grad.is_sparse:
-        raise ValueError(f"{name_of(group, p)}: its gradient is sparse, but it is stepped at selected positions")
+        raise ValueError(f"{name_of(group, p)}: its gradient is sparse, but it is stepped at positions of its own")
     if grad.shape != p.shape:
         raise ValueError(f"{name_of(group, p)}: {misfit(p, grad)}")
     return grad.contiguous()

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, overload
+from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ..common.messages import listed, warn
 from ..common.names import base_parameters, matching, own_names
-from ..common.supported import refuse_unsupported_of
 from ..index import Index
 from ..selection import Selection
 from ..training.layers import refuse_train_only
-from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
-from .per_sample import Collector, Misfit, Trust
+from .losses import Batch, Loss
+from .per_sample import PerSampleGradients
 
 Labels = Literal["given", "expected"]
-
-
-@overload
-def fisher_diagonal(
-    model: nn.Module,
-    samples: Iterable[Batch],
-    *,
-    loss: Loss | None = ...,
-    labels: Labels = ...,
-    selection: Selection | None = ...,
-    names: Iterable[str] | None = ...,
-    return_norms: Literal[False] = ...,
-    progress: bool = ...,
-) -> dict[str, Tensor]: ...
-
-
-@overload
-def fisher_diagonal(
-    model: nn.Module,
-    samples: Iterable[Batch],
-    *,
-    loss: Loss | None = ...,
-    labels: Labels = ...,
-    selection: Selection | None = ...,
-    names: Iterable[str] | None = ...,
-    return_norms: Literal[True],
-    progress: bool = ...,
-) -> tuple[dict[str, Tensor], Tensor]: ...
 
 
 def fisher_diagonal(
@@ -59,9 +27,8 @@ def fisher_diagonal(
     labels: Labels = "given",
     selection: Selection | None = None,
     names: Iterable[str] | None = None,
-    return_norms: bool = False,
     progress: bool = True,
-) -> dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]:
+) -> dict[str, Tensor]:
     """Sum, over samples, the square of each sample's own gradient; the model is not changed.
 
     Equivalent to the following in eval mode, but with one batched backward per batch and no per-sample gradient in
@@ -83,12 +50,11 @@ def fisher_diagonal(
         selection: restrict to these positions.
         names: patterns (as in `fnmatch`) of parameter names. Default: the selection's, or all floating-point ones, with
             or without requires_grad, except PEFT's adapters (pass "*lora_*" for those).
-        return_norms: also return the squared gradient norm of each sample over the same positions.
         progress: show a progress bar.
 
     Returns:
         name -> tensor of the parameter's shape, or index.compact_shape under a selection; fp32 (fp64 for fp64 models),
-        on the device of the parameter. A sum over samples, not a mean. With return_norms, a pair of this and [samples].
+        on the device of the parameter. A sum over samples, not a mean.
 
     Numerics: fp32 accumulation, fp64 for fp64 models. Deterministic on the CPU.
     Cost: per batch, a forward, a backward without weight gradients, and for a Linear of M x N and T tokens 2*T*M*N more
@@ -110,10 +76,10 @@ def fisher_diagonal(
     indices = _indices(model, selection, names)
     totals = {name: zeros_for(model.get_parameter(name), index) for name, index in indices.items()}
     batches = list(samples)
-    plan = prepare(model, batches, indices, loss, labels)
-    say_slow(plan.trust.fallback)
-    norms = accumulate(model, batches, indices, totals, plan, progress)
-    return (totals, norms) if return_norms else totals
+    gradients = PerSampleGradients(model, batches, indices, loss, labels)
+    gradients.warn_slow(indices)
+    gradients.add_squares_(batches, indices, totals, progress)
+    return totals
 
 
 def squared_gradient_norms(
@@ -150,9 +116,9 @@ def squared_gradient_norms(
     """
     indices = _indices(model, selection, names)
     batches = list(samples)
-    plan = prepare(model, batches, indices, loss, labels)
-    say_slow(plan.trust.fallback)
-    return accumulate(model, batches, indices, {}, plan, progress)
+    gradients = PerSampleGradients(model, batches, indices, loss, labels)
+    gradients.warn_slow(indices)
+    return gradients.add_squares_(batches, indices, {}, progress)
 
 
 def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str] | None) -> dict[str, Index | None]:
@@ -181,88 +147,3 @@ def zeros_for(parameter: Tensor, index: Index | None) -> Tensor:
     if parameter.device.type == "cpu":
         return torch.from_numpy(np.zeros(shape, np.float64 if dtype == torch.float64 else np.float32))
     return parameter.new_zeros(shape, dtype=dtype)
-
-
-@dataclass
-class FisherPlan:
-    """How to differentiate the samples, and which parameters are split by sample."""
-
-    terms: PerSampleLoss
-    trust: Trust
-
-
-def prepare(
-    model: nn.Module, batches: Sequence[Batch], indices: Mapping[str, Index | None], loss: Loss | None, labels: str
-) -> FisherPlan:
-    """Check the loss and the model on the first batch."""
-    if not batches:
-        raise ValueError("samples holds no batch")
-    if torch.is_inference_mode_enabled():
-        raise ValueError("there are no gradients inside torch.inference_mode(); call this outside it")
-    refuse_unsupported_of(model, indices)
-    sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
-    plan = FisherPlan(PerSampleLoss(loss, labels), Trust())
-    with Collector(model, indices, trust=plan.trust) as collector, torch.enable_grad():
-        first = to_device(batches[0], collector.device)
-        plan.terms.check(model, first)
-        twin = rows_of(first, torch.tensor([0, 0]), sizes[0])
-        if not collector.check(lambda: plan.terms.terms(model, twin, 2), _length(twin)):
-            raise ValueError("loss: no gradient of it reaches any of the chosen parameters")
-    return plan
-
-
-def accumulate(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    indices: Mapping[str, Index | None],
-    totals: Mapping[str, Tensor],
-    plan: FisherPlan,
-    progress: bool,
-) -> Tensor:
-    """Add the squares of all samples to `totals`, which are zero; return the squared norm of each sample."""
-    sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
-    with torch.enable_grad():
-        while True:
-            known = dict(plan.trust.fallback)
-            norms: list[Tensor] = []
-            try:
-                with (
-                    Collector(model, indices, totals, plan.trust) as collector,
-                    tqdm(total=sum(sizes), desc="Fisher", unit="sample", disable=not progress, leave=False) as bar,
-                ):
-                    for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
-                        norms.append(
-                            _one_batch(collector, plan.terms, to_device(batch, collector.device), size, number)
-                        )
-                        bar.update(size)
-                return torch.cat(norms)
-            except Misfit:
-                say_slow({name: why for name, why in plan.trust.fallback.items() if name not in known})
-                for total in totals.values():
-                    total.zero_()
-
-
-def _one_batch(collector: Collector, terms: PerSampleLoss, batch: Batch, size: int, number: int) -> Tensor:
-    model = collector.model
-    norms, finite = collector.add(
-        lambda: terms.terms(model, batch, size),
-        lambda b: terms.terms(model, rows_of(batch, torch.tensor([b]), size), 1),
-        size,
-        _length(batch),
-    )
-    if not bool(finite.all()):
-        broken = int(finite.logical_not().nonzero()[0])
-        raise ValueError(f"samples: the gradient of sample {broken} in batch {number} is not finite")
-    return norms
-
-
-def say_slow(fallback: Mapping[str, str]) -> None:
-    """Warn of parameters that take one backward per sample, with the reason."""
-    if fallback:
-        named = listed(f"{name} ({why})" for name, why in fallback.items())
-        warn(f"fisher: {len(fallback)} parameters take one backward per sample, exact but slow: {named}")
-
-
-def _length(batch: Batch) -> int:
-    ids = batch.get("input_ids")
-    return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0

@@ -51,7 +51,9 @@ class OwnForward:
             stack.callback(self._forget)
             for module in self._holders:
                 if type(module) in (nn.Linear, nn.Embedding) and "forward" not in module.__dict__:
-                    module.__dict__["forward"] = partial(self._forward, module)  # also where called directly
+                    module.__dict__["forward"] = partial(
+                        self._forward, module
+                    )  # also for code that calls module.forward
                     stack.callback(module.__dict__.pop, "forward")
                 else:
                     stack.callback(module.register_forward_pre_hook(self._put).remove)
@@ -110,7 +112,7 @@ def refuse_outside(names: Iterable[str], argument: str) -> None:
         raise ValueError(f"{argument}: {listed(names)} cannot be trained: {OUTSIDE}; leave them out")
 
 
-def say_left_out(method: str, names: Iterable[str]) -> None:
+def warn_left_out(method: str, names: Iterable[str]) -> None:
     """Warn if there are any that a method would have selected by default."""
     if names := list(names):
         warn(f"{method} leaves out {listed(names)}: {OUTSIDE}")

@@ -8,8 +8,9 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .fused import LAYOUTS, Rows, stretches
 from .layers import weight_size
 
 
@@ -23,10 +24,10 @@ class OutputSlice:
     """
 
     module: str
-    rows: slice | Tensor | None = None
+    rows: Rows | None = None
 
     @property
-    def places(self) -> slice | Tensor:
+    def places(self) -> Rows:
         """An index that selects them from all rows."""
         return slice(None) if self.rows is None else self.rows
 
@@ -153,29 +154,31 @@ def _llama(name: str, a: Any) -> Attention:
     return _apart(name, a, "q_proj k_proj v_proj", _under(name, "o_proj"), a.head_dim, True)
 
 
+def _fused(name: str, a: Any, child: str) -> tuple[OutputSlice, OutputSlice, OutputSlice]:
+    """Query, key and value, where one module computes them."""
+    parts = LAYOUTS[type(a).__name__, f"{child}.weight"](a)
+    q, k, v = (OutputSlice(_under(name, child), parts[part]) for part in "qkv")
+    return q, k, v
+
+
 def _gpt2(name: str, a: Any) -> Attention:
     """Also called for cross attention, whose c_attn has two of the three parts, and so does not fit."""
-    q, k, v = (OutputSlice(_under(name, "c_attn"), slice(i * a.split_size, (i + 1) * a.split_size)) for i in range(3))
     width, units = a.head_dim, {"num_heads": 1, "split_size": a.head_dim}
-    return Attention(name, q, k, v, _under(name, "c_proj"), a.num_heads, width, width, False, units)
+    output = _under(name, "c_proj")
+    return Attention(name, *_fused(name, a, "c_attn"), output, a.num_heads, width, width, False, units)
 
 
 def _neox(name: str, a: Any) -> Attention:
-    fused, width = _under(name, "query_key_value"), a.head_size
+    width, output = a.head_size, _under(name, "dense")
     heads = weight_size(a.query_key_value)[0] // (3 * width)
-    places = torch.arange(heads * 3 * width).view(heads, 3, width)  # query, key and value of the first head, and so on
-    q, k, v = (OutputSlice(fused, places[:, i].flatten()) for i in range(3))
-    return Attention(name, q, k, v, _under(name, "dense"), heads, width, width, True)
+    return Attention(name, *_fused(name, a, "query_key_value"), output, heads, width, width, True)
 
 
 def _phi3(name: str, a: Any) -> Attention:
-    fused, width, groups = _under(name, "qkv_proj"), a.head_dim, a.num_key_value_heads
-    heads = a.config.num_attention_heads
-    ends = [0, heads * width, (heads + groups) * width, (heads + 2 * groups) * width]
-    q, k, v = (OutputSlice(fused, slice(ends[i], ends[i + 1])) for i in range(3))
-    each = heads // groups
+    width, groups, output = a.head_dim, a.num_key_value_heads, _under(name, "o_proj")
+    each = a.config.num_attention_heads // groups
     units = {"num_key_value_heads": 1, "config.num_attention_heads": each, "config.num_key_value_heads": 1}
-    return Attention(name, q, k, v, _under(name, "o_proj"), groups, each * width, width, True, units)
+    return Attention(name, *_fused(name, a, "qkv_proj"), output, groups, each * width, width, True, units)
 
 
 _BERT = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "electra": "Electra"}
@@ -217,7 +220,7 @@ def _mlp(name: str, module: Any, inputs: str, output: str, activation: str, attr
     neurons = weight_size(module.get_submodule(output))[1]
     parts = [OutputSlice(_under(name, child)) for child in inputs.split()]
     if inputs == "gate_up_proj":  # one above the other
-        parts = [OutputSlice(parts[0].module, slice(i * neurons, (i + 1) * neurons)) for i in range(2)]
+        parts = [OutputSlice(parts[0].module, rows) for rows in stretches(gate=neurons, up=neurons).values()]
     return Mlp(name, tuple(parts), _under(name, output), neurons, {attribute: 1} if attribute else {})
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..common.names import default_targets
 from ..common.supported import refuse_unsupported_of
 from ..nn.low_rank import LowRankLinear
-
-Rows = slice | Tensor
+from .fused import LAYOUTS, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +146,9 @@ def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
 
 def _holds_matrices(model: nn.Module, name: str, parameter: Tensor) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
-    dense = not isinstance(owner, (_ConvNd, LowRankLinear))  # not a matrix; only half of one
+    dense = not isinstance(
+        owner, (_ConvNd, LowRankLinear)
+    )  # a convolution is not a matrix, and a factor is only half of one
     return dense and parameter.dim() in (2, 3) and parameter.is_floating_point()
 
 
@@ -197,7 +197,7 @@ def _parts(model: nn.Module, name: str, outputs: int) -> Mapping[str, Rows]:
         holder = model.get_submodule(".".join(path[:-depth]))
         torch_own = isinstance(holder, nn.MultiheadAttention) and type(holder).forward is nn.MultiheadAttention.forward
         title = "torch" if torch_own else type(holder).__name__
-        layout = _LAYOUTS.get((title, ".".join(path[-depth:])))
+        layout = LAYOUTS.get((title, ".".join(path[-depth:])))
         if layout is not None:
             try:
                 parts = layout(holder)
@@ -206,41 +206,6 @@ def _parts(model: nn.Module, name: str, outputs: int) -> Mapping[str, Rows]:
             covered = sum(p.stop - p.start if isinstance(p, slice) else len(p) for p in parts.values())
             return parts if covered == outputs else {}
     return {}
-
-
-def _stretches(**sizes: int) -> dict[str, Rows]:
-    """Parts that are contiguous, one after another."""
-    parts: dict[str, Rows] = {}
-    start = 0
-    for part, size in sizes.items():
-        parts[part] = slice(start, start + size)
-        start += size
-    return parts
-
-
-def _by_head(heads: int, width: int) -> dict[str, Rows]:
-    """Query, key and value of the first head, those of the second, and so on."""
-    places = torch.arange(heads * 3 * width).view(heads, 3, width)
-    return {part: places[:, i].flatten() for i, part in enumerate("qkv")}
-
-
-def _phi3(attention: Any) -> dict[str, Rows]:
-    config, width = attention.config, attention.head_dim
-    shared = config.num_key_value_heads * width
-    return _stretches(q=config.num_attention_heads * width, k=shared, v=shared)
-
-
-# By the class that splits the output of the projection, and the parameter's name in it.
-_LAYOUTS: dict[tuple[str, str], Callable[[Any], Mapping[str, Rows]]] = {
-    ("torch", "in_proj_weight"): lambda a: _stretches(q=a.embed_dim, k=a.embed_dim, v=a.embed_dim),
-    ("GPT2Attention", "c_attn.weight"): lambda a: _stretches(q=a.split_size, k=a.split_size, v=a.split_size),
-    ("GPTNeoXAttention", "query_key_value.weight"): lambda a: _by_head(a.config.num_attention_heads, a.head_size),
-    ("BloomAttention", "query_key_value.weight"): lambda a: _by_head(a.num_heads, a.head_dim),
-    ("Phi3Attention", "qkv_proj.weight"): _phi3,
-    ("Phi3MLP", "gate_up_proj.weight"): lambda m: _stretches(
-        gate=m.config.intermediate_size, up=m.config.intermediate_size
-    ),
-}
 
 
 def _spoken(model: nn.Module, found: Mapping[str, Matrix]) -> dict[str, set[str]]:

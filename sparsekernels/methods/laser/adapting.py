@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,11 @@ from tqdm.auto import tqdm
 
 from ...scoring.eval_mode import in_eval_mode
 from ...scoring.losses import Batch, Loss, batch_size, default_loss, to_device
-from ...structure.matrices import Matrix, matrices
+from ...structure.matrices import Matrix
 from ...training.layers import refuse_train_only
-from .changes import product
-from .decompositions import Decompositions
-from .ranking import RHOS, NoGradient, Ranking, Reduction, Score, rank, targets
-from .reducing import Reduced, pieces, reduce
+from .decompositions import Decompositions, product
+from .ranking import RHOS, NoGradient, Ranking, Reduction, Score, check_options, rank_matrices, targets
+from .reducing import Reduced, reduce
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -88,9 +86,10 @@ def adapt(
     if not batches:
         raise ValueError("samples holds no batch")
     splits = [k for k in blocks if k != 1]
-    trial = _Trial(model, evaluate or _minus_loss(batches, loss), Decompositions())
-    options: dict[str, Any] = {"rhos": rhos, "loss": loss, "score": score, "decompositions": trial.decompositions}
-    left = list(targets(model, names))
+    check_options(rhos, blocks, clusters, score)
+    left = targets(model, names)
+    trial = _Trial(model, left, evaluate or _minus_loss(batches, loss))
+    options = (score, loss, trial.decompositions, False)
     plan: list[Reduction] = []
     history: list[list[Reduction]] = []
     backwards = 0
@@ -101,7 +100,7 @@ def adapt(
         for _ in range(min(max_matrices, len(left))):
             backwards += 1
             try:
-                ranking = rank(model, batches, names=left, progress=False, **options)
+                ranking = rank_matrices(model, batches, left, rhos, (1,), (), *options)
             except NoGradient:
                 if first is None:
                     raise
@@ -109,12 +108,10 @@ def adapt(
             first = first or ranking
             candidates = list(ranking) if 1 in blocks else []
             if splits or clusters:
-                chosen = [reduction.matrix for reduction in ranking.best()[:num_candidates]]
+                chosen = {r.matrix: left[r.matrix] for r in ranking.best()[:num_candidates]}
                 backwards += 1
                 try:
-                    again = rank(
-                        model, batches, names=chosen, blocks=splits, clusters=clusters, progress=False, **options
-                    )
+                    again = rank_matrices(model, batches, chosen, rhos, splits, clusters, *options)
                 except NoGradient:  # in the best ones; all others are predicted to make the model worse
                     if not candidates:
                         break
@@ -131,7 +128,7 @@ def adapt(
             best += _gain(kept)
             trial.keep(kept)
             plan.append(kept)
-            left.remove(kept.matrix)
+            del left[kept.matrix]
     reduced = reduce(model, plan, factored=factored, decompositions=trial.decompositions)
     reduced.report = {
         "backwards": backwards,
@@ -181,8 +178,9 @@ def search(
     """
     if max_matrices < 1:
         raise ValueError(f"max_matrices must be at least 1, got {max_matrices}")
-    trial = _Trial(model, evaluate, Decompositions())
-    every = [Reduction(label, rho) for label in targets(model, names) for rho in sorted(rhos, reverse=True)]
+    found = targets(model, names)
+    trial = _Trial(model, found, evaluate)
+    every = [Reduction(label, rho) for label in found for rho in sorted(rhos, reverse=True)]
     if not every:
         raise ValueError("rhos is empty")
     plan: list[Reduction] = []
@@ -229,10 +227,10 @@ class _Trial:
     The tensors inside parameters are exchanged: the originals are never written, and their versions do not change.
     """
 
-    def __init__(self, model: nn.Module, evaluate: Evaluate, decompositions: Decompositions) -> None:
-        self.model, self.evaluate, self.decompositions = model, evaluate, decompositions
+    def __init__(self, model: nn.Module, found: Mapping[str, Matrix], evaluate: Evaluate) -> None:
         refuse_train_only(model)
-        self.matrices = matrices(model, ["*"])
+        self.model, self.evaluate, self.matrices = model, evaluate, dict(found)
+        self.decompositions = Decompositions()
         self.count = 0
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -277,8 +275,9 @@ class _Trial:
             parameter.data = original
 
     def _reduced(self, reduction: Reduction) -> tuple[nn.Parameter, Tensor]:
-        matrix: Matrix = self.matrices[reduction.matrix]
+        matrix = self.matrices[reduction.matrix]
         parameter = self.model.get_parameter(matrix.parameter)
         data = parameter.data.clone(memory_format=torch.preserve_format)
-        matrix.write_(data, product(matrix, pieces(self.model, reduction, matrix, self.decompositions)))
+        pieces = self.decompositions.pieces(self.model, matrix, reduction.split, reduction.rho)
+        matrix.write_(data, product(matrix, pieces))
         return parameter, data

@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...nn.low_rank import Block, LowRankLinear
-from ...ops.backend import in_full_precision
 from ...structure.layers import kind_of
 from ...structure.matrices import Matrix
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """Some rows of a matrix as up [M', r] @ down [r, N], in fp32 (fp64 for fp64); rows None: all of them."""
-
-    up: Tensor
-    down: Tensor
-    rows: Tensor | None
-
-
-def product(matrix: Matrix, mine: Sequence[Piece]) -> Tensor:
-    """The approximation, dense, [M, N]."""
-    with in_full_precision(mine[0].up):
-        if mine[0].rows is None:
-            return mine[0].up @ mine[0].down
-        out = mine[0].up.new_empty(matrix.shape)
-        for piece in mine:
-            assert piece.rows is not None
-            out[piece.rows.to(out.device)] = piece.up @ piece.down
-        return out
+from .decompositions import Piece, product
 
 
 class Dense:

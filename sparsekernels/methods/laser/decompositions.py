@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...ops.backend import in_full_precision
 from ...structure.matrices import Matrix
 from ...structure.svd import Factors, cluster_rows, factorize, split_rows
 
@@ -22,6 +23,27 @@ class Split(NamedTuple):
     blocks: int
     clustered: bool
     rho: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some rows of a matrix as up [M', r] @ down [r, N], in fp32 (fp64 for fp64); rows None: all of them."""
+
+    up: Tensor
+    down: Tensor
+    rows: Tensor | None
+
+
+def product(matrix: Matrix, mine: Sequence[Piece]) -> Tensor:
+    """The approximation, dense, [M, N]."""
+    with in_full_precision(mine[0].up):
+        if mine[0].rows is None:
+            return mine[0].up @ mine[0].down
+        out = mine[0].up.new_empty(matrix.shape)
+        for piece in mine:
+            assert piece.rows is not None
+            out[piece.rows.to(out.device)] = piece.up @ piece.down
+        return out
 
 
 @dataclass
@@ -81,6 +103,16 @@ class Decompositions:
                 held.parts.append(Factors(found.u, found.s, found.v, rows))
         self._held |= new
         return {(matrix, split): self._held[matrix.label, split].parts for matrix, split in wanted}
+
+    def pieces(self, model: nn.Module, matrix: Matrix, split: Split, rho: float) -> list[Piece]:
+        """The best approximation of a matrix, or of each group of its rows, by a share rho of its triplets.
+
+        Raises ValueError for more groups than rows, and as `of`.
+        """
+        if split.blocks > matrix.shape[0]:
+            raise ValueError(f"blocks: {matrix.label!r} has {matrix.shape[0]} rows, got {split.blocks}")
+        parts = self.of(model, [(matrix, split)], rho)[matrix, split]
+        return [Piece(*part.truncated(rank_for(rho, part)), part.rows) for part in parts]
 
     @staticmethod
     def _serves(held: _Held | None, parameter: Tensor, rho: float) -> bool:

@@ -56,6 +56,11 @@ class Reduction:
         if self.clustered and self.blocks == 1:
             raise ValueError(f"blocks must be at least 2 to cluster rows, got 1 for {self.matrix!r}")
 
+    @property
+    def split(self) -> Split:
+        """How the rows are grouped; clusters are made for this rho."""
+        return Split(self.blocks, self.clustered, self.rho if self.clustered else None)
+
     def __str__(self) -> str:
         how = "" if self.blocks == 1 else f", {self.blocks} {'clusters' if self.clustered else 'blocks'}"
         return f"{self.matrix}, rho {self.rho:g}{how}"
@@ -164,14 +169,33 @@ def rank(
         >>> len(ranking), ranking.score
         (16, 'second_order')
     """
+    check_options(rhos, blocks, clusters, score)
+    found, cache = targets(model, names), decompositions or Decompositions()
+    return rank_matrices(model, samples, found, rhos, blocks, clusters, score, loss, cache, progress)
+
+
+def check_options(rhos: Sequence[float], blocks: Sequence[int], clusters: Sequence[int], score: Score) -> None:
     if score not in ("second_order", "first_order"):
         raise ValueError(f'score must be "second_order" or "first_order", got {score!r}')
     if not rhos or not all(0 <= rho <= 1 for rho in rhos):
         raise ValueError(f"rhos must be shares in [0, 1], at least one, got {list(rhos)}")
     if any(k < 1 for k in blocks) or any(k < 2 for k in clusters):
         raise ValueError(f"blocks must be at least 1 and clusters at least 2, got {list(blocks)} and {list(clusters)}")
-    found = targets(model, names)
-    cache = Decompositions() if decompositions is None else decompositions
+
+
+def rank_matrices(
+    model: nn.Module,
+    samples: Iterable[Batch],
+    found: Mapping[str, Matrix],
+    rhos: Sequence[float],
+    blocks: Sequence[int],
+    clusters: Sequence[int],
+    score: Score,
+    loss: Loss | None,
+    cache: Decompositions,
+    progress: bool,
+) -> Ranking:
+    """As `rank`, for matrices that were already found."""
     wanted = {
         label: [Split(k, False) for k in blocks if k <= matrix.shape[0]]
         + [Split(k, True, rho) for k in clusters for rho in rhos if k <= matrix.shape[0]]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ...common.files import check_names, described, load_tensors, reading, save_tensors
 from ...structure.matrices import Matrix, matrices
 from ...training.layers import refuse_train_only
-from .changes import Piece, Replacement, put
-from .decompositions import Decompositions, Split, rank_for
+from .changes import Replacement, put
+from .decompositions import Decompositions, Piece
 from .ranking import Reduction
 
 Prepared = list[tuple[Reduction, Matrix, list[Piece]]]
@@ -164,7 +164,7 @@ def reduce(
     cache = Decompositions() if decompositions is None else decompositions
     prepared: Prepared = []
     for reduction, matrix in zip(plan, _resolved(model, plan), strict=True):
-        prepared.append((reduction, matrix, pieces(model, reduction, matrix, cache)))
+        prepared.append((reduction, matrix, cache.pieces(model, matrix, reduction.split, reduction.rho)))
     return _put(model, prepared, factored)
 
 
@@ -208,15 +208,6 @@ def load(model: nn.Module, path: str | Path, *, factored: bool = True) -> Reduce
         device = model.get_parameter(matrix.parameter).device
         prepared.append((reduction, matrix, [Piece(p.up.to(device), p.down.to(device), p.rows) for p in loaded]))
     return _put(model, prepared, factored)
-
-
-def pieces(model: nn.Module, reduction: Reduction, matrix: Matrix, cache: Decompositions) -> list[Piece]:
-    """The approximation of a matrix by a reduction."""
-    if reduction.blocks > matrix.shape[0]:
-        raise ValueError(f"blocks: {reduction.matrix!r} has {matrix.shape[0]} rows, got {reduction.blocks}")
-    split = Split(reduction.blocks, reduction.clustered, reduction.rho if reduction.clustered else None)
-    parts = cache.of(model, [(matrix, split)], reduction.rho)[matrix, split]
-    return [Piece(*part.truncated(rank_for(reduction.rho, part)), part.rows) for part in parts]
 
 
 def _resolved(model: nn.Module, plan: Sequence[Reduction]) -> list[Matrix]:

@@ -68,47 +68,7 @@ def _narrowing(
     return lambda x, dtype, array: rounded(x, dtype, (seed, ages, first + number), at, array)
 
 
-def _skips(found_inf: Tensor | None) -> bool:
-    return found_inf is not None and bool(found_inf)
-
-
-def _whole_rows(compact: Tensor, dense: Tensor) -> bool:
-    """Compact rows keep the trailing dimensions of the tensor they come from; compact elements are flat."""
-    return compact.dim() == dense.dim() > 0
-
-
-def adamw_compact_(
-    values: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    positions: Sequence[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    maximize: bool,
-    lr_tensor: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    rounding: Sequence[int] = (),
-) -> None:
-    if _skips(found_inf):
-        return
-    options = (lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale)
-    for i, x in enumerate(values):
-        maximum = max_exp_avg_sqs[i] if max_exp_avg_sqs else None
-        rows = _whole_rows(x, weights[i])
-        narrow = _narrowing(x, positions[i], rows, steps[i], rounding, i)
-        x.copy_(_updated(x, grads[i], exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], *options, narrow))
-        gather_scatter.scatter_(weights[i], positions[i], x, rows)
-
-
-def adamw_gathered_(
+def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -116,6 +76,7 @@ def adamw_gathered_(
     max_exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     positions: Sequence[Tensor],
+    weights: Sequence[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -127,14 +88,21 @@ def adamw_gathered_(
     found_inf: Tensor | None = None,
     rounding: Sequence[int] = (),
 ) -> None:
-    if _skips(found_inf):
+    if found_inf is not None and found_inf:
         return
     options = (lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale)
-    for i, param in enumerate(params):
-        exp_avg, rows = exp_avgs[i], _whole_rows(exp_avgs[i], param)
+    for i, dense in enumerate(weights or params):
+        exp_avg, at = exp_avgs[i], positions[i]
+        # Compact rows keep the trailing dimensions of the tensor they come from; compact elements are flat.
+        rows = exp_avg.dim() == dense.dim() > 0
+        if weights:
+            x, grad = params[i], grads[i]
+        else:
+            x = gather_scatter.gather(dense, at, rows).to(torch.promote_types(dense.dtype, torch.float32))
+            grad = gather_scatter.gather(grads[i], at, rows)
         maximum = max_exp_avg_sqs[i] if max_exp_avg_sqs else None
-        x = gather_scatter.gather(param, positions[i], rows).to(torch.promote_types(param.dtype, torch.float32))
-        narrow = _narrowing(x, positions[i], rows, steps[i], rounding, i)
-        grad = gather_scatter.gather(grads[i], positions[i], rows)
-        x = _updated(x, grad, exp_avg, exp_avg_sqs[i], maximum, steps[i], *options, narrow)
-        gather_scatter.scatter_(param, positions[i], narrow(x, param.dtype, WEIGHT), rows)
+        narrow = _narrowing(x, at, rows, steps[i], rounding, i)
+        new = _updated(x, grad, exp_avg, exp_avg_sqs[i], maximum, steps[i], *options, narrow)
+        if weights:
+            x.copy_(new)
+        gather_scatter.scatter_(dense, at, new if weights else narrow(new, dense.dtype, WEIGHT), rows)

@@ -98,35 +98,21 @@ def adamw_kernel(
         stored = rounded(v, max_exp_avg_sqs, seed, scattered, step, stream, STOCHASTIC, 3)
         tl.store(max_exp_avg_sqs + compact, stored, mask=inside)
     x = x * decay - quotient(step_size * m, square_root(v) * inv_sqrt_bias2 + eps)
-    if COMPACT:
-        tl.store(values + compact, x, mask=inside)
     if COMPACT:  # nothing is lost by rounding to nearest: the values stay
+        tl.store(values + compact, x, mask=inside)
         tl.store(dense + scattered, x.to(dense.dtype.element_ty), mask=inside)
     else:
         tl.store(dense + scattered, rounded(x, dense, seed, scattered, step, stream, STOCHASTIC, 0), mask=inside)
 
 
-def adamw_compact_(
-    values: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
-    weights: Tensors, positions: Tensors, *options: Any,
-) -> None:  # fmt: skip
-    _step_all(values, weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, positions, *options)
-
-
-def adamw_gathered_(
+def adamw_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
-    positions: Tensors, *options: Any,
-) -> None:  # fmt: skip
-    _step_all(None, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, positions, *options)
-
-
-def _step_all(
-    values: Tensors | None, dense: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors,
-    max_exp_avg_sqs: Tensors, steps: Tensors, positions: Tensors,
+    positions: Tensors, weights: Tensors,
     lr: float | Tensor, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
     lr_tensor: Tensor | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
     rounding: Sequence[int] = (),
 ) -> None:  # fmt: skip
+    dense = weights or params
     sign = -1.0 if maximize else 1.0
     options = (lr if lr_tensor is None else lr_tensor.double(), beta1, beta2, weight_decay, eps,
                sign if grad_scale is None else sign / grad_scale.double())  # fmt: skip
@@ -148,7 +134,7 @@ def _step_all(
             numbers = [float(x) for x in _scalars(NO_BIAS if aged else steps[i].item(), *options)]
         with device_of(exp_avg):
             adamw_kernel[grid](
-                values[i] if values is not None else None,
+                params[i] if weights else None,
                 dense[i],
                 grads[i],
                 exp_avg,
@@ -164,7 +150,7 @@ def _step_all(
                 seed,
                 step,
                 stream + i,
-                COMPACT=values is not None,
+                COMPACT=len(weights) > 0,
                 AMSGRAD=len(max_exp_avg_sqs) > 0,
                 AGED=aged,
                 SCALARS_IN_MEMORY=i in table,

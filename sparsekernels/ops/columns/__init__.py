@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, select
-from ..common.arguments import DTYPES, by_rows, packed
+from ..common.arguments import by_rows, check_floating, packed
 
 
 def take_columns(x: Tensor, columns: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def take_columns(x: Tensor, columns: Tensor, *, backend: Backend | None = None) 
         tensor([[1., 3.],
                 [4., 6.]])
     """
-    check_columns(x, columns, x.shape[-1] if x.dim() else 0)
+    _check_columns(x, columns, x.shape[-1] if x.dim() else 0)
     run = select("take_columns", x.device.type, backend)
     return run(_rows_of(x), packed(columns)).view(*x.shape[:-1], columns.shape[0])
 
@@ -69,7 +69,7 @@ def put_columns(x: Tensor, columns: Tensor, width: int, *, backend: Backend | No
         >>> sk.ops.put_columns(torch.tensor([[1.0, 3.0]]), torch.tensor([0, 2]), width=4)
         tensor([[1., 0., 3., 0.]])
     """
-    check_columns(x, columns, width)
+    _check_columns(x, columns, width)
     if x.shape[-1] != columns.shape[0]:
         raise ValueError(f"x has {x.shape[-1]} columns, but columns has {columns.shape[0]} entries: they must agree")
     run = select("put_columns", x.device.type, backend)
@@ -81,9 +81,8 @@ def _rows_of(x: Tensor) -> Tensor:
     return by_rows(x[None] if x.dim() == 1 else x.flatten(0, -2))
 
 
-def check_columns(x: Tensor, columns: Tensor, width: int) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be fp32, fp64, bf16 or fp16, got {x.dtype}")
+def _check_columns(x: Tensor, columns: Tensor, width: int) -> None:
+    check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, its columns")
     if columns.dtype not in (torch.int32, torch.int64) or columns.dim() != 1:

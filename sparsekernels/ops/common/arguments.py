@@ -8,6 +8,11 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def check_floating(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} must be fp32, fp64, bf16 or fp16, got {x.dtype}")
+
+
 def packed(x: Tensor) -> Tensor:
     """Contiguous and detached: logits and weights may require grad."""
     return x.detach().contiguous()

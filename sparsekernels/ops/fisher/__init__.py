@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...index import Index
 from ..backend import Backend, select
-from ..common.arguments import DTYPES, accumulation_dtype, packed
+from ..common.arguments import accumulation_dtype, check_floating, packed
 
 
 def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor], *, backend: Backend | None = None) -> None:
@@ -226,8 +226,7 @@ def _bump(*sums: Tensor | None) -> None:
 
 
 def _check_activation(name: str, x: Tensor, like: Tensor | None = None, dims: int | None = None) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name} must be fp32, fp64, bf16 or fp16, got {x.dtype}")
+    check_floating(name, x)
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{name} must be [samples, tokens, width], got shape {list(x.shape)}")
     if like is not None and (x.dtype != like.dtype or x.device != like.device):

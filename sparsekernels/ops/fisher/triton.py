@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common.arguments import accumulation_dtype
 from ..common.triton import TILE, compact_tile, device_of, tile_grid
 from ..gather_scatter.triton import scatter_
-from ..masked_grad.triton import BLOCK_P, BLOCK_T, ELEMENTS_TILE, by_column
+from ..masked_grad.triton import BLOCK_P, BLOCK_T, ELEMENTS_TILE, by_column, runs
 
 BLOCK = 1024  # elements of a tensor that a program owns
 BLOCK_M, BLOCK_S = 64, 32  # columns of a vector that a program owns, tokens that it takes at a time
@@ -274,15 +274,13 @@ def fisher_embedding_(
     samples, tokens, dim = grad_output.shape
     if grad_output.numel() == 0 or (positions is not None and positions.numel() == 0):
         return
-    # A stable sort keeps the tokens of an id in their order; then each slot owns a run of them.
     ids, order = ids.flatten().sort(stable=True)
     elements = positions is not None and not rows
     if positions is None:  # each token has a slot, and the first one of an id does the work
         owners = ids
     else:
         owners = (positions // dim if elements else positions).to(ids.dtype)
-    firsts = torch.searchsorted(ids, owners)
-    lasts = torch.searchsorted(ids, owners, right=True)
+    firsts, lasts = runs(ids, owners)
     idle = owners == padding_idx
     if positions is None:
         idle |= firsts != torch.arange(firsts.shape[0], device=firsts.device)

@@ -122,26 +122,25 @@ def gated_weight(
     key: Tensor | None = None,
     transposed: bool = False,
     dtype: torch.dtype | None = None,
-    row_group: int = 1,
     column_group: int = 1,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Multiply a weight and its bias by gates on rows and columns, drawn in the same pass; neither is changed.
 
     Equivalent, with `gate = lambda logits, stream: gate_values(logits, ..., stream=stream)[0]`, to
-        z_r, z_c = gate(rows, 0).repeat_interleave(row_group), gate(columns, 1).repeat_interleave(column_group)
+        z_r, z_c = gate(rows, 0), gate(columns, 1).repeat_interleave(column_group)
         return (weight * z_r[:, None] * z_c).to(dtype), (bias * z_r).to(dtype)
 
     Args:
         weight ([M, N], or [N, M] if transposed, as in Conv1D; fp32, fp64, bf16, fp16): not changed.
         bias ([M], dtype of weight): multiplied by the gates of the rows. None: no bias.
-        rows ([M / row_group], fp32; fp64 for fp64 weights): logits of gates on outputs; None: not gated.
+        rows ([M], fp32; fp64 for fp64 weights): logits of gates on outputs; None: not gated.
         columns ([N / column_group], likewise): logits of gates on inputs; None: not gated.
         kind, noise, key: as in gate_values; rows use stream 0, columns stream 1.
         transposed: whether weight is stored as [N, M].
         dtype: of the results, fp32, fp64, bf16 or fp16; None: that of weight. Use bf16 for what autocast would cast to
             bf16.
-        row_group, column_group: number of neighbours that share a gate.
+        column_group: number of neighbouring columns that share a gate.
 
     Returns:
         (shape of weight, [M] or None), in `dtype`, contiguous, in new memory.
@@ -167,20 +166,18 @@ def gated_weight(
         raise ValueError(f"dtype must be fp32, fp64, bf16 or fp16, got {dtype}")
     n, m = weight.shape if transposed else weight.shape[::-1]
     wide = accumulation_dtype(weight.dtype)
-    for name, logits, size, group in (("row", rows, m, row_group), ("column", columns, n, column_group)):
-        check_group(f"{name}_group", group)
+    check_group("column_group", column_group)
+    for name, logits, size, group in (("rows", rows, m, 1), ("columns", columns, n, column_group)):
         if logits is not None:
-            check_logits(f"{name}s", logits, size, group, f"the {name}s of weight {list(weight.shape)}")
-            check_like(f"{name}s", logits, wide, weight, "weight")
+            check_logits(name, logits, size, group, f"the {name} of weight {list(weight.shape)}")
+            check_like(name, logits, wide, weight, "weight")
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != m:
             raise ValueError(f"bias must have shape [{m}], one for each row, got {list(bias.shape)}")
         check_like("bias", bias, weight.dtype, weight, "weight")
     gates = [None if x is None else packed(x) for x in (bias, rows, columns)]
     run = select("gated_weight", weight.device.type, backend)
-    gated, gated_bias = run(
-        packed(weight), *gates, number, noise, _key(key), transposed, dtype, row_group, column_group
-    )
+    gated, gated_bias = run(packed(weight), *gates, number, noise, _key(key), transposed, dtype, column_group)
     return gated, None if bias is None else gated_bias
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..common.arguments import DTYPES
+from ..common.arguments import check_floating
 
 Kind = Literal["stg", "finegates", "hard_concrete"]
 KINDS = get_args(Kind)
@@ -47,8 +47,7 @@ def check_group(name: str, group: int) -> None:
 
 
 def check_matrix(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name} must be fp32, fp64, bf16 or fp16, got {x.dtype}")
+    check_floating(name, x)
     if x.dim() != 2:
         raise ValueError(f"{name} must have two dimensions, got shape {list(x.shape)}")
 

@@ -62,14 +62,13 @@ def gated_weight(
     key: Tensor | None,
     transposed: bool,
     dtype: torch.dtype,
-    row_group: int,
     column_group: int,
 ) -> tuple[Tensor, Tensor]:
     """The bias comes out empty where there is none."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     out, shift = weight.to(wide), weight.new_empty(0) if bias is None else bias.to(wide)
     if rows is not None:
-        z = gate_values(rows, kind, noise, key, 0)[0].repeat_interleave(row_group)
+        z = gate_values(rows, kind, noise, key, 0)[0]
         out = out * (z if transposed else z[:, None])
         shift = shift if bias is None else shift * z
     if columns is not None:
@@ -114,7 +113,6 @@ def gated_weight_fake(
     key: Tensor | None,
     transposed: bool,
     dtype: torch.dtype,
-    row_group: int,
     column_group: int,
 ) -> tuple[Tensor, Tensor]:
     count = 0 if bias is None else bias.shape[0]

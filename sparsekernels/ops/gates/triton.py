@@ -1,4 +1,4 @@
-"""Stochastic gates, and columns taken and put, in Triton. Gates are drawn by whoever needs them; nothing is stored.
+"""Stochastic gates in Triton. Gates are drawn by whoever needs them; nothing is stored.
 
 No atomics: a program leaves its sums at a place of its own, and every run gives the same bits.
 """
@@ -69,7 +69,7 @@ def narrowed(x, like):
 
 @triton.jit
 def gated_weight_kernel(
-    weight, bias, rows, columns, out, gated_bias, noise, key, height, width, row_group, column_group,
+    weight, bias, rows, columns, out, gated_bias, noise, key, height, width, column_group,
     KIND: tl.constexpr, IN_MEMORY: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -84,10 +84,10 @@ def gated_weight_kernel(
     noise = number_of(noise, IN_MEMORY)
     if TRANSPOSED:
         outer = factors(columns, i, i < height, column_group, noise, key, KIND, 1, WIDE)
-        inner = factors(rows, j, j < width, row_group, noise, key, KIND, 0, WIDE)
+        inner = factors(rows, j, j < width, 1, noise, key, KIND, 0, WIDE)
         row, of_rows, whose = j, inner, (j < width) & (program < across)
     else:
-        outer = factors(rows, i, i < height, row_group, noise, key, KIND, 0, WIDE)
+        outer = factors(rows, i, i < height, 1, noise, key, KIND, 0, WIDE)
         inner = factors(columns, j, j < width, column_group, noise, key, KIND, 1, WIDE)
         row, of_rows, whose = i, outer, (i < height) & (program % across == 0)
     place = i[:, None] * width + j[None, :]
@@ -173,7 +173,7 @@ def gate_probabilities(logits: Sequence[Tensor], kind: int, noise: float) -> tup
 
 def gated_weight(
     weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None, kind: int, noise: float,
-    key: Tensor | None, transposed: bool, dtype: torch.dtype, row_group: int, column_group: int,
+    key: Tensor | None, transposed: bool, dtype: torch.dtype, column_group: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     height, width = weight.shape
     out = weight.new_empty(weight.shape, dtype=dtype)
@@ -184,8 +184,8 @@ def gated_weight(
     block_i, block_j = tile(height, width, TILE // like.itemsize)
     with device_of(weight):
         gated_weight_kernel[(max(triton.cdiv(height, block_i), 1) * max(triton.cdiv(width, block_j), 1),)](
-            weight, bias, rows, columns, out, gated_bias, _noise(noise, like), key, height, width, row_group,
-            column_group, KIND=kind, IN_MEMORY=_in_memory(like), TRANSPOSED=transposed, WIDE=WIDE[like.dtype],
+            weight, bias, rows, columns, out, gated_bias, _noise(noise, like), key, height, width, column_group,
+            KIND=kind, IN_MEMORY=_in_memory(like), TRANSPOSED=transposed, WIDE=WIDE[like.dtype],
             BLOCK_I=block_i, BLOCK_J=block_j,
         )  # fmt: skip
     return out, gated_bias

@@ -72,21 +72,6 @@ def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend |
     return target
 
 
-def scatter_add_(target: Tensor, index: Index, values: Tensor, *, backend: Backend | None = None) -> Tensor:
-    """Add `values` to the selected elements or rows of `target`; everything else keeps its bits.
-
-    Equivalent to `target.view(-1)[index.positions] += values`, with the sum rounded once.
-
-    Args and Raises as `scatter_`. Deterministic: positions are unique, so no two additions meet. Cost: as `scatter_`.
-    """
-    _check("target", target, index)
-    _check_values(values, target, index)
-    values = values.detach().to(torch.promote_types(target.dtype, torch.float32)).contiguous()
-    select("scatter_add_", target.device.type, backend)(target.detach(), index.positions, values, index.rows)
-    torch.autograd.graph.increment_version(target)
-    return target
-
-
 def _check(name: str, tensor: Tensor, index: Index) -> None:
     if tensor.shape != index.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, the index was made for {list(index.shape)}")

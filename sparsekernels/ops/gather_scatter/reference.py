@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -14,17 +13,5 @@ def scatter_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> N
     (target if rows else target.view(-1)).index_copy_(0, positions.long(), values.to(target.dtype))
 
 
-def scatter_add_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> None:
-    flat = target if rows else target.view(-1)
-    # Positions are unique, so a read, one rounded addition in the wider dtype and a write is the whole rule.
-    wide = torch.promote_types(target.dtype, values.dtype)
-    summed = flat.index_select(0, positions).to(wide) + values.to(wide)
-    flat.index_copy_(0, positions.long(), summed.to(target.dtype))
-
-
 def gather_fake(source: Tensor, positions: Tensor, rows: bool) -> Tensor:
     return source.new_empty((positions.shape[0], *(source.shape[1:] if rows else ())))
-
-
-def nothing(*args: object, **kwargs: object) -> None:
-    """Fake of every op that only mutates."""

@@ -1,8 +1,7 @@
-"""Gather and scatter at selected positions, in Triton; also the tile and the launch that the other families share."""
+"""Gather and scatter at selected positions, in Triton."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,18 +23,6 @@ def scatter_kernel(target, positions, values, count, width, BLOCK_K: tl.constexp
     tl.store(target + dense, tl.load(values + compact, mask=inside), mask=inside)
 
 
-@triton.jit
-def scatter_add_kernel(target, positions, values, count, width, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program owns BLOCK_K positions by BLOCK_D columns: target[positions[k], d] += values[k, d].
-
-    The sum is formed in the dtype of values and rounded once. Positions are unique: no two programs share an address.
-    """
-    compact, dense, inside = tile_offsets(positions, count, width, BLOCK_K, BLOCK_D)
-    value = tl.load(values + compact, mask=inside, other=0)
-    total = tl.load(target + dense, mask=inside, other=0).to(value.dtype) + value
-    tl.store(target + dense, total.to(target.dtype.element_ty), mask=inside)
-
-
 def gather(source: Tensor, positions: Tensor, rows: bool) -> Tensor:
     out = source.new_empty((positions.shape[0], *(source.shape[1:] if rows else ())))
     launch_tiles(gather_kernel, positions.shape[0], as_integers(source), positions, as_integers(out))
@@ -45,8 +32,3 @@ def gather(source: Tensor, positions: Tensor, rows: bool) -> Tensor:
 def scatter_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> None:
     values = values.to(target.dtype)
     launch_tiles(scatter_kernel, positions.shape[0], as_integers(target), positions, as_integers(values))
-
-
-def scatter_add_(target: Tensor, positions: Tensor, values: Tensor, rows: bool) -> None:
-    values = values.to(torch.promote_types(target.dtype, torch.float32))
-    launch_tiles(scatter_add_kernel, positions.shape[0], target, positions, values)

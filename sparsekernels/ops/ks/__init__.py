@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, select
-from ..common.arguments import DTYPES
+from ..common.arguments import check_floating, packed
 
 ALTERNATIVES = {"less": -1, "two-sided": 0, "greater": 1}
 
@@ -90,7 +90,7 @@ def ks_2samp(
         nan = torch.full((rows,), math.nan, dtype=torch.float64, device=x.device)
         return KsResult(nan, nan.clone(), nan.to(x.dtype), nan.nan_to_num().to(torch.int8))
     run = select("ks_2samp", x.device.type, backend)
-    differences, locations = run(x.detach().contiguous(), y.detach().contiguous(), ALTERNATIVES[alternative])
+    differences, locations = run(packed(x), packed(y), ALTERNATIVES[alternative])
     nan = locations.isnan()
     signs = (differences < 0) if alternative == "two-sided" else torch.full_like(nan, alternative == "less")
     h, place = differences.abs().unique(return_inverse=True)
@@ -111,8 +111,7 @@ def _check(x: Tensor, y: Tensor) -> None:
     for name, sample in (("x", x), ("y", y)):
         if sample.dim() != 2:
             raise ValueError(f"{name} must have two dimensions, a sample in each row, got {list(sample.shape)}")
-        if sample.dtype not in DTYPES:
-            raise ValueError(f"{name} must be fp32, fp64, bf16 or fp16, got {sample.dtype}")
+        check_floating(name, sample)
     if x.shape[0] != y.shape[0]:
         raise ValueError(f"x and y must have the same number of rows, got {list(x.shape)} and {list(y.shape)}")
     if x.dtype != y.dtype or x.device != y.device:

@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import device_of
+from ..common.triton import as_integers, device_of
 from . import reference
 
 MOST = 8192  # elements of both samples that one program sorts
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 
 
@@ -76,13 +75,12 @@ def ks_2samp(x: Tensor, y: Tensor, alternative: int) -> tuple[Tensor, Tensor]:
     if n + m > MOST or x.dtype not in _INFINITY:
         return reference.ks_2samp(x, y, alternative)
     differences, locations = reference.ks_2samp_fake(x, y, alternative)
-    integers = _INTEGERS[x.itemsize]
     block = max(triton.next_power_of_2(n + m), 32)
     divisor = math.gcd(n, m)
     if rows:
         with device_of(x):
             ks_kernel[(rows,)](
-                x.view(integers), y.view(integers), differences, locations.view(integers), n, m, m // divisor,
+                as_integers(x), as_integers(y), differences, as_integers(locations), n, m, m // divisor,
                 n // divisor, ALTERNATIVE=alternative, INFINITY=_INFINITY[x.dtype], BLOCK=block,
                 num_warps=min(max(block // 256, 1), 16),
                 maxnreg=128,  # what 16 warps have; ptxas by itself may settle for 64, and spill

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...index import Index
 from ..backend import Backend, in_full_precision, select
-from ..common.arguments import DTYPES, accumulation_dtype
+from ..common.arguments import accumulation_dtype, check_floating
 
 # Above one element in this many, a dense product, a block of rows at a time, is faster than one dot product for each
 # element (measured on two cores of Zen 4: 512 tokens, 2048 x 2048). An int, because torch.compile(dynamic=True)
@@ -113,7 +113,6 @@ def masked_grad_embedding(
 
 
 def _check_device(grad_output: Tensor, index: Index) -> None:
-    if not grad_output.is_floating_point() or grad_output.dtype not in DTYPES:
-        raise ValueError(f"grad_output must be fp32, fp64, bf16 or fp16, got {grad_output.dtype}")
+    check_floating("grad_output", grad_output)
     if grad_output.device != index.positions.device:
         raise ValueError(f"grad_output is on {grad_output.device}, the index on {index.positions.device}")

@@ -126,11 +126,9 @@ def masked_grad_embedding(grad_output: Tensor, ids: Tensor, positions: Tensor, r
     out = grad_output.new_empty((count, dim) if rows else (count,), dtype=dtype)
     if out.numel() == 0:
         return out
-    # A stable sort keeps the tokens of an id in their order; then each position owns a run of them.
-    sorted_ids, order = ids.sort(stable=True)
     selected = (positions if rows else positions // dim).to(ids.dtype)
-    firsts = torch.searchsorted(sorted_ids, selected)
-    lasts = torch.searchsorted(sorted_ids, selected, right=True)
+    sorted_ids, order = ids.sort(stable=True)
+    firsts, lasts = runs(sorted_ids, selected)
     if padding_idx >= 0:
         lasts = torch.where(selected == padding_idx, firsts, lasts)
     grid, block_k, block_d = tile_grid(count, width, TILE if rows else ELEMENTS_TILE)
@@ -156,6 +154,11 @@ def _take_from_blocks(grad_output: Tensor, input: Tensor, positions: Tensor, out
                 block, positions, out, positions.shape[0], first * n, block.numel(), BLOCK=GATHERED
             )
         del block  # before the next one is made
+
+
+def runs(ids: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of each owner begin and end, among ids that a stable sort has left in the order of tokens."""
+    return torch.searchsorted(ids, owners), torch.searchsorted(ids, owners, right=True)
 
 
 def by_column(x: Tensor, real: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backend import Backend, select
-from ..common.arguments import DTYPES, accumulation_dtype, packed
+from ..common.arguments import accumulation_dtype, check_floating, packed
 
 
 def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -38,7 +38,7 @@ def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend 
         >>> sk.ops.singular_value_grad(grad, u=eye, v=eye)
         tensor([1., 4.])
     """
-    _check_floating("grad", grad)
+    check_floating("grad", grad)
     if grad.dim() not in (2, 3):
         raise ValueError(f"grad must be [L, M, N], or [M, N] of one matrix, got shape {list(grad.shape)}")
     _check_vectors("u", u, grad, "grad", (*grad.shape[:-2], grad.shape[-2]), None)
@@ -97,8 +97,8 @@ def singular_value_grad_linear(
         >>> sk.ops.singular_value_grad_linear(grad_output, input, u=eye, v=eye)
         tensor([3., 8.])
     """
-    _check_floating("grad_output", grad_output)
-    _check_floating("input", input)
+    check_floating("grad_output", grad_output)
+    check_floating("input", input)
     if grad_output.dim() not in (2, 3):
         raise ValueError(
             f"grad_output must be [samples, tokens, width] or [tokens, width], got shape {list(grad_output.shape)}"
@@ -121,11 +121,6 @@ def singular_value_grad_linear(
         grad_output, input = grad_output[None], input[None]
     run = select("singular_value_grad_linear", input.device.type, backend)
     return run(packed(grad_output), packed(input), packed(u), packed(v), per_sample)
-
-
-def _check_floating(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name} must be fp32, fp64, bf16 or fp16, got {x.dtype}")
 
 
 def _check_vectors(

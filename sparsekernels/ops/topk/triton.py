@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import device_of
+from ..common.triton import as_integers, device_of
 
 BLOCK = 1024  # scores that a program takes at a time: never fewer than its threads, each of which then has its own
 PROGRAMS = 1024  # at most so many for a tensor
 BITS = tl.constexpr(8)  # of a digit
 BINS = tl.constexpr(256)
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INFINITY = {  # its bits, those of 16-bit dtypes moved up to 32 bits
     torch.bfloat16: 0x7F800000,
     torch.float16: 0x7C000000,
@@ -140,7 +139,7 @@ def collect_kernel(
 
 def topk(scores: Sequence[Tensor], k: int, magnitude: bool) -> tuple[Tensor, Tensor]:
     infinity = _INFINITY[scores[0].dtype]
-    scores = [score.detach().reshape(-1).view(_INTEGERS[score.itemsize]) for score in scores]
+    scores = [as_integers(score.reshape(-1)) for score in scores]
     with device_of(scores[0]):
         positions, counts, nans = _select(scores, k, magnitude, infinity)
     for i, found in enumerate(nans.tolist()):
