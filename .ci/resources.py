@@ -55,10 +55,10 @@ def plain(mangled: str) -> str:
 
 
 def triton_kernels() -> list[dict[str, Any]]:
-    """By compiling each way in which a launcher calls them: python_tests/test_aot.py knows these."""
+    """By compiling each way in which a launcher calls them: python_tests/ops/test_aot.py knows these."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    program = ROOT / "python_tests" / "test_aot.py"
+    program = ROOT / "python_tests" / "ops" / "test_aot.py"
     done = subprocess.run([sys.executable, program], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return [
         {

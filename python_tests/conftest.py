@@ -1,5 +1,6 @@
 """What every test gets: a device, a seed, and uninitialised memory that shows."""
 
+import gc
 import os
 import sys
 import warnings
@@ -16,6 +17,12 @@ from hypothesis import settings
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.load_profile("suite")
 torch.set_num_threads(1)  # nothing here is large; threads only cost where other programs run too
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected, a million objects, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -62,15 +62,16 @@ void adamw_(
         step.is_cpu() && step.scalar_type() == ScalarType::Float && step.is_contiguous() &&
             (step.numel() == 1 || (step.dim() == 1 && step.numel() == count)),
         "steps must be fp32 CPU tensors, 0-d or with one entry for each position");
-    const auto* age = data<float>(step, "steps");
-    const bool aged = step.numel() != 1;
+    const auto* step_count = data<float>(step, "steps");
+    const bool per_position = step.numel() != 1;
     cpu::AdamwTask& task = tasks[i];
     task.numel = numel;
     task.width = width;
-    task.ages = aged ? age : nullptr;
+    task.step_counts = per_position ? step_count : nullptr;
     task.options = &options;
     if (!rounding.empty()) {
-      task.rounding = {uint64_t(rounding[0]), aged ? 0 : counter_of(*age), uint32_t(rounding[1] + int64_t(i)), true};
+      task.rounding = {
+          uint64_t(rounding[0]), per_position ? 0 : counter_of(*step_count), uint32_t(rounding[1] + int64_t(i)), true};
     }
     with_floating(weight.scalar_type(), "adamw_", [&](auto zero) {
       using W = decltype(zero);
@@ -83,7 +84,7 @@ void adamw_(
         task.values = memory.change<T>(param, "params");
         task.grad = data<T>(grads[i], "grads");
       }
-      const auto scalars = adamw_step<T>(aged ? kNoBias : *age, options);
+      const auto scalars = adamw_step<T>(per_position ? kNoBias : *step_count, options);
       if constexpr (std::is_same_v<T, double>) task.step64 = scalars;
       else task.step32 = scalars;
       const auto change_state = [&](const Tensor& x, const char* name) -> void* {

@@ -12,24 +12,25 @@
 
 namespace sk::cpu {
 
-// The steps of tensors whose positions differ in age. Ages take few distinct values, and a power costs as much as many
-// elements: what was made for an age is kept where the next position of that age looks for it.
+// The steps of tensors whose positions differ in step count. Step counts take few distinct values, and a power costs as
+// much as many elements: what was made for a step count is kept where the next position of that step count looks for
+// it.
 template <typename T>
-class Ages {
+class PositionSteps {
  public:
-  Ages(const float* ages, const AdamwOptions& options) : ages_(ages), options_(options) {
-    std::fill(known_, known_ + kKept, NAN);  // equal to no age
+  PositionSteps(const float* step_counts, const AdamwOptions& options) : step_counts_(step_counts), options_(options) {
+    std::fill(known_, known_ + kKept, NAN);  // equal to no step count
   }
 
-  // Sets what depends on age, for the position in this slot.
+  // Sets what depends on step count, for the position in this slot.
   SK_INLINE void set(int64_t slot, T& step_size, T& inv_sqrt_bias2) {
-    const float age = ages_[slot];
+    const float step_count = step_counts_[slot];
     uint32_t bits;
-    std::memcpy(&bits, &age, sizeof(bits));
+    std::memcpy(&bits, &step_count, sizeof(bits));
     const uint32_t at = (bits * 0x9E3779B1u) >> (32 - kBits);
-    if (known_[at] != age) {
-      const auto step = adamw_step<T>(age, options_);
-      known_[at] = age;
+    if (known_[at] != step_count) {
+      const auto step = adamw_step<T>(step_count, options_);
+      known_[at] = step_count;
       step_size_[at] = step.step_size;
       inv_sqrt_bias2_[at] = step.inv_sqrt_bias2;
     }
@@ -39,14 +40,14 @@ class Ages {
 
  private:
   static constexpr int kBits = 6, kKept = 1 << kBits;
-  const float* ages_;
+  const float* step_counts_;
   const AdamwOptions& options_;
   float known_[kKept];
   T step_size_[kKept], inv_sqrt_bias2_[kKept];
 };
 
-struct NoAges {
-  NoAges(const float*, const AdamwOptions&) {}
+struct SameSteps {
+  SameSteps(const float*, const AdamwOptions&) {}
 };
 
 struct AdamwTask {
@@ -55,9 +56,9 @@ struct AdamwTask {
   void *exp_avg, *exp_avg_sq, *maximum;  // [K * width]; maximum may be null
   void* dense;                           // the weight
   const void* positions;                 // [K]
-  const float* ages;                     // [K], or null: all positions have taken the same steps
-  const AdamwOptions* options;           // for ages
-  Rounding rounding;                     // of what is narrower than the arithmetic; step: where there are no ages
+  const float* step_counts;                     // [K], or null: all positions have taken the same steps
+  const AdamwOptions* options;           // for step counts
+  Rounding rounding;  // of what is narrower than the arithmetic; step: where there are no step counts
   int64_t numel, width;
   AdamwStep<float> step32;
   AdamwStep<double> step64;
@@ -65,7 +66,7 @@ struct AdamwTask {
   // The random bits of one array at a position of the weight, which lies in this slot.
   uint32_t random(int64_t slot, int64_t position, uint32_t array) const {
     Rounding own = rounding;
-    if (ages) own.step = counter_of(ages[slot]);
+    if (step_counts) own.step = counter_of(step_counts[slot]);
     return random_bits(own, position, array);
   }
 };
@@ -88,13 +89,13 @@ inline __attribute__((always_inline)) void adamw_run(
     out[i] = adamw<amsgrad>(x[i], g[i], m[i], v[i], amsgrad ? maximum + i : nullptr, step);
 }
 
-// The same for n single elements, at most kBlock, that differ in age; the first lies in slot `first`.
+// The same for n single elements, at most kBlock, that differ in step count; the first lies in slot `first`.
 template <bool amsgrad, typename T>
-inline __attribute__((always_inline)) void adamw_run_aged(
+inline __attribute__((always_inline)) void adamw_run_per_position(
     const T* x, const T* __restrict__ g, T* __restrict__ m, T* __restrict__ v, T* __restrict__ maximum, T* out,
-    int64_t n, const AdamwStep<T>& step, Ages<T>& ages, int64_t first) {
+    int64_t n, const AdamwStep<T>& step, PositionSteps<T>& step_counts, int64_t first) {
   alignas(64) T step_size[kBlock], inv_sqrt_bias2[kBlock];
-  for (int64_t i = 0; i < n; ++i) ages.set(first + i, step_size[i], inv_sqrt_bias2[i]);
+  for (int64_t i = 0; i < n; ++i) step_counts.set(first + i, step_size[i], inv_sqrt_bias2[i]);
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     AdamwStep<T> own = step;
@@ -126,7 +127,7 @@ inline __attribute__((always_inline)) void prefetch_block(const P* dense, const 
 //
 // Compact values step in place; the weight receives them, rounded to nearest: nothing is lost, for the values stay.
 // Otherwise the weight and its gradient are read where they lie, stepped, and the weight written back.
-template <typename T, typename W, typename S, typename I, bool compact, bool amsgrad, bool aged>
+template <typename T, typename W, typename S, typename I, bool compact, bool amsgrad, bool per_position>
 SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
   T* __restrict__ values = static_cast<T*>(task.values);
   const auto* __restrict__ grad = static_cast<const std::conditional_t<compact, T, W>*>(task.grad);
@@ -137,13 +138,13 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
   const I* positions = static_cast<const I*>(task.positions);
   const AdamwStep<T> step = step_of<T>(task);
   const bool stochastic = task.rounding.stochastic;
-  std::conditional_t<aged, Ages<T>, NoAges> ages(task.ages, *task.options);
+  std::conditional_t<per_position, PositionSteps<T>, SameSteps> step_counts(task.step_counts, *task.options);
   alignas(64) T x[kBlock], g[kBlock];
   if (task.width != 1) {
     constexpr int64_t kRun = compact && std::is_same_v<S, T> ? INT64_MAX : kBlock;
     for_rows(task.width, begin, end, [&](int64_t i, int64_t slot, int64_t column, int64_t count) {
       AdamwStep<T> own = step;
-      if constexpr (aged) ages.set(slot, own.step_size, own.inv_sqrt_bias2);
+      if constexpr (per_position) step_counts.set(slot, own.step_size, own.inv_sqrt_bias2);
       for (int64_t done = 0; done < count; done += kRun) {
         const int64_t n = std::min(count - done, kRun), o = i + done;
         const int64_t at = int64_t(positions[slot]) * task.width + column + done;
@@ -184,8 +185,8 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
     }
     with_state<amsgrad, kBlock, T>(m + i, v + i, maximum + i, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
       const auto run = [&](T* own, const T* own_grad) __attribute__((always_inline)) {
-        if constexpr (aged) {
-          adamw_run_aged<amsgrad>(own, own_grad, m, v, maximum, own, n, step, ages, i);
+        if constexpr (per_position) {
+          adamw_run_per_position<amsgrad>(own, own_grad, m, v, maximum, own, n, step, step_counts, i);
         } else {
           adamw_run<amsgrad>(own, own_grad, m, v, maximum, own, n, step);
         }
@@ -216,8 +217,8 @@ AdamwRun adamw_kernel(const AdamwTask& task, ScalarType weight, ScalarType state
     const auto with_types = [&](auto narrow, auto index) {
       using S = decltype(narrow);
       with_bool(task.maximum, [&](auto amsgrad) {
-        with_bool(task.ages, [&](auto aged) {
-          run = adamw_at<T, W, S, decltype(index), compact, decltype(amsgrad)::value, decltype(aged)::value>;
+        with_bool(task.step_counts, [&](auto per_position) {
+          run = adamw_at<T, W, S, decltype(index), compact, decltype(amsgrad)::value, decltype(per_position)::value>;
         });
       });
     };

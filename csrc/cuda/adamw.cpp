@@ -39,9 +39,9 @@ AdamwTensor make_tensor(
   check_device(weight, device, "weights");
   STD_TORCH_CHECK(weight.is_contiguous(), "dense parameters must be contiguous");
   const int64_t numel = exp_avg.numel(), count = positions.numel();
-  const ScalarType wide = computed_in(dtype_of(weight)), dtype = exp_avg.scalar_type();
+  const ScalarType compute = computed_in(dtype_of(weight)), dtype = exp_avg.scalar_type();
   STD_TORCH_CHECK(
-      dtype == wide || (dtype == ScalarType::BFloat16 && wide == ScalarType::Float),
+      dtype == compute || (dtype == ScalarType::BFloat16 && compute == ScalarType::Float),
       "exp_avgs must be fp32 or bf16 (fp64 for fp64 weights)");
   check_state(exp_avg, numel, dtype, device, "exp_avgs");
   check_state(exp_avg_sq, numel, dtype, device, "exp_avg_sqs");
@@ -65,7 +65,7 @@ AdamwTensor make_tensor(
   const float* at = static_cast<const float*>(step.const_data_ptr());
   if (step.numel() != 1) {
     check_device(step, device, "steps with one entry for each position");
-    tensor.ages = at;
+    tensor.step_counts = at;
     tensor.step = kNoBias;
   } else if (step.is_cpu()) {
     tensor.step = *at;
@@ -90,13 +90,13 @@ void run(
   for (size_t first = 0; first < tensors.size(); ++first) {
     if (done[first]) continue;
     call.dtype = dtype_of(weights[first]);
-    call.wide = tensors[first].positions.wide;
+    call.is_int64 = tensors[first].positions.is_int64;
     call.narrow = is_narrow(exp_avgs[first], weights[first]);
     call.scales = nullptr;
     std::vector<AdamwTensor> alike;
     bool on_device = call.lr || call.grad_scale;
     for (size_t i = first; i < tensors.size(); ++i) {
-      if (done[i] || dtype_of(weights[i]) != call.dtype || tensors[i].positions.wide != call.wide) continue;
+      if (done[i] || dtype_of(weights[i]) != call.dtype || tensors[i].positions.is_int64 != call.is_int64) continue;
       if (is_narrow(exp_avgs[i], weights[i]) != call.narrow) continue;
       done[i] = true;
       alike.push_back(tensors[i]);

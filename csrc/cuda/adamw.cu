@@ -33,7 +33,7 @@ struct Entry {
   void *exp_avg, *exp_avg_sq, *maximum;
   void* weight;
   const void* positions;
-  const float* ages;         // of the positions, or null
+  const float* step_counts;         // of the positions, or null
   const Scales<T>* scales;   // on the device, or null: then the step is that of the table, but for
   T step_size, inv_sqrt_bias2;
   const float* device_step;  // the number of the step for random bits, or null: then it is
@@ -100,7 +100,7 @@ __device__ __forceinline__ S narrowed(float x, uint32_t random) {
   return static_cast<S>(x);
 }
 
-// The vector in a narrower type, rounded by chance where `rounding` says so; draws are what random bits depend on.
+// The vector in a narrower type, rounded stochastically where `rounding` says so; draws are what random bits depend on.
 template <typename S, int N, typename T>
 __device__ __forceinline__ Vector<S, N> narrowed(
     const Vector<T, N>& from, Rounding rounding, const Vector<uint32_t, N>& steps, const Vector<int64_t, N>& at,
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
       x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], step);
     } else {
       AdamwStep<T> own = step;
-      if (entry.ages && j < n) {
-        set_age<T>(own, step, entry.ages[divide(i + j, entry.width)], table.log_beta1, table.log_beta2);
+      if (entry.step_counts && j < n) {
+        set_step<T>(own, step, entry.step_counts[divide(i + j, entry.width)], table.log_beta1, table.log_beta2);
       }
       x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], own);
     }
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
 #pragma unroll
     for (int j = 0; j < N && table.stochastic; ++j) {
       const uint32_t same = entry.device_step ? uint32_t(*entry.device_step) : entry.number;
-      steps.at[j] = entry.ages && j < n ? uint32_t(entry.ages[divide(i + j, entry.width)]) : same;
+      steps.at[j] = entry.step_counts && j < n ? uint32_t(entry.step_counts[divide(i + j, entry.width)]) : same;
     }
   }
   write<N>(exp_avg, narrowed<S>(m, rounding, steps, at, kExpAvg), n, whole);
@@ -263,9 +263,9 @@ Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& 
   entry.limit = tensor.positions.limit;
   entry.numel = tensor.numel;
   entry.width = tensor.width;
-  entry.ages = tensor.ages;
+  entry.step_counts = tensor.step_counts;
   entry.device_step = tensor.device_step;
-  entry.number = tensor.ages || tensor.device_step ? 0 : counter_of(float(tensor.step));
+  entry.number = tensor.step_counts || tensor.device_step ? 0 : counter_of(float(tensor.step));
   entry.stream = tensor.stream;
   if (call.scales) {
     entry.scales = static_cast<const Scales<T>*>(call.scales) + number;
@@ -317,7 +317,7 @@ const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& c
       Entry<T>& entry = table.entries[table.count++];
       entry = make_entry<T>(tensors[number], number, call, sizeof(W));
       entry.first_block = blocks;
-      plain = plain && !entry.ages && !entry.scales;
+      plain = plain && !entry.step_counts && !entry.scales;
       blocks += divide_up(entry.numel, int64_t(kThreads) * kVector<T>);
     }
     if (table.count == kTensors<T> || (table.count > 0 && number + 1 == count)) {
@@ -341,7 +341,7 @@ const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& c
 
 const char* launch_adamw(const AdamwTensor* tensors, int64_t count, const AdamwCall& call, void* stream) {
   return with_dtype(call.dtype, [&](auto weight, auto number) {
-    return with_positions(call.wide, [&](auto index) {
+    return with_positions(call.is_int64, [&](auto index) {
       return launch<decltype(number), decltype(weight), decltype(index)>(
           tensors, count, call, static_cast<cudaStream_t>(stream));
     });

@@ -17,7 +17,7 @@ struct AdamwTensor {
   int64_t numel, width;       // numel = positions.count * width
   double step;                // the number of this step,
   const float* device_step;   // unless it is here, on the device,
-  const float* ages;          // or, there too, one for each position. Either may be null
+  const float* step_counts;          // or, there too, one for each position. Either may be null
   uint32_t stream;            // of random bits
 };
 
@@ -29,10 +29,10 @@ struct AdamwCall {
   const float* found_inf = nullptr;  // nothing changes where it is not 0
   bool compact = false, amsgrad = false;
   bool narrow = false;      // the moments are bf16
-  bool stochastic = false;  // what is narrower than M is rounded by chance, but for the weights of compact values
+  bool stochastic = false;  // what is narrower than M is rounded stochastically, but for the weights of compact values
   uint64_t seed = 0;
   Dtype dtype = Dtype::fp32;  // of the weights
-  bool wide = false;          // positions are int64
+  bool is_int64 = false;  // positions are int64
   void* scales = nullptr;  // [tensors, kScales], M: room for what is made of numbers on the device; null if none is
 };
 

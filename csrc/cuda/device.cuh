@@ -32,8 +32,8 @@ const char* with_dtype(Dtype dtype, const F& f) {
 
 // Calls f with a value of the positions' dtype.
 template <typename F>
-const char* with_positions(bool wide, const F& f) {
-  return wide ? f(int64_t{}) : f(int32_t{});
+const char* with_positions(bool is_int64, const F& f) {
+  return is_int64 ? f(int64_t{}) : f(int32_t{});
 }
 
 inline const char* launch_error() {

@@ -62,7 +62,7 @@ const char* launch_gather(const void* source, void* out, const Positions& positi
   if (positions.count == 0 || bytes == 0) return nullptr;
   return with_unit(source, out, bytes, [&](auto unit) {
     using U = decltype(unit);
-    return with_positions(positions.wide, [&](auto index) {
+    return with_positions(positions.is_int64, [&](auto index) {
       const int64_t width = bytes / sizeof(U);
       const Shape shape(positions.count, width);
       gather<U, decltype(index)><<<shape.blocks, shape.threads, 0, static_cast<cudaStream_t>(stream)>>>(
@@ -76,7 +76,7 @@ const char* launch_scatter(void* target, const void* values, const Positions& po
   if (positions.count == 0 || bytes == 0) return nullptr;
   return with_unit(target, values, bytes, [&](auto unit) {
     using U = decltype(unit);
-    return with_positions(positions.wide, [&](auto index) {
+    return with_positions(positions.is_int64, [&](auto index) {
       const int64_t width = bytes / sizeof(U);
       const Shape shape(positions.count, width);
       scatter<U, decltype(index)><<<shape.blocks, shape.threads, 0, static_cast<cudaStream_t>(stream)>>>(

@@ -46,9 +46,9 @@ inline ScalarType computed_in(Dtype dtype) { return dtype == Dtype::fp64 ? Scala
 inline Positions positions_of(const Tensor& positions, int32_t device, int64_t limit) {
   check_device(positions, device, "positions");
   STD_TORCH_CHECK(positions.dim() == 1 && positions.is_contiguous(), "positions must be contiguous, of one dimension");
-  const bool wide = positions.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || positions.scalar_type() == ScalarType::Int, "positions must be int32 or int64");
-  return {positions.const_data_ptr(), wide, positions.numel(), limit};
+  const bool is_int64 = positions.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(is_int64 || positions.scalar_type() == ScalarType::Int, "positions must be int32 or int64");
+  return {positions.const_data_ptr(), is_int64, positions.numel(), limit};
 }
 
 }  // namespace sk::cuda

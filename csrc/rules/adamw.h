@@ -25,7 +25,7 @@ struct AdamwOptions {
   double grad_scale = 1;
 };
 
-// An age at which nothing is left of the zeros that the moments began with: step_size is lr, inv_sqrt_bias2 is 1.
+// A step count at which nothing is left of the zeros that the moments began with: step_size is lr, inv_sqrt_bias2 is 1.
 constexpr double kNoBias = INFINITY;
 
 template <typename T>
@@ -46,12 +46,12 @@ SK_RULE double sqrt_of(double x) { return sqrt(x); }
 SK_RULE float expm1_of(float x) { return expm1f(x); }
 SK_RULE double expm1_of(double x) { return expm1(x); }
 
-// The step of one position, made from that of kNoBias. 1 - beta^age = -expm1(age log(beta)) loses no digits in fp32,
+// The step of one position, made from that of kNoBias. 1 - beta^t = -expm1(t log(beta)) loses no digits in fp32,
 // where the difference of 1 and a power would lose them all: fp64, slow on most GPUs, is not needed.
 template <typename T>
-SK_RULE void set_age(AdamwStep<T>& s, const AdamwStep<T>& no_bias, T age, T log_beta1, T log_beta2) {
-  s.step_size = no_bias.step_size / -expm1_of(age * log_beta1);
-  s.inv_sqrt_bias2 = T(1) / sqrt_of(-expm1_of(age * log_beta2));
+SK_RULE void set_step(AdamwStep<T>& s, const AdamwStep<T>& no_bias, T step_count, T log_beta1, T log_beta2) {
+  s.step_size = no_bias.step_size / -expm1_of(step_count * log_beta1);
+  s.inv_sqrt_bias2 = T(1) / sqrt_of(-expm1_of(step_count * log_beta2));
 }
 
 // m <- m + (1-b1)(g-m);  v <- b2 v + (1-b2) g^2;  returns x - decay x - step_size m / (sqrt(v)/sqrt(bias2) + eps).

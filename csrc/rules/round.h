@@ -1,4 +1,4 @@
-// Stochastic rounding: up or down by chance, so that the expected result is the number itself.
+// Stochastic rounding: up or down at random, so that the expected result is the number itself.
 #pragma once
 #include <stdint.h>
 #include <string.h>

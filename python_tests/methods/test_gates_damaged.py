@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comparing import assert_same, snapshot
 from gated_models import BERT, Saver, measure, outputs
 from killing import kills
 from models import transformer
 from mutating import MUTATIONS, mutate
-from reduced_models import assert_same, snapshot
+from processes import uses_processes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,13 +45,12 @@ def structure(model: nn.Module) -> list[tuple[str, str, str]]:
     return [(name, type(module).__name__, repr(module)) for name, module in model.named_modules()]
 
 
-def load_or_refuse(folder: Path, original: nn.Module, about: str) -> nn.Module | None:
-    """The loaded model; None if it is refused as it should be, the model given being what it was."""
-    model = copy.deepcopy(original)
+def load_or_refuse(folder: Path, model: nn.Module, original: nn.Module, about: str) -> nn.Module | None:
+    """The loaded model; None if it is refused as it should be, and what it was to go into is as the original is."""
     try:
         return sk.methods.gates.load(folder, model)
     except (ValueError, FileNotFoundError):
-        assert_same(model, snapshot(original))
+        assert_same(model, original.state_dict())
         assert structure(model) == structure(original), about
         assert set(vars(model)) == set(vars(original)), about
         return None
@@ -67,6 +69,19 @@ def sign(path: Path) -> bool:
     return True
 
 
+@functools.cache
+def files(kind: str, granularity: str) -> dict[str, bytes]:
+    """Those of a compressed model, by their names."""
+    with tempfile.TemporaryDirectory() as folder:
+        compressed(kind, granularity).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def save(kind: str, granularity: str, folder: Path) -> None:
+    for name, content in files(kind, granularity).items():
+        (folder / name).write_bytes(content)
+
+
 @pytest.mark.parametrize("signed", [False, True], ids=["as it is", "signed"])
 @pytest.mark.parametrize(("kind", "granularity"), [("bert", "row+column"), ("llama", "head+mlp")])
 def test_mutated_models_are_refused_or_whole(kind: str, granularity: str, signed: bool, tmp_path: Path) -> None:
@@ -75,15 +90,17 @@ def test_mutated_models_are_refused_or_whole(kind: str, granularity: str, signed
     small.save_pretrained(tmp_path)
     whole, path = (tmp_path / NAME).read_bytes(), tmp_path / NAME
     original, expected, refused, count = transformer(kind), snapshot(small), 0, 0
+    model = copy.deepcopy(original)
     for number in range(MUTATIONS):
         seed = f"{kind} {signed} {number}"
         path.write_bytes(mutate(whole, seed))
         if signed and not sign(path):
             continue
         count += 1
-        loaded = load_or_refuse(tmp_path, original, f"mutate(whole, {seed!r})")
+        loaded = load_or_refuse(tmp_path, model, original, f"mutate(whole, {seed!r})")
         refused += loaded is None
         if loaded is not None:
+            model = copy.deepcopy(original)
             outputs(loaded, kind)
             assert signed or snapshot(loaded).keys() == expected.keys()
             assert signed or all(torch.equal(x, expected[name]) for name, x in loaded.state_dict().items())
@@ -157,7 +174,7 @@ def rename(entries: dict[str, Any], old: str, new: str) -> None:
 @pytest.mark.parametrize("forged", FORGED)
 def test_a_forged_file_is_refused(forged: str, tmp_path: Path) -> None:
     """With a checksum that fits."""
-    compressed("bert", "row+column").save_pretrained(tmp_path)
+    save("bert", "row+column", tmp_path)
     tensors, metadata = load_tensors(tmp_path / NAME, KIND)
     plan = json.loads(metadata["plan"])
     alter, message = FORGED[forged]
@@ -174,31 +191,32 @@ def test_a_forged_file_is_refused(forged: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5_000, "", "1"])
 def test_metadata_that_is_no_plan(text: str, tmp_path: Path) -> None:
-    compressed("bert", "mlp").save_pretrained(tmp_path)
+    save("bert", "mlp", tmp_path)
     tensors, metadata = load_tensors(tmp_path / NAME, KIND)
     save_file(tensors, tmp_path / NAME, {**metadata, "plan": text, "checksum": checksum(tensors, text)})
-    assert load_or_refuse(tmp_path, BERT, text[:9]) is None
+    assert load_or_refuse(tmp_path, copy.deepcopy(BERT), BERT, text[:9]) is None
 
 
 @pytest.mark.parametrize("config", ["[" * 100_000, "{}", "1", '{"architectures": ["BertModel"], "model_type": "x"}'])
 def test_a_configuration_that_makes_no_model(config: str, tmp_path: Path) -> None:
-    compressed("bert", "mlp").save_pretrained(tmp_path)
+    save("bert", "mlp", tmp_path)
     tensors, metadata = load_tensors(tmp_path / NAME, KIND)
     plan = json.dumps({**json.loads(metadata["plan"]), "config": config})
     save_file(tensors, tmp_path / NAME, {**metadata, "plan": plan, "checksum": checksum(tensors, plan)})
     with pytest.raises(ValueError, match="makes no model"):
         sk.methods.gates.load(tmp_path)
-    assert load_or_refuse(tmp_path, BERT, config[:9]) is not None
+    assert load_or_refuse(tmp_path, copy.deepcopy(BERT), BERT, config[:9]) is not None
 
 
 def test_a_file_of_another_model(tmp_path: Path) -> None:
     for kind in ("bert", "llama"):
         compressed(kind, "mlp").save_pretrained(tmp_path / kind)
     (tmp_path / "llama" / NAME).replace(tmp_path / "bert" / NAME)
-    assert load_or_refuse(tmp_path / "bert", BERT, "swapped") is None
+    assert load_or_refuse(tmp_path / "bert", copy.deepcopy(BERT), BERT, "swapped") is None
     assert type(sk.methods.gates.load(tmp_path / "bert")).__name__ == "LlamaForCausalLM"  # config.json is a copy only
 
 
+@uses_processes
 def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path: Path) -> None:
     folder, versions = tmp_path / "out", [tmp_path / "a", tmp_path / "b"]
     known = []

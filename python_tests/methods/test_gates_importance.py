@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import transformers
+from comparing import assert_same, snapshot
 from models import batch, transformer
-from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
 
 import sparsekernels as sk

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from comparing import assert_same, snapshot
 from gated_models import measure
 from models import batch, transformer
-from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
 
 import sparsekernels as sk

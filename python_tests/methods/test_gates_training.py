@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import assert_same, snapshot
 from gated_models import measure, outputs
 from models import batch, transformer
-from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
 
 import sparsekernels as sk
@@ -42,8 +42,8 @@ def test_trained_and_compressed(kind: str, granularity: str) -> None:
     model = transformer(kind)
     whole = sum(p.numel() for p in model.parameters())
     target = TARGETS[granularity]
-    gates = sk.methods.gates.attach(model, target, 40, granularity=granularity, lora_rank=2)
-    removed = train(model, gates, kind, 40)
+    gates = sk.methods.gates.attach(model, target, 20, granularity=granularity, lora_rank=2)
+    removed = train(model, gates, kind, 20)
     assert gates.frozen
     assert removed[3] == 0
     assert removed[-1] >= target  # a unit of these models is many percent of them

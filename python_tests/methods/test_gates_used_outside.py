@@ -8,23 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+from comparing import assert_same, snapshot
 from gated_models import measure
-from models import batch, ids, transformer
-from reduced_models import assert_same, snapshot
+from models import batch, ids, mamba, transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsekernels as sk
 
 MIXER = "backbone.layers.0.mixer"
-
-
-def mamba() -> nn.Module:
-    """Its mixer multiplies by `dt_proj.weight` itself."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
-    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).train()
 
 
 def train(gates: sk.methods.gates.Gates, steps: int, forward: Any = None) -> None:
@@ -39,7 +31,7 @@ def train(gates: sk.methods.gates.Gates, steps: int, forward: Any = None) -> Non
 
 
 def test_mamba_is_compressed_but_for_what_its_mixer_reads() -> None:
-    model = mamba()
+    model = mamba(width=32, state=8)
     before = snapshot(model)
     gates = sk.methods.gates.attach(model, 0.2, 20, lora_rank=2)
     train(gates, 20)
@@ -62,7 +54,7 @@ def test_mamba_is_compressed_but_for_what_its_mixer_reads() -> None:
 @pytest.mark.parametrize("targets", [[f"{MIXER}.dt_proj.weight"], ["*.mixer.*_proj.weight"]])
 def test_a_target_that_its_parent_reads_is_refused_by_name(targets: list[str]) -> None:
     """In the first step, before anything is cut; and it is the same again after it."""
-    model = mamba()
+    model = mamba(width=32, state=8)
     before = snapshot(model)
     gates = sk.methods.gates.attach(model, 0.2, 20, targets=targets)
     state = copy.deepcopy(gates.state_dict())
@@ -134,12 +126,12 @@ def test_reading_a_weight_gives_the_parameter_after_the_first_step() -> None:
 
 
 def test_what_is_left_out_stays_so_on_resuming() -> None:
-    model = mamba()
+    model = mamba(width=32, state=8)
     gates = sk.methods.gates.attach(model, 0.2, 20)
     train(gates, 3)
     state = copy.deepcopy((model.state_dict(), gates.state_dict()))
     assert gates.state_dict()["left_out"] == [f"backbone.layers.{i}.mixer.dt_proj" for i in range(2)]
-    other = mamba()
+    other = mamba(width=32, state=8)
     again = sk.methods.gates.attach(other, 0.2, 20)
     other.load_state_dict(state[0])
     again.load_state_dict(state[1])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import batch, transformer
-from reduced_models import assert_same, snapshot, wide_bert
+from comparing import assert_same, snapshot
+from models import batch, transformer, wide_bert
 from torch import Tensor, nn
 
 from sparsekernels.methods import laser

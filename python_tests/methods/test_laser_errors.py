@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Zoo, batch, transformer
-from reduced_models import Shared, assert_same, best, snapshot, wide_bert
+from comparing import assert_same, best, snapshot
+from models import Shared, Zoo, batch, transformer, wide_bert
 from torch import nn
 
 import sparsekernels as sk

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from comparing import assert_same, snapshot
 from models import ids
-from reduced_models import assert_same, snapshot
 from torch import Tensor, nn
 
 from sparsekernels.methods import laser

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TRANSFORMERS, batch, transformer
-from reduced_models import wide_bert
+from models import TRANSFORMERS, batch, transformer, wide_bert
 
 import sparsekernels as sk
 from sparsekernels.methods import laser

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TRANSFORMERS, Zoo, batch, transformer
-from reduced_models import Shared, assert_same, best, snapshot, values_of, wide_bert
+from comparing import assert_same, best, snapshot, values_of
+from models import TRANSFORMERS, Shared, Zoo, batch, transformer, wide_bert
 from torch import nn
 
 import sparsekernels as sk

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from models import TRANSFORMERS, Experts, batch, ids, transformer
+from models import TRANSFORMERS, Experts, batch, ids, mamba, transformer
 from torch import Tensor, nn
 
 import sparsekernels as sk
@@ -18,13 +17,6 @@ from sparsekernels.methods import fish, ird, sift
 
 QUIET = {"progress": False}
 OUTSIDE = ["conv1d", "dt_proj"]  # of a Mamba mixer, which reads their weights itself
-
-
-def mamba() -> nn.Module:
-    torch.manual_seed(0)
-    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    config = transformers.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4, **special)
-    return transformers.MambaForCausalLM(config)
 
 
 def texts(seed: int = 0) -> dict[str, Tensor]:

@@ -41,8 +41,8 @@ class Plan:
     amsgrad: bool = False
     fresh: bool = False  # moments are zero, as before the first step
     grads: tuple[float, ...] = ()  # put into the gradients: inf, NaN, 0, denormal, huge
-    ages: tuple[int, ...] = ()  # of the positions, in turn; an age stands for the step
-    aged: int = 1  # every so manieth tensor has ages
+    step_counts: tuple[int, ...] = ()  # of the positions, in turn; a step_count stands for the step
+    per_position: int = 1  # every so manieth tensor has step_counts
     lr_tensor: bool = False
     grad_scale: float | None = None
     found_inf: float | None = None
@@ -78,20 +78,22 @@ def oracle(
     return [parameter.detach(), *(state[name] for name in names[: len(moments)])]
 
 
-def oracle_of_ages(x: Tensor, grad: Tensor, moments: list[Tensor], ages: Tensor, *rest: Any) -> list[Tensor]:
-    """Each age by itself: what torch.optim.AdamW makes of all positions, kept at those of that age."""
+def oracle_of_step_counts(
+    x: Tensor, grad: Tensor, moments: list[Tensor], step_counts: Tensor, *rest: Any
+) -> list[Tensor]:
+    """Each step_count by itself: what torch.optim.AdamW makes of all positions, kept at those of that step_count."""
     out = [torch.zeros_like(t.cpu(), dtype=rest[1]) for t in (x, *moments)]
-    for age in ages.unique().tolist():
-        for into, found in zip(out, oracle(x, grad, moments, int(age), *rest), strict=True):
-            into[ages == age] = found[ages == age]
+    for step_count in step_counts.unique().tolist():
+        for into, found in zip(out, oracle(x, grad, moments, int(step_count), *rest), strict=True):
+            into[step_counts == step_count] = found[step_counts == step_count]
     return out
 
 
 def step_of(plan: Plan, i: int, index: Index) -> Tensor:
-    """The step of tensor i, or the ages of its positions."""
-    if plan.ages and i % plan.aged == 0:
+    """The step of tensor i, or the step_counts of its positions."""
+    if plan.step_counts and i % plan.per_position == 0:
         count = index.positions.numel()
-        return torch.tensor(plan.ages, dtype=FP32).repeat(count // len(plan.ages) + 1)[:count].clone()
+        return torch.tensor(plan.step_counts, dtype=FP32).repeat(count // len(plan.step_counts) + 1)[:count].clone()
     return torch.tensor(float(plan.steps[i % len(plan.steps)]), device="cpu")
 
 
@@ -126,7 +128,7 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
             elif steps[i].dim() == 0:
                 expected.append(oracle(x, grad, moments[i], *rest))
             else:
-                expected.append(oracle_of_ages(x, grad, moments[i], *rest))
+                expected.append(oracle_of_step_counts(x, grad, moments[i], *rest))
         exp_avgs, exp_avg_sqs = [m[0] for m in moments], [m[1] for m in moments]
         maxima = [m[2] for m in moments] if plan.amsgrad else []
         step_tensors = [step if step.dim() == 0 else maker.put(step) for step in steps]
@@ -184,20 +186,33 @@ def plans() -> Iterator[tuple[str, Plan]]:
         yield short(dtype), Plan((*SMALL, BY_NAME["none"], BY_NAME["many"]), dtypes=(dtype,))
         yield f"{short(dtype)}-amsgrad", Plan(SMALL, dtypes=(dtype,), amsgrad=True)
     yield "mixed-dtypes", Plan(SMALL * 2, dtypes=(BF16, FP32, FP16, FP64))
-    ages = (1, 10**6, 3, 17, 3, 1000, 40, 10**5, 2)
-    yield "ages", Plan(LAYOUTS, ages=ages)
-    yield "ages-many", Plan((BY_NAME["many"], BY_NAME["rows-many"]), ages=tuple(range(1, 600, 2)))
-    yield "ages-of-some", Plan(SMALL * 3, ages=ages, aged=2, steps=(7, 100), amsgrad=True)
-    yield "ages-fresh", Plan(SMALL, ages=(1,), fresh=True)
-    yield "ages-betas-near-1", Plan(SMALL, ages=ages, options=replace(DEFAULT, beta1=0.99, beta2=0.99999))
-    yield "ages-betas-0", Plan(SMALL, ages=ages, options=replace(DEFAULT, beta1=0.0, beta2=0.0))
-    yield "ages-mixed-dtypes", Plan(SMALL * 2, dtypes=(BF16, FP32, FP16, FP64), ages=ages)
+    step_counts = (1, 10**6, 3, 17, 3, 1000, 40, 10**5, 2)
+    yield "step-counts", Plan(LAYOUTS, step_counts=step_counts)
+    yield "step-counts-many", Plan((BY_NAME["many"], BY_NAME["rows-many"]), step_counts=tuple(range(1, 600, 2)))
+    yield "step-counts-of-some", Plan(SMALL * 3, step_counts=step_counts, per_position=2, steps=(7, 100), amsgrad=True)
+    yield "step-counts-fresh", Plan(SMALL, step_counts=(1,), fresh=True)
+    yield (
+        "step-counts-betas-near-1",
+        Plan(SMALL, step_counts=step_counts, options=replace(DEFAULT, beta1=0.99, beta2=0.99999)),
+    )
+    yield "step-counts-betas-0", Plan(SMALL, step_counts=step_counts, options=replace(DEFAULT, beta1=0.0, beta2=0.0))
+    yield "step-counts-mixed-dtypes", Plan(SMALL * 2, dtypes=(BF16, FP32, FP16, FP64), step_counts=step_counts)
     yield "lr-tensor", Plan(SMALL, lr_tensor=True, options=replace(DEFAULT, lr=0.0625))
-    yield "lr-tensor-ages", Plan(SMALL, lr_tensor=True, options=replace(DEFAULT, lr=0.0625), ages=ages, aged=2)
+    yield (
+        "lr-tensor-step-counts",
+        Plan(SMALL, lr_tensor=True, options=replace(DEFAULT, lr=0.0625), step_counts=step_counts, per_position=2),
+    )
     yield "grad-scale", Plan(SMALL, grad_scale=1024.0)
     yield "grad-scale-3", Plan(SMALL, grad_scale=3.0, options=replace(DEFAULT, maximize=True))
     yield "grad-scale-small", Plan((BY_NAME["many"],), dtypes=(FP16,), grad_scale=2.0**-16)
-    everything = Plan(SMALL * 2, dtypes=(BF16, FP32, FP16, FP64), ages=ages, aged=3, amsgrad=True, lr_tensor=True)
+    everything = Plan(
+        SMALL * 2,
+        dtypes=(BF16, FP32, FP16, FP64),
+        step_counts=step_counts,
+        per_position=3,
+        amsgrad=True,
+        lr_tensor=True,
+    )
     everything = replace(everything, options=replace(DEFAULT, lr=0.0625, maximize=True), grad_scale=1024.0)
     yield "all-on-device", replace(everything, found_inf=0.0)
     yield "found-inf", Plan(SMALL, grad_scale=1024.0, found_inf=1.0)
@@ -206,7 +221,10 @@ def plans() -> Iterator[tuple[str, Plan]]:
     yield "bf16-state-many", Plan((BY_NAME["many"], BY_NAME["rows-many"]), dtypes=(BF16, FP16), state=BF16)
     yield "stochastic", Plan(SMALL * 2, dtypes=(BF16, FP16, FP32, BF16), rounding=(3, 0))
     yield "stochastic-state", Plan(SMALL, dtypes=(FP32, BF16), state=BF16, amsgrad=True, rounding=(2**40, 9))
-    yield "stochastic-ages", Plan(SMALL, dtypes=(FP16,), state=BF16, ages=ages, aged=2, rounding=(1, 5))
+    yield (
+        "stochastic-step-counts",
+        Plan(SMALL, dtypes=(FP16,), state=BF16, step_counts=step_counts, per_position=2, rounding=(1, 5)),
+    )
     specials = (float("nan"), float("inf"), -float("inf"), 0.0, 1e-40, 1e30)
     yield "special", Plan((BY_NAME["all"],), grads=specials, fresh=True, steps=(1,))
     yield "special-amsgrad", Plan((BY_NAME["all"],), grads=specials, amsgrad=True)

@@ -64,8 +64,8 @@ def _narrowing(
     at = positions.long().view(-1, *(1,) * (x.dim() - 1)) * width
     if rows:
         at = at + torch.arange(width, device=at.device).view(x.shape[1:])
-    ages = step.to(at.device).long().view(-1, *(1,) * (x.dim() - 1)).expand(x.shape)
-    return lambda x, dtype, array: rounded(x, dtype, (seed, ages, first + number), at, array)
+    step_counts = step.to(at.device).long().view(-1, *(1,) * (x.dim() - 1)).expand(x.shape)
+    return lambda x, dtype, array: rounded(x, dtype, (seed, step_counts, first + number), at, array)
 
 
 def adamw_(

@@ -234,10 +234,10 @@ def _check_activation(name: str, x: Tensor, like: Tensor | None = None, dims: in
 
 
 def _check_sum(name: str, x: Tensor, shape: torch.Size, activation: Tensor) -> None:
-    wide = accumulation_dtype(activation.dtype)
-    if x.shape != shape or x.dtype != wide or x.device != activation.device:
+    compute = accumulation_dtype(activation.dtype)
+    if x.shape != shape or x.dtype != compute or x.device != activation.device:
         raise ValueError(
-            f"{name} must be {wide} of shape {list(shape)} on {activation.device}, "
+            f"{name} must be {compute} of shape {list(shape)} on {activation.device}, "
             f"got {x.dtype} {list(x.shape)} on {x.device}"
         )
     if not x.is_contiguous():

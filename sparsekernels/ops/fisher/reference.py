@@ -26,10 +26,10 @@ def fisher_linear_(
     positions: Tensor | None,
     rows: bool,
 ) -> None:
-    wide = accumulation_dtype(input.dtype)
+    compute = accumulation_dtype(input.dtype)
     for b in range(grad_output.shape[0]):
         real = grad_output[b].ne(0).any(1)
-        _add(grad_output[b, real].to(wide).T @ input[b, real].to(wide), b, total, norms, positions, rows)
+        _add(grad_output[b, real].to(compute).T @ input[b, real].to(compute), b, total, norms, positions, rows)
 
 
 def fisher_embedding_(
@@ -68,9 +68,9 @@ def fisher_embedding_(
 def fisher_vector_(
     grad_output: Tensor, input: Tensor | None, total: Tensor | None, norms: Tensor | None, positions: Tensor | None
 ) -> None:
-    wide = accumulation_dtype(grad_output.dtype)
+    compute = accumulation_dtype(grad_output.dtype)
     for b in range(grad_output.shape[0]):
-        product = grad_output[b].to(wide) if input is None else grad_output[b].to(wide) * input[b].to(wide)
+        product = grad_output[b].to(compute) if input is None else grad_output[b].to(compute) * input[b].to(compute)
         _add(product.sum(0), b, total, norms, positions, rows=False)
 
 

@@ -165,12 +165,12 @@ def gated_weight(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be fp32, fp64, bf16 or fp16, got {dtype}")
     n, m = weight.shape if transposed else weight.shape[::-1]
-    wide = accumulation_dtype(weight.dtype)
+    compute = accumulation_dtype(weight.dtype)
     check_group("column_group", column_group)
     for name, logits, size, group in (("rows", rows, m, 1), ("columns", columns, n, column_group)):
         if logits is not None:
             check_logits(name, logits, size, group, f"the {name} of weight {list(weight.shape)}")
-            check_like(name, logits, wide, weight, "weight")
+            check_like(name, logits, compute, weight, "weight")
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != m:
             raise ValueError(f"bias must have shape [{m}], one for each row, got {list(bias.shape)}")

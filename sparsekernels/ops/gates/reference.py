@@ -65,8 +65,8 @@ def gated_weight(
     column_group: int,
 ) -> tuple[Tensor, Tensor]:
     """The bias comes out empty where there is none."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    out, shift = weight.to(wide), weight.new_empty(0) if bias is None else bias.to(wide)
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    out, shift = weight.to(compute), weight.new_empty(0) if bias is None else bias.to(compute)
     if rows is not None:
         z = gate_values(rows, kind, noise, key, 0)[0]
         out = out * (z if transposed else z[:, None])
@@ -80,11 +80,11 @@ def gated_weight(
 def gate_gradient(
     a: Tensor, b: Tensor, logits: Tensor, kind: int, noise: float, key: Tensor | None, stream: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(a.dtype, torch.float32)
+    compute = torch.promote_types(a.dtype, torch.float32)
     products, sums = logits.new_zeros((2, a.shape[1]), dtype=torch.float64)
     for left, right in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
-        left = left.to(wide)
-        products += (left * right.to(wide)).sum(0)
+        left = left.to(compute)
+        products += (left * right.to(compute)).sum(0)
         sums += left.sum(0)
     z, slopes = gate_values(logits, kind, noise, key, stream)
     of_gates = products.view(logits.shape[0], group).sum(1).to(logits.dtype)

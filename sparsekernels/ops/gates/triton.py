@@ -18,7 +18,7 @@ from .draws import draw_gates, number_of, open_gates
 GATES = 256  # of a program
 TILE = 8192  # bytes of a weight, or of activations, that a program has in its registers
 TOKENS, STEP = tl.constexpr(64), tl.constexpr(8)  # tokens of a program that sums them, in all and at a time
-WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
+COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
@@ -48,11 +48,11 @@ def gate_probabilities_kernel(
 
 @triton.jit
 def factors(
-    logits, i, inside, group, noise, key, KIND: tl.constexpr, STREAM: tl.constexpr, WIDE: tl.constexpr,
+    logits, i, inside, group, noise, key, KIND: tl.constexpr, STREAM: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The gates of rows or columns i; ones where there are no logits."""
     if logits is None:
-        return tl.full(i.shape, 1.0, WIDE)
+        return tl.full(i.shape, 1.0, COMPUTE)
     else:
         x = tl.load(logits + i // group, mask=inside, other=0)
         value, _ = draw_gates(x, i // group, noise, key, STREAM, KIND)
@@ -70,7 +70,7 @@ def narrowed(x, like):
 @triton.jit
 def gated_weight_kernel(
     weight, bias, rows, columns, out, gated_bias, noise, key, height, width, column_group,
-    KIND: tl.constexpr, IN_MEMORY: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+    KIND: tl.constexpr, IN_MEMORY: tl.constexpr, TRANSPOSED: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_I by BLOCK_J of the weight as it lies, and the bias of its rows, if it is the first there:
@@ -83,39 +83,39 @@ def gated_weight_kernel(
     j = program % across * BLOCK_J + tl.arange(0, BLOCK_J)
     noise = number_of(noise, IN_MEMORY)
     if TRANSPOSED:
-        outer = factors(columns, i, i < height, column_group, noise, key, KIND, 1, WIDE)
-        inner = factors(rows, j, j < width, 1, noise, key, KIND, 0, WIDE)
+        outer = factors(columns, i, i < height, column_group, noise, key, KIND, 1, COMPUTE)
+        inner = factors(rows, j, j < width, 1, noise, key, KIND, 0, COMPUTE)
         row, of_rows, whose = j, inner, (j < width) & (program < across)
     else:
-        outer = factors(rows, i, i < height, 1, noise, key, KIND, 0, WIDE)
-        inner = factors(columns, j, j < width, column_group, noise, key, KIND, 1, WIDE)
+        outer = factors(rows, i, i < height, 1, noise, key, KIND, 0, COMPUTE)
+        inner = factors(columns, j, j < width, column_group, noise, key, KIND, 1, COMPUTE)
         row, of_rows, whose = i, outer, (i < height) & (program % across == 0)
     place = i[:, None] * width + j[None, :]
     inside = (i < height)[:, None] & (j < width)[None, :]
-    found = tl.load(weight + place, mask=inside, other=0).to(WIDE) * outer[:, None] * inner[None, :]
+    found = tl.load(weight + place, mask=inside, other=0).to(COMPUTE) * outer[:, None] * inner[None, :]
     tl.store(out + place, narrowed(found, out), mask=inside)
     if bias is not None:
-        found = tl.load(bias + row, mask=whose, other=0).to(WIDE) * of_rows
+        found = tl.load(bias + row, mask=whose, other=0).to(COMPUTE) * of_rows
         tl.store(gated_bias + row, narrowed(found, gated_bias), mask=whose)
 
 
 @triton.jit
 def sum_tokens_kernel(
     a, b, parts, tokens, width, a_stride, b_stride,
-    WIDE: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program owns TOKENS tokens by BLOCK columns: parts[block, 0, j] = sum of a b, parts[block, 1, j] of a."""
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(width, BLOCK)
     block = program // across
     j = program % across * BLOCK + tl.arange(0, BLOCK)
-    products = tl.zeros((STEP, BLOCK), WIDE)
-    sums = tl.zeros((STEP, BLOCK), WIDE)
+    products = tl.zeros((STEP, BLOCK), COMPUTE)
+    sums = tl.zeros((STEP, BLOCK), COMPUTE)
     for start in range(0, TOKENS, STEP):
         t = block * TOKENS + start + tl.arange(0, STEP)
         inside = (t < tokens)[:, None] & (j < width)[None, :]
-        left = tl.load(a + t[:, None] * a_stride + j[None, :], mask=inside, other=0).to(WIDE)
-        products += left * tl.load(b + t[:, None] * b_stride + j[None, :], mask=inside, other=0).to(WIDE)
+        left = tl.load(a + t[:, None] * a_stride + j[None, :], mask=inside, other=0).to(COMPUTE)
+        products += left * tl.load(b + t[:, None] * b_stride + j[None, :], mask=inside, other=0).to(COMPUTE)
         sums += left
     place = parts + 2 * block * width + j
     tl.store(place, tl.sum(products, 0), mask=j < width)
@@ -185,7 +185,7 @@ def gated_weight(
     with device_of(weight):
         gated_weight_kernel[(max(triton.cdiv(height, block_i), 1) * max(triton.cdiv(width, block_j), 1),)](
             weight, bias, rows, columns, out, gated_bias, _noise(noise, like), key, height, width, column_group,
-            KIND=kind, IN_MEMORY=_in_memory(like), TRANSPOSED=transposed, WIDE=WIDE[like.dtype],
+            KIND=kind, IN_MEMORY=_in_memory(like), TRANSPOSED=transposed, COMPUTE=COMPUTE[like.dtype],
             BLOCK_I=block_i, BLOCK_J=block_j,
         )  # fmt: skip
     return out, gated_bias
@@ -199,14 +199,14 @@ def gate_gradient(
     scaled_sum = logits.new_empty(width)
     if width == 0:
         return gradient, of_values, scaled_sum
-    wide = torch.promote_types(a.dtype, torch.float32)
-    parts = a.new_empty((triton.cdiv(tokens, TOKENS.value), 2, width), dtype=wide)
+    compute = torch.promote_types(a.dtype, torch.float32)
+    parts = a.new_empty((triton.cdiv(tokens, TOKENS.value), 2, width), dtype=compute)
     block = min(triton.next_power_of_2(width), TILE // 4 // STEP.value)
     with device_of(a):
         if tokens:
             sum_tokens_kernel[(parts.shape[0] * triton.cdiv(width, block),)](
                 a, b, parts, tokens, width, a.stride(0), b.stride(0),
-                WIDE=WIDE[wide], TOKENS=TOKENS, STEP=STEP, BLOCK=block,
+                COMPUTE=COMPUTE[compute], TOKENS=TOKENS, STEP=STEP, BLOCK=block,
             )  # fmt: skip
         products, sums = parts.sum(0, dtype=torch.float64)
         of_gates = products.view(-1, group).sum(1).to(logits.dtype)

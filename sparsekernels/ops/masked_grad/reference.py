@@ -14,14 +14,14 @@ ROWS_AT_ONCE = 256  # rows of the dense gradient that exist at a time
 
 def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:
     n = input.shape[1]
-    wide = input.to(accumulation_dtype(input.dtype))
+    compute = input.to(accumulation_dtype(input.dtype))
     out = input.new_zeros(positions.shape[0], dtype=accumulation_dtype(input.dtype))
     starts = torch.arange(0, grad_output.shape[1] + ROWS_AT_ONCE, ROWS_AT_ONCE, device=positions.device)
     bounds = torch.searchsorted(positions, (starts * n).to(positions.dtype)).tolist()
     for block, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             first = block * ROWS_AT_ONCE
-            dense = grad_output[:, first : first + ROWS_AT_ONCE].to(out.dtype).T @ wide
+            dense = grad_output[:, first : first + ROWS_AT_ONCE].to(out.dtype).T @ compute
             out[begin:end] = dense.reshape(-1)[positions[begin:end].long() - first * n]
     return out
 

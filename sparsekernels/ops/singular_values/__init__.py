@@ -133,9 +133,9 @@ def _check_vectors(
             f"{name} must have shape [{wanted}], a column for each singular value, to go with {other_name} "
             f"{list(other.shape)}{'' if rank is None else ' and u'}; got {list(x.shape)}"
         )
-    wide = accumulation_dtype(other.dtype)
-    if x.dtype != wide or x.device != other.device:
+    compute = accumulation_dtype(other.dtype)
+    if x.dtype != compute or x.device != other.device:
         raise ValueError(
-            f"{name} is {x.dtype} on {x.device}, expected {wide} on {other.device} to go with {other_name} of "
-            f"{other.dtype}; pass {name}.to({other_name}.device, {wide})"
+            f"{name} is {x.dtype} on {x.device}, expected {compute} on {other.device} to go with {other_name} of "
+            f"{other.dtype}; pass {name}.to({other_name}.device, {compute})"
         )
