@@ -11,17 +11,33 @@ from torch import Tensor
 
 
 class Index:
-    """Sorted unique positions in one tensor.
+    """Sorted unique positions in one tensor: whole rows or single elements. Immutable.
 
     Args:
-        positions ([K], int32 or int64): strictly ascending; row numbers of dimension 0 where `rows` is true, else flat
-            row-major offsets. Stored as int32 where every offset of the tensor fits.
-        shape: shape of the tensor that is indexed.
+        positions ([K], int32 or int64): strictly ascending; row numbers of dimension 0 if `rows` is true, else flat
+            row-major offsets. Copied; stored as int32 where every offset of the tensor fits.
+        shape: shape of the indexed tensor.
         rows: whole rows (True) or single elements (False).
 
+    Attributes:
+        positions, shape, rows: as above.
+
     Raises:
-        TypeError: positions are not an integer tensor. ValueError: not one-dimensional, out of range, unsorted or
-            duplicated; the first offending entry is named.
+        TypeError: positions is not an int32 or int64 tensor.
+        ValueError: positions are not one-dimensional, out of range, unsorted or duplicated (the message names the first
+            bad entry); shape is negative or has 2^63 elements or more.
+
+    Source: ours.
+
+    Example:
+        >>> index = sk.Index(torch.tensor([1, 4]), shape=(2, 3))
+        >>> index, index.numel, index.num_positions, index.compact_shape
+        (Index(2 elements of [2, 3]), 2, 6, torch.Size([2]))
+        >>> rows = sk.Index(torch.tensor([1]), shape=(2, 3), rows=True)
+        >>> rows, rows.numel, rows.num_positions, rows.elements_per_position, rows.compact_shape
+        (Index(1 rows of [2, 3]), 3, 2, 3, torch.Size([1, 3]))
+        >>> rows.to_elements().positions
+        tensor([3, 4, 5], dtype=torch.int32)
     """
 
     __slots__ = ("positions", "rows", "shape")
@@ -35,7 +51,7 @@ class Index:
 
     @property
     def num_positions(self) -> int:
-        """Positions are below this: rows, or elements, of the tensor."""
+        """Number of possible positions: rows or elements of the tensor. Raises ValueError for rows of a 0-d tensor."""
         if not self.rows:
             return self.shape.numel()
         if not self.shape:
@@ -44,38 +60,53 @@ class Index:
 
     @property
     def elements_per_position(self) -> int:
-        """Elements that one position stands for."""
+        """Elements per position: 1, or the size of a row."""
         return self.shape[1:].numel() if self.rows else 1
 
     @property
     def numel(self) -> int:
-        """Selected elements."""
+        """Number of selected elements."""
         return len(self) * self.elements_per_position
 
     @property
     def compact_shape(self) -> torch.Size:
-        """Shape of the compact tensor that holds the selected values: [K], or [R, *shape[1:]] for rows."""
+        """Shape of the compact tensor of selected values: [K], or [R, *shape[1:]] for R rows."""
         return torch.Size((len(self), *self.shape[1:])) if self.rows else torch.Size((len(self),))
 
     @classmethod
     def full(cls, shape: Iterable[int]) -> Index:
-        """Every row of a tensor: how a dense head is written."""
+        """Select every row of a tensor of this shape, as for a densely trained head.
+
+        Example:
+            >>> sk.Index.full((2, 3))
+            Index(2 rows of [2, 3])
+        """
         shape = torch.Size(shape)
         return cls(torch.arange(shape[0] if shape else 1), shape, rows=bool(shape))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Index:
-        """The elements where a boolean mask of the tensor's shape is true."""
+        """Select the elements where a boolean mask of the tensor's shape is true. Raises TypeError for other dtypes.
+
+        Example:
+            >>> sk.Index.from_mask(torch.tensor([[True, False], [False, True]])).positions
+            tensor([0, 3], dtype=torch.int32)
+        """
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
         return cls(mask.reshape(-1).nonzero().reshape(-1), mask.shape)
 
     def to(self, device: torch.device | str) -> Index:
-        """The same Index with its positions on `device`."""
+        """Return an equal Index with its positions on `device`.
+
+        Example:
+            >>> sk.Index.full((2, 3)).to("cpu")
+            Index(2 rows of [2, 3])
+        """
         return Index.unchecked(self.positions.to(device), self.shape, self.rows)
 
     def to_elements(self) -> Index:
-        """The same set, written element by element."""
+        """Return the same set with one position per element."""
         if not self.rows:
             return self
         starts = self.positions.long()[:, None] * self.elements_per_position
@@ -84,7 +115,7 @@ class Index:
 
     @staticmethod
     def unchecked(positions: Tensor, shape: torch.Size, rows: bool) -> Index:
-        """An Index around positions that come out of one: nothing is checked."""
+        """Build an Index from positions that are known to be valid, without checking them."""
         index = object.__new__(Index)
         index.positions, index.shape, index.rows = positions, shape, rows
         return index

@@ -1,4 +1,4 @@
-"""Selection: which weights of a model are meant, an Index for each parameter."""
+"""Selection: which weights of a model are trained, as one Index per parameter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,29 @@ from .index import Index
 
 
 class Selection(Mapping[str, Index]):
-    """A mapping from parameter name to `Index`, with set algebra, and ways to make, save and read one.
+    """A read-only mapping from parameter name to `Index`: the weights to train.
 
-    `a | b`, `a & b` and `a - b` work position by position; rows meet elements as elements. A parameter whose set
-    becomes empty is left out.
+    `a | b`, `a & b` and `a - b` are set operations on positions. Rows combined with elements become elements. A
+    parameter whose set becomes empty is dropped.
+
+    Args:
+        indices: parameter name -> Index. Not changed.
 
     Attributes:
-        report: what the method that made the selection tells beside it; not saved, not carried through set algebra.
+        report: diagnostics of the method that made the selection. Not saved, and not kept by set operations.
+
+    Raises:
+        TypeError: a value is not an Index. ValueError: in a set operation, the two shapes of a parameter differ.
+
+    Source: ours.
+
+    Example:
+        >>> a = sk.Selection({"weight": sk.Index(torch.tensor([0, 5]), (2, 3))})
+        >>> b = sk.Selection({"weight": sk.Index(torch.tensor([1]), (2, 3), rows=True)})
+        >>> a, (a | b).numel, (a & b)["weight"].positions, list(a - a)
+        (Selection(2 elements of 1 tensors), 4, tensor([5], dtype=torch.int32), [])
+        >>> a.to("cpu")["weight"] == a["weight"]
+        True
     """
 
     def __init__(self, indices: Mapping[str, Index]) -> None:
@@ -47,11 +63,11 @@ class Selection(Mapping[str, Index]):
 
     @property
     def numel(self) -> int:
-        """Selected elements over all tensors."""
+        """Number of selected elements over all tensors."""
         return sum(index.numel for index in self.values())
 
     def to(self, device: torch.device | str) -> Selection:
-        """The same Selection with every position on `device`."""
+        """Copy all positions to `device`; returns a new Selection."""
         return Selection({name: index.to(device) for name, index in self.items()})
 
     def __or__(self, other: Selection) -> Selection:
@@ -82,7 +98,18 @@ class Selection(Mapping[str, Index]):
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Tensor]) -> Selection:
-        """The true entries of boolean masks; a mask without any is left out."""
+        """Select the true entries of boolean masks; masks without any are dropped.
+
+        Args:
+            masks: parameter name -> bool tensor of the parameter's shape.
+
+        Raises:
+            TypeError: a mask is not a bool tensor.
+
+        Example:
+            >>> sk.Selection.from_masks({"weight": torch.eye(3) > 0, "bias": torch.zeros(3) > 0})
+            Selection(3 elements of 1 tensors)
+        """
         indices = {name: Index.from_mask(mask) for name, mask in masks.items()}
         return cls({name: index for name, index in indices.items() if len(index)})
 
@@ -100,12 +127,25 @@ class Selection(Mapping[str, Index]):
 
         Args:
             scores: name -> scores of the parameter's shape, any floating dtype. Not changed.
-            k: how many elements; or `density`, a share of all scores in (0, 1]: k = min(int(density * n) + 1, n).
-            per_tensor: apply k or density to each tensor by itself instead of to all together.
+            k: number of elements; or
+            density: share of all scores, in (0, 1]: k = min(int(density * n) + 1, n).
+            per_tensor: apply k or density to each tensor separately instead of globally.
             magnitude: rank by absolute value.
 
+        Returns:
+            Selection of k elements. Deterministic.
+
         Raises:
-            ValueError: neither or both of k and density, either out of range, or NaN among the scores.
+            ValueError: neither or both of k and density, either out of range, or NaN in the scores.
+
+        Source: ours; the rule for a density is that of SIFT's code.
+
+        Example:
+            >>> scores = {"weight": torch.tensor([[0.1, -3.0], [2.0, 0.5]])}
+            >>> sk.Selection.topk(scores, k=2)["weight"].positions
+            tensor([2, 3], dtype=torch.int32)
+            >>> sk.Selection.topk(scores, density=0.25, magnitude=True)["weight"].positions
+            tensor([1, 2], dtype=torch.int32)
         """
         from .ops import topk
 
@@ -134,11 +174,23 @@ class Selection(Mapping[str, Index]):
         seed: int = 0,
         names: Iterable[str] | None = None,
     ) -> Selection:
-        """Select elements uniformly at random, the same share of every tensor; the baseline for any method.
+        """Select elements uniformly at random, the same share of every tensor: the baseline for any method.
 
         Args:
-            like: a model, or a mapping from name to tensor or shape. names: restrict to these.
-            density: share of each tensor in (0, 1]. seed: of a CPU generator, so results do not depend on the device.
+            like: a model, or a mapping from name to tensor or shape.
+            density: share of each tensor, in (0, 1].
+            seed: of a CPU generator, so the result does not depend on the device.
+            names: restrict to these parameters.
+
+        Returns:
+            Selection on the CPU. Deterministic for a given seed.
+
+        Raises:
+            ValueError: density out of range, or a name that `like` does not have.
+
+        Example:
+            >>> sk.Selection.random(torch.nn.Linear(10, 10), density=0.09, names=["weight"])
+            Selection(10 elements of 1 tensors)
         """
         shapes: dict[str, torch.Size] = (
             {name: p.shape for name, p in like.named_parameters()}
@@ -149,7 +201,7 @@ class Selection(Mapping[str, Index]):
         out: dict[str, Index] = {}
         for name in shapes if names is None else [names] if isinstance(names, str) else names:
             if name not in shapes:
-                raise ValueError(f"names holds {name!r}, which is not among the {len(shapes)} tensors given")
+                raise ValueError(f"names: {name!r} is not among the {len(shapes)} tensors of `like`")
             if not shapes[name].numel():
                 continue
             scores = torch.rand(shapes[name], generator=generator)
@@ -157,23 +209,24 @@ class Selection(Mapping[str, Index]):
         return cls(out)
 
     def broadcast(self, src: int = 0, group: torch.distributed.ProcessGroup | None = None) -> Selection:
-        """The selection of process `src`, in every process of a group: for replicas must train the same positions.
+        """Send the selection of process `src` to all processes of a group: replicas must train the same positions.
 
-        A collective call of torch.distributed. A new Selection is returned, on the CPU and without a report; this one,
-        which may differ from process to process, is not changed.
+        A collective call of torch.distributed. Returns a new Selection on the CPU, without a report; this one, which
+        may differ between processes, is not changed.
 
         Args:
-            src: global rank of the process whose selection counts.
-            group: the processes that take part; None for all.
+            src: global rank of the process whose selection is used.
+            group: the participating processes; None for all.
 
         Raises:
             ValueError: torch.distributed is not initialised.
 
-        Example::
-
-            >>> selection = sk.methods.sift(model, my_batches).broadcast(src=0)
-            >>> tuned = sk.train_only(model, selection)
-            >>> model = torch.nn.parallel.DistributedDataParallel(model)
+        Example:
+            >>> store = torch.distributed.HashStore()
+            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> sk.Selection.random(torch.nn.Linear(10, 10), density=0.1).broadcast(src=0)
+            Selection(13 elements of 2 tensors)
+            >>> torch.distributed.destroy_process_group()
         """
         import torch.distributed as dist
 
@@ -184,7 +237,14 @@ class Selection(Mapping[str, Index]):
         return Selection(shared[0])
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically: at no time does `path` hold half a file."""
+        """Write to a safetensors file, atomically: `path` never contains a partial file.
+
+        Example:
+            >>> selection = sk.Selection.random(torch.nn.Linear(10, 10), density=0.1)
+            >>> selection.save("selection.safetensors")
+            >>> sk.Selection.load("selection.safetensors") == selection
+            True
+        """
         kinds = {name: {"shape": list(index.shape), "rows": index.rows} for name, index in self.items()}
         save_tensors(
             path,
@@ -194,7 +254,7 @@ class Selection(Mapping[str, Index]):
 
     @classmethod
     def load(cls, path: str | Path) -> Selection:
-        """Read what `save` wrote. Raises ValueError for a file that is damaged or is something else."""
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError if the file is damaged or of another kind."""
         tensors, metadata = load_tensors(path, "selection")
         kinds = described(path, metadata.get("tensors"), {str: {"shape": [int], "rows": bool}})
         check_names(path, tensors, kinds)
@@ -202,7 +262,12 @@ class Selection(Mapping[str, Index]):
             return cls({name: Index(tensors[name], kind["shape"], kind["rows"]) for name, kind in kinds.items()})
 
     def summary(self) -> str:
-        """A table, one line a tensor: positions, kind, shape, share of the tensor."""
+        """Return a table with one line per tensor: positions, rows or elements, shape, share of the tensor.
+
+        Example:
+            >>> print(sk.Selection({"w": sk.Index.full((2, 3))}).summary().split())
+            ['w', '2', 'rows', 'of', '[2,', '3]', '100.000%', 'total', '6', 'elements', 'of', '6', '100.000%']
+        """
         lines = []
         for name, index in self.items():
             share = index.numel / max(index.shape.numel(), 1)
@@ -213,13 +278,17 @@ class Selection(Mapping[str, Index]):
         return "\n".join(lines)
 
     def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The selected parameters of `model` by the names of the selection.
+        """Return the selected parameters of `model`, by the names of the selection; nothing is changed.
 
-        In a model inside PEFT, torch.compile or DistributedDataParallel these may be the names of the plain model too.
+        For a model wrapped by PEFT, torch.compile or DistributedDataParallel, the names of the plain model work too.
 
         Raises:
-            ValueError: a name the model lacks, another shape, or a parameter that is sharded or quantised; the message
-                names what does not fit.
+            ValueError: the model lacks a parameter, has it in another shape, or has it sharded or quantised; the
+                message names it.
+
+        Example:
+            >>> list(sk.Selection({"bias": sk.Index.full((2,))}).check(torch.nn.Linear(3, 2)))
+            ['bias']
         """
         parameters, own = dict(model.named_parameters(remove_duplicate=False)), own_names(model, self)
         missing = [name for name in self if name not in own]
@@ -236,13 +305,19 @@ class Selection(Mapping[str, Index]):
         return found
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups for `SparseAdamW`: the selected dense parameters with their indices."""
+        """Make parameter groups for `SparseAdamW`: the selected dense parameters with their indices. Raises as `check`.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 2)
+            >>> selection = sk.Selection.random(model, density=0.5)
+            >>> optimizer = sk.SparseAdamW(selection.param_groups(model), lr=1e-3)
+        """
         params = self.check(model)
         return [{"params": list(params.values()), "indices": [self[n].to(p.device) for n, p in params.items()]}]
 
 
 def count_for(numel: int, k: int | None, density: float | None) -> int:
-    """How many elements `k` or `density` asks for among `numel`; SIFT's rule for a density [code]."""
+    """The number of elements that `k` or `density` asks for out of `numel`; a density by the rule of SIFT's code."""
     if (k is None) == (density is None):
         raise ValueError(f"give either k or density, got k={k} and density={density}")
     if k is not None:

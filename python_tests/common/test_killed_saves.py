@@ -187,7 +187,7 @@ def test_a_lock_that_was_replaced_does_not_count(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(files.fcntl, "flock", replaced)
     for wait in (True, False):
-        with pytest.raises(FileNotFoundError, match="another file"):
+        with pytest.raises(FileNotFoundError, match="was replaced"):
             files._locked(folder, wait)
     files._remove_leftovers(tmp_path / "s")
     assert (folder / files.CONTENT).exists()

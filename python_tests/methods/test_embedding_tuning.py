@@ -225,7 +225,7 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
     tuned = embed_tune(model, given, epochs=1, progress=False)
     elements = Selection({NAME: Index(torch.tensor([1]), model.get_parameter(NAME).shape)})
     for selection, message in [
-        (elements, "selection must be of rows of"),
+        (elements, "selection must be rows of"),
         (Selection({}), "rows of one table, got 0 tensors"),
         (rows(1) | Selection({"lm_head.weight": elements[NAME]}), "rows of one table, got 2 tensors"),
         (rows(1, name="lm_head.weight"), "does not train every row"),
@@ -304,7 +304,7 @@ def test_predictions_leave_out_what_has_no_label_and_refuse_what_is_no_class() -
         ([{**given[1], "labels": torch.ones(3, 7)}], "batch 0 has no integer labels"),
         ([(given[1],)], "batch 0 must be a mapping"),
         ([given[0]], "no labels to predict"),
-        ([{**given[1], "labels": torch.ones(3, dtype=torch.long)}], "no classes for logits"),
+        ([{**given[1], "labels": torch.ones(3, dtype=torch.long)}], "not classes for logits"),
     ]:
         with pytest.raises(ValueError, match=message):
             predictions(model, bad, shift=True)

@@ -199,7 +199,7 @@ def test_the_models_are_left_alone(net: Any, batches: Any) -> None:
     [
         ({"density": 0.0}, r"density must lie in \(0, 1\]"),
         ({"density": 1.01}, r"density must lie in \(0, 1\]"),
-        ({"density": 0.01}, "leaves none beside the 340 of the head"),
+        ({"density": 0.01}, "leaves none besides the 340 of the head"),
         ({"targets": "classifier*"}, "targets: all of them belong to the head"),
         ({"targets": "nothing"}, "targets: no parameter matches 'nothing'"),
         ({"head": "nothing"}, "head: no parameter matches 'nothing'"),

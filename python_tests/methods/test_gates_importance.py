@@ -12,7 +12,7 @@ from models import batch, transformer
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.methods.gates.schedule import Importance, Schedule, closing_order, price
+from sparsekernels.methods.gates.schedule import Importance, Schedule, closing_order, threshold
 
 
 def from_pretrained() -> nn.Module:
@@ -148,7 +148,7 @@ def test_ties_take_turns() -> None:
 def test_a_tie_closes_as_many_as_are_asked_for() -> None:
     scores = torch.ones(8)
     order = closing_order(scores, torch.arange(2).repeat_interleave(4))
-    found, stays = price(scores, order, lambda stays: 1 - float(stays.float().mean()), 0.5)
+    found, stays = threshold(scores, order, lambda stays: 1 - float(stays.float().mean()), 0.5)
     assert found == 1.0
     assert stays.tolist() == [False, False, True, True] * 2
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sparsekernels as sk
 from sparsekernels.methods.gates.attaching import NOISES
 from sparsekernels.methods.gates.parts import OPEN, SHUT
-from sparsekernels.methods.gates.schedule import Importance, Schedule, price
+from sparsekernels.methods.gates.schedule import Importance, Schedule, threshold
 from sparsekernels.nn.pruned import PrunedLinear
 
 GRANULARITIES = ("row+column", "head", "mlp", "head+mlp")
@@ -59,7 +59,7 @@ def test_trained_and_compressed(kind: str, granularity: str) -> None:
     assert granularity == "row+column" or all(module.weight.numel() == 0 for module in compact)
     if kind == "llama":
         assert all(module.bias is None for module in model.modules() if isinstance(module, nn.Linear))
-    with pytest.raises(RuntimeError, match="no gates any more"):
+    with pytest.raises(RuntimeError, match="no longer has gates"):
         gates.step()
 
 
@@ -91,7 +91,7 @@ def test_fractions_are_folded() -> None:
     before = outputs(model, "gpt2")
     share = gates.removed()
     assert 0.05 < share < 0.9
-    with pytest.warns(UserWarning, match="settle"):
+    with pytest.warns(UserWarning, match="freeze"):
         gates.compress()
     assert model.cuts.removed / model.cuts.total == share
     torch.testing.assert_close(outputs(model, "gpt2"), before, rtol=1e-5, atol=1e-5)
@@ -191,16 +191,16 @@ def test_a_failed_compress_leaves_the_gates(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": 0}, "target must lie"),
-        ({"target": 1.0}, "target must lie"),
-        ({"steps": 3}, "steps must be"),
+        ({"pruning_ratio": 0}, "pruning_ratio must lie"),
+        ({"pruning_ratio": 1.0}, "pruning_ratio must lie"),
+        ({"total_steps": 3}, "total_steps must be"),
         ({"kind": "soft"}, "kind must be"),
         ({"noise": 0.0}, "noise must be"),
         ({"granularity": "column"}, "granularity must be"),
         ({"lora_rank": -1}, "lora_rank must be"),
-        ({"targets": ["*LayerNorm.weight"]}, "no weight of a plain Linear"),
+        ({"targets": ["*LayerNorm.weight"]}, "not the weight of a plain Linear"),
         ({"targets": ["*nothing*"]}, "no parameter matches"),
-        ({"granularity": "head", "target": 0.9}, "can remove"),
+        ({"granularity": "head", "pruning_ratio": 0.9}, "can remove"),
         ({"granularity": "head", "targets": ["*output.dense.weight"]}, "no head of a known structure"),
     ],
 )
@@ -208,7 +208,7 @@ def test_errors_leave_the_model(options: dict, message: str) -> None:
     model = transformer("bert")
     before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
-        sk.methods.gates.attach(model, **{"target": 0.3, "steps": 20, **options})
+        sk.methods.gates.attach(model, **{"pruning_ratio": 0.3, "total_steps": 20, **options})
     assert_same(model, before)
     assert [p.requires_grad for p in model.parameters()] == flags
 
@@ -216,7 +216,7 @@ def test_errors_leave_the_model(options: dict, message: str) -> None:
 def test_gated_twice() -> None:
     model = transformer("bert")
     sk.methods.gates.attach(model, 0.3, 20)
-    with pytest.raises(ValueError, match="gates already"):
+    with pytest.raises(ValueError, match="already has gates"):
         sk.methods.gates.attach(model, 0.3, 20)
 
 
@@ -246,7 +246,7 @@ def test_price_is_the_lowest_that_is_enough() -> None:
         return 1 - float(stays.float().mean())
 
     for share, price_, stays in ((0.0, 0.1, [1, 1, 1, 1]), (0.3, 0.5, [1, 0, 1, 0]), (1.0, float("inf"), [0, 0, 0, 0])):
-        found, mask = price(scores, scores.argsort(), removed, share)
+        found, mask = threshold(scores, scores.argsort(), removed, share)
         assert found == pytest.approx(price_)
         assert mask.tolist() == [bool(x) for x in stays]
 
@@ -322,7 +322,7 @@ def test_compressed_once() -> None:
     measure(gates)
     gates.freeze()
     gates.compress()
-    with pytest.raises(ValueError, match="compressed already"):
+    with pytest.raises(ValueError, match="already compressed"):
         sk.methods.gates.attach(model, 0.3, 12)
     other = transformer("bert")
     other.cuts = nn.Linear(3, 3)
@@ -335,9 +335,9 @@ def test_after_restore_nothing_works() -> None:
     state = gates.state_dict()
     gates.restore()
     for call in (gates.penalty, gates.step, gates.freeze, gates.removed, gates.open_gates, gates.compress):
-        with pytest.raises(RuntimeError, match="no gates any more"):
+        with pytest.raises(RuntimeError, match="no longer has gates"):
             call()
-    with pytest.raises(RuntimeError, match="no gates any more"):
+    with pytest.raises(RuntimeError, match="no longer has gates"):
         gates.load_state_dict(state)
     settled = sk.methods.gates.attach(transformer("bert"), 0.3, 12)
     measure(settled)

@@ -239,15 +239,15 @@ def test_bad_input_is_refused() -> None:
         ((before, after), {"fallback_density": -0.1}, r"fallback_density must lie in \[0, 1\], got -0.1"),
         ((before,), {}, "after is missing"),
         ((before, after[:-1]), {}, "must share shape"),
-        ((before, before), {}, "one table in memory"),
+        ((before, before), {}, "are the same memory"),
         ((before[0], after[0]), {}, r"before must be a floating-point table"),
         ((before, after.long()), {}, r"after must be a floating-point table"),
         ((before, broken), {}, "has NaN in row 17"),
         ((before, after), {"name": None}, "name is missing"),
-        ((before[:0], after[:0]), {}, "with numbers in it"),
-        ((before[:, :0], after[:, :0]), {}, "with numbers in it"),
+        ((before[:0], after[:0]), {}, "that is not empty"),
+        ((before[:, :0], after[:, :0]), {}, "that is not empty"),
         ((Plain(), Plain()), {"name": None}, "name: the model has no get_input_embeddings"),
-        ((Plain(), Plain()), {"name": "embed.bias"}, "no two-dimensional parameter"),
+        ((Plain(), Plain()), {"name": "embed.bias"}, "not a two-dimensional parameter"),
     ]:
         with pytest.raises(ValueError, match=message):
             ks_lottery.select(*arguments, **{"name": NAME, **more})

@@ -82,7 +82,10 @@ def test_load_refuses_another_shape(tmp_path: Path) -> None:
         (lambda: [Reduction("up.weight", 0.5, 33)], "blocks: 'up.weight' has 32 rows"),
         (lambda: [Reduction("none", 0.5)], "nothing matches 'none'"),
         (lambda: [Reduction("up.weight", 0.5), Reduction("up.weight", 0.2)], "reduces 'up.weight' twice"),
-        (lambda: [Reduction("experts.weight", 0.5)], r"is no label of a matrix; it stands for 'experts.weight\[0\]'"),
+        (
+            lambda: [Reduction("experts.weight", 0.5)],
+            r"is not the label of a matrix; it stands for 'experts.weight\[0\]'",
+        ),
     ],
 )
 def test_bad_plans_change_nothing(make, message: str) -> None:
@@ -99,7 +102,7 @@ def test_broken_weights_are_named_and_nothing_changes() -> None:
         model.up.weight[3, 3] = float("inf")
     before = snapshot(model)
     plan = [Reduction("down.weight", 0.5), Reduction("up.weight", 0.5)]
-    with pytest.raises(ValueError, match=r"'up.weight' holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"'up.weight' has NaN or infinity"):
         laser.reduce(model, plan)
     assert_same(model, before)
     with torch.no_grad():
@@ -137,7 +140,7 @@ def test_train_only_models_are_refused() -> None:
 
 
 def test_tied_weights_are_named_by_their_label() -> None:
-    with pytest.raises(ValueError, match=r"'b.weight' is no label of a matrix; it stands for 'a.weight'"):
+    with pytest.raises(ValueError, match=r"'b.weight' is not the label of a matrix; it stands for 'a.weight'"):
         laser.reduce(Shared(), [Reduction("b.weight", 0.5)])
 
 

@@ -153,7 +153,7 @@ def test_grids_are_checked() -> None:
     label = next(iter(found))
     with pytest.raises(ValueError, match=r"has no measured gain"):
         laser.grid([Reduction(label, 0.5, predicted=1.0)], found, measured=True)
-    with pytest.raises(ValueError, match=r"matrices holds no 'x'"):
+    with pytest.raises(ValueError, match=r"matrices has no 'x'"):
         laser.grid([Reduction("x", 0.5, predicted=1.0)], found)
-    with pytest.raises(ValueError, match=r"no matrix that lies in a numbered layer"):
+    with pytest.raises(ValueError, match=r"no matrix is in a numbered layer"):
         laser.grid([], found)

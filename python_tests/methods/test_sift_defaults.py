@@ -94,7 +94,7 @@ def test_the_head_does_not_compete() -> None:
     assert found.report == run(model, targets=others, head=()).report
     assert found.report["curve"] != run(model, targets="*.weight", head=()).report["curve"]
     assert len(taken) == 1  # by the last run, in which it is a target
-    with pytest.raises(ValueError, match="name the targets yourself"):
+    with pytest.raises(ValueError, match="pass targets"):
         run(model, targets="head.*", head="head.*")
 
 
@@ -127,11 +127,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "density 1.5": ({"density": 1.5}, r"density must lie in \(0, 1\], got 1.5"),
     "density NaN": ({"density": float("nan")}, r"density must lie in \(0, 1\]"),
     "no batches asked for": ({"num_batches": 0}, "num_batches must be at least 1, got 0"),
-    "too few batches": ({"num_batches": 2}, "num_batches is 2, but batches holds only 1"),
+    "too few batches": ({"num_batches": 2}, "num_batches is 2, but batches has only 1"),
     "targets": ({"targets": ["up.weight", "nowhere.*"]}, r"targets: no parameter matches 'nowhere\.\*'"),
     "head": ({"head": "nowhere"}, "head: no parameter matches 'nowhere'"),
-    "no default targets": ({"targets": None}, "name the targets yourself"),
-    "no gradient": ({"targets": "*", "loss": lambda m, x: m.head.bias.sum()}, r"got no gradient: .*embed\.weight"),
+    "no default targets": ({"targets": None}, "pass targets"),
+    "no gradient": ({"targets": "*", "loss": lambda m, x: m.head.bias.sum()}, r"without a gradient: .*embed\.weight"),
 }
 
 

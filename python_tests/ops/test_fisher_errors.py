@@ -54,7 +54,7 @@ SHARED = {  # what all three refuse; `m` and `n` are the shape of the total
     "norms, dtype": ({"norms": x(B, dtype=BF16)}, "norms must be torch.float32.*got torch.bfloat16"),
     "norms, strides": ({"norms": x(B, 2)[:, 0]}, r"norms must be contiguous, got strides \(2,\)"),
     "norms, autograd": ({"norms": x(B).requires_grad_()}, "norms requires grad.*detach"),
-    "index, shape": ({"index": index(M, N + 1)}, r"index was made for shape \[4, 6\].*activations make \["),
+    "index, shape": ({"index": index(M, N + 1)}, r"index was made for shape \[4, 6\].*activations give \["),
     "index, device": ({"index": index(M, N).to("meta")}, "index is on meta, the activations on cpu"),
     "index, total": ({"index": index(M, N)}, r"total must be.* of shape \[1\], got|total must be.* of shape \[1\] on"),
 }
@@ -131,9 +131,9 @@ def test_what_the_cases_start_from_is_right(made: Any, name: Any) -> None:
 
 
 SQUARES: dict[str, tuple[Callable[[], tuple[list[Tensor], list[Tensor]]], str]] = {
-    "too many totals": (lambda: ([x(2), x(3)], [x(2)]), "totals holds 2 tensors, grads 1"),
-    "too many gradients": (lambda: ([x(2)], [x(2), x(3)]), "totals holds 1 tensors, grads 2"),
-    "no gradients": (lambda: ([x(2)], []), "totals holds 1 tensors, grads 0"),
+    "too many totals": (lambda: ([x(2), x(3)], [x(2)]), "totals has 2 tensors, grads 1"),
+    "too many gradients": (lambda: ([x(2)], [x(2), x(3)]), "totals has 1 tensors, grads 2"),
+    "no gradients": (lambda: ([x(2)], []), "totals has 1 tensors, grads 0"),
     "shape": (lambda: ([x(2), x(3)], [x(2), x(4)]), r"totals\[1\] must be.*of shape \[4\].*got.*\[3\]"),
     "broadcast": (lambda: ([x(2, 3)], [x(3)]), r"totals\[0\] must be.*of shape \[3\].*got.*\[2, 3\]"),
     "integers": (lambda: ([x(2)], [x(2).long()]), r"grads\[0\] must be fp32, fp64, bf16 or fp16"),

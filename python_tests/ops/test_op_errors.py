@@ -91,7 +91,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
     "gate_probabilities, none": (
         partial(ops.gate_probabilities, **STG),
         lambda: ([],),
-        "give at least one vector",
+        "pass at least one vector",
     ),
     "gate_probabilities, dtypes": (
         partial(ops.gate_probabilities, **STG),
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple], str]] = {
     ),
     "take_columns, range": (ops.take_columns, lambda: (dense(), torch.tensor([1, 3])), r"lie in \[0, 3\), got 1 to 3"),
     "take_columns, dtype": (ops.take_columns, lambda: (dense(), ONES(2)), "columns must be int32 or int64"),
-    "put_columns, count": (ops.put_columns, lambda: (dense(), torch.tensor([1, 2]), 5), "x has 3 columns.*where 2 go"),
+    "put_columns, count": (ops.put_columns, lambda: (dense(), torch.tensor([1, 2]), 5), "x has 3 columns.*2 entries"),
     "put_columns, width": (ops.put_columns, lambda: (dense(), torch.tensor([0, 1, 2]), -1), "width must be at least 0"),
 }
 

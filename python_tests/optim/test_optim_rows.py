@@ -323,13 +323,13 @@ def test_refused_after_changes_of_the_run() -> None:
     def option(name: str, value: Any) -> Any:
         return lambda optimizer, p: optimizer.param_groups[1].update({name: value})
 
-    refused(widen, "'b': its state is torch.float32 on cpu, and would be torch.float64")
+    refused(widen, "'b': its state is torch.float32 on cpu, expected torch.float64")
     refused(lengthen, "'b': its state is of shape", sparse_state="all")
     refused(dense, "'b': its gradient is dense, and was sparse before")
     refused(dense, "'b': .*sparse_decay='touched'", sparse_state="all", sparse_decay="catch_up")
     refused(dense, "'b': .*correction='global'", sparse_state="all", sparse_bias_correction="row")
     refused(dense, "'b': its gradient is dense, but its moments", sparse_state="all", state_dtype=BF16)
-    refused(option("amsgrad", True), "'b': .*lacks max_exp_avg_sq; options of a run cannot change")
+    refused(option("amsgrad", True), "'b': .*lacks max_exp_avg_sq; these options cannot change during a run")
     refused(option("sparse_decay", "catch_up"), "lacks row_decay, decay_sum")
     refused(option("sparse_bias_correction", "row"), "lacks row_step")
     refused(option("differentiable", True), "differentiable=True is not possible")
@@ -363,6 +363,6 @@ def test_indices_want_dense_gradients() -> None:
     p = table()
     optimizer = sk.SparseAdamW([{"params": [p], "indices": [sk.Index(torch.tensor([1]), p.shape, rows=True)]}])
     p.grad = torch.ones(V, D).to_sparse(1)
-    with pytest.raises(ValueError, match="sparse, but it is stepped at positions"):
+    with pytest.raises(ValueError, match="sparse, but it is stepped at selected positions"):
         optimizer.step()
     assert not optimizer.state

@@ -50,8 +50,8 @@ def mean(net: nn.Module, batch: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({}, {"loss": mean}, r'loss must return one value a sample, shape \[5\], got \[\].*reduction="none"'),
-        ({"labels": None}, {}, "no loss for them; put labels in"),
+        ({}, {"loss": mean}, r'loss must return one value per sample, shape \[5\], got \[\].*reduction="none"'),
+        ({"labels": None}, {}, "no loss for them; add labels"),
         (
             {"attention_mask": torch.tensor([[1] * 9] * 4 + [[0] * 9])},
             {},

@@ -33,7 +33,7 @@ def zoo_gradients(net: nn.Module, tokens: Tensor) -> list[dict[str, Tensor]]:
 def test_every_kind_of_module_and_a_loss_of_ones_own() -> None:
     net, tokens = Zoo(), ids(6, 7)
     with pytest.warns(
-        RuntimeWarning, match=r"1 parameters take one backward a sample.*experts.weight \(Experts"
+        RuntimeWarning, match=r"1 parameters take one backward per sample.*experts.weight \(Experts"
     ) as said:
         found = fisher_diagonal(net, [{"ids": tokens}], loss=zoo_loss, **QUIET)
     assert_close(found, fisher(zoo_gradients(net, tokens)))
@@ -237,7 +237,7 @@ def test_a_small_gradient_is_right_too(how: str) -> None:
 def test_a_mixer_that_reads_the_weights_of_its_modules() -> None:
     """Mamba's dt_proj has gradients that are a millionth of the largest, and its forward is never run."""
     net, batch = mamba(vocabulary=FEW_WORDS), ragged("gpt2", (9, 9, 9))
-    with pytest.warns(RuntimeWarning, match=r"12 parameters take one backward a sample"):
+    with pytest.warns(RuntimeWarning, match=r"12 parameters take one backward per sample"):
         found = fisher_diagonal(net, [batch], **QUIET)
     assert_each_close(found, fisher(gradients(net, [batch])))
 

@@ -235,7 +235,7 @@ def test_masks_may_lie_anywhere():
     [
         ([UP, "layers.9"], {}, "names: the model has no module 'layers.9'"),
         (["embeddings.word_embeddings"], {}, "is a Embedding; expected a Linear or Conv1D"),
-        ([UP], {DOWN: closed(16)}, r"open_rows: '.*' is none of the planner's 1 modules"),
+        ([UP], {DOWN: closed(16)}, r"open_rows: '.*' is not one of the planner's 1 modules"),
         ([UP], {UP: closed(23)}, r"open_rows\['.*'\] must be bool of shape \[24\], got torch.bool of \[23\]"),
         ([UP], {UP: torch.ones(24)}, "got torch.float32"),
     ],

@@ -87,7 +87,7 @@ def test_many_triplets_are_all_of_them() -> None:
         ([torch.randn(3)], None, r"weights\[0\].*two dimensions"),
         ([torch.ones(2, 2), torch.ones(2, 2).long()], None, r"weights\[1\] must be fp32"),
         ([torch.ones(2, 2).to(torch.float8_e5m2)], None, r"weights\[0\] must be fp32"),
-        ([torch.ones(2, 2), torch.full((2, 2), float("nan"))], None, r"weights\[1\] holds NaN"),
+        ([torch.ones(2, 2), torch.full((2, 2), float("nan"))], None, r"weights\[1\] has NaN"),
         ([torch.ones(2, 2)], -1, "rank must not be negative"),
     ],
 )

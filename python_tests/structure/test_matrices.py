@@ -91,7 +91,7 @@ def test_read_and_write_refuse_what_does_not_fit():
         wider = list(weight.shape)
         wider[-2 if matrix.transposed else -1] += 1
         for wrong in (weight[None], weight[0], torch.zeros(wider)):
-            with pytest.raises(ValueError, match=r"weight: .* has no place for "):
+            with pytest.raises(ValueError, match=r"weight: .* does not contain "):
                 matrix.read(wrong)
 
 

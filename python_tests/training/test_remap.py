@@ -68,7 +68,7 @@ def test_ages(pair: tuple[Index, Index], seed: int) -> None:
     for step in (single, several):
         written: Any = step.reshape(-1, *[1] * (len(old.compact_shape) - 1)).expand(old.compact_shape)
         expected = torch.where(mask(new), put(torch.zeros(old.shape), old, written), 0.0)
-        of_new = take(expected, new).reshape(len(new), new.width)
+        of_new = take(expected, new).reshape(len(new), new.elements_per_position)
         mixed = (of_new != of_new[:, :1]).any(1)
         if not mixed.any():
             assert torch.equal(Remap(old, new).ages(step, "w"), of_new[:, 0])

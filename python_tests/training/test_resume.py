@@ -137,9 +137,9 @@ def test_other_positions_of_the_same_size_are_refused(form: str, named: bool) ->
     weights, before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(
         ValueError,
-        match=r"0\.weight.*as many other positions.*reselect"
+        match=r"0\.weight.*same size but with other positions.*reselect"
         if named or form == "compact"
-        else r"params\[0\].*as many other positions.*reselect",
+        else r"params\[0\].*same size but with other positions.*reselect",
     ):
         optimizer.load_state_dict(saved.state_dict())
     assert same(weights, model.state_dict())

@@ -203,5 +203,5 @@ def test_rows_that_another_optimizer_rounded_are_refused() -> None:
     train(embedding, optimizer, 0, 2)
     other = torch.optim.AdamW(embedding.parameters())
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"another optimizer had this state.*bfloat16"):
+    with pytest.raises(ValueError, match=r"another optimizer changed this state.*bfloat16"):
         optimizer.load_state_dict(other.state_dict())

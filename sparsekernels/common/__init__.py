@@ -1,1 +1,1 @@
-"""Shared ground: files, warnings, names of parameters and which of them can be used. Imports nothing of the package."""
+"""Shared by all rooms: files, warnings, parameter names, and which parameters are supported. Imports no other room."""

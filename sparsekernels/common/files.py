@@ -1,4 +1,4 @@
-"""Safetensors files that are either whole or not there, and what is in them checked before it is used."""
+"""Safetensors files that are either complete or absent, and whose contents are checked before use."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed save leaves behind stays there
+except ImportError:  # Windows: leftovers of killed saves are not removed
     fcntl = None  # type: ignore[assignment]
 
-CONTENT, LOCK = "content", "lock"  # files in a folder of `replacing`; who writes there holds the lock of the second
+CONTENT, LOCK = "content", "lock"  # files in a folder of `replacing`; a writer holds a lock on the second
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file; an exception, a kill or a power cut on the way leaves what was there, whole."""
+    """Write a file; an exception, a kill or a power cut meanwhile leaves the old file intact."""
     with replacing(path) as partial:
-        # Copies, for safetensors refuses tensors that share memory, as one Index under two names does.
+        # Copies: safetensors refuses tensors that share memory, such as one Index under two names.
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, partial, dict(metadata))
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A new file to write, which takes the place of `path` at the end, unless an exception comes first.
+    """A new file to write, which replaces `path` at the end, unless an exception is raised.
 
-    It lies in a folder of its own beside `path`, `.<name>.<random>.partial`: a killed process can remove nothing, and
-    safetensors writes a temporary file too. The folder holds a lock that the kernel releases when the process dies,
-    whatever killed it and in whatever pid namespace; the next save of this path removes folders that nobody locks.
+    It is in a folder of its own beside `path`, `.<name>.<random>.partial`: a killed process cannot clean up, and
+    safetensors writes a temporary file too. The folder has a lock that the kernel releases when the process dies,
+    however it was killed and in any pid namespace; the next save of this path removes folders that are not locked.
 
-    It is flushed to the disk before it is moved, or a power cut could leave the new name with no content. That takes as
-    long as the disk needs: measured on ext4, 1 ms for 40 kB, 13 ms for 4 MB, 90 ms for 40 MB, as much as the rest.
+    The file is flushed to the disk before it is moved, because after a power cut the new name could otherwise have no
+    content. The flush takes as long as the disk needs: measured on ext4, 1 ms for 40 kB, 13 ms for 4 MB, 90 ms for 40
+    MB, as much as the rest.
     """
     path = Path(path)
     _remove_leftovers(path)
@@ -48,7 +49,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         partial = folder / CONTENT
         yield partial
-        # The lock was made like any new file, so it has the mode that one should have; safetensors gives its own 0600.
+        # The lock file has the mode of any new file; safetensors creates its own with 0600.
         os.chmod(partial, os.fstat(lock).st_mode & 0o777)
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
@@ -61,7 +62,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def _locked_folder(path: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        with suppress(FileNotFoundError):  # another save took the folder for a leftover, before it was locked
+        with suppress(FileNotFoundError):  # another save removed the folder as a leftover before it was locked
             return folder, _locked(folder, wait=True)
 
 
@@ -74,12 +75,12 @@ def _locked(folder: Path, wait: bool) -> int:
     lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         if fcntl is not None:
-            # Without locks in the file system nobody can take it, so nothing is removed. Not lockf: its locks are per
-            # process, and two threads may save.
+            # If the file system has no locks, nothing is removed. Not lockf: its locks are per process, and two
+            # threads may save.
             with suppress(OSError) if wait else nullcontext():
                 fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
-            raise FileNotFoundError(f"{folder / LOCK} is another file now")
+            raise FileNotFoundError(f"{folder / LOCK} was replaced")
     except BaseException:
         os.close(lock)
         raise
@@ -87,7 +88,7 @@ def _locked(folder: Path, wait: bool) -> int:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what saves of `path` left behind that were killed, as far as that is possible."""
+    """Remove leftovers of killed saves of `path`, as far as possible."""
     if fcntl is None:
         return
     ours = re.compile(re.escape(f".{path.name}.") + r"\w{8}\.partial")
@@ -117,28 +118,28 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
                 found = metadata.get("sparsekernels", "another kind of file")
                 raise ValueError(f"{path} holds {found}, not a {kind}")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
-    except (SafetensorError, TypeError) as error:  # TypeError: a size of 2^63 or more beside one of 0
+    except (SafetensorError, TypeError) as error:  # TypeError: a size of 2^63 or more next to one of 0
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
 
 
 def _once(path: str | Path, opened: int) -> str:
-    """A name for an open file. By its path safe_open would open it twice, and it may be replaced in between."""
+    """A name for an open file. By its path safe_open would open it again, and it may have been replaced in between."""
     name = f"/dev/fd/{opened}"
     return name if os.path.exists(name) else str(path)
 
 
 def described(path: str | Path, text: str | None, schema: Any) -> Any:
-    """What the JSON in a file's metadata says, if it has the form of `schema`, or else ValueError.
+    """Parse the JSON in a file's metadata; raises ValueError unless it matches `schema`.
 
-    A schema is a type, which a value has exactly (True is no int); a tuple of such; [schema], a list; {str: schema}, an
-    object with any names; or {"name": schema, ...}, an object with these names and no others.
+    A schema is a type, which a value has exactly (True is not an int); a tuple of types; [schema], a list; {str:
+    schema}, an object with any names; or {"name": schema, ...}, an object with exactly these names.
     """
     if text is None:
         raise ValueError(f"{path} is damaged: its metadata is missing")
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its metadata is not the JSON that was written: {error}") from error
+        raise ValueError(f"{path} is damaged: its metadata is not valid JSON: {error}") from error
     _check(path, value, schema)
     return value
 
@@ -153,7 +154,7 @@ def _check(path: str | Path, value: Any, schema: Any) -> None:
         for entry in value:
             _check(path, entry, schema[0])
     elif type(value) not in (schema if isinstance(schema, tuple) else (schema,)):
-        raise ValueError(f"{path} is damaged: a {type(value).__name__} where it does not belong in its metadata")
+        raise ValueError(f"{path} is damaged: unexpected {type(value).__name__} in its metadata")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,16 +165,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_names(path: str | Path, tensors: Mapping[str, Tensor], expected: Iterable[str]) -> None:
-    """Raise ValueError unless the tensors of a file are those, and no others."""
+    """Raise ValueError unless the file has exactly these tensors."""
     expected = set(expected)
-    for wrong, what in ((expected - tensors.keys(), "lacks"), (tensors.keys() - expected, "should not hold")):
+    for wrong, what in ((expected - tensors.keys(), "lacks"), (tensors.keys() - expected, "should not contain")):
         if wrong:
             raise ValueError(f"{path} is damaged: it {what} {min(wrong)!r}")
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """What goes wrong while the contents of a file are put together is the fault of the file."""
+    """A context in which errors are reported as damage of the file."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Which parameters of a model are meant: by pattern, as the task head, or as a method's default targets."""
+"""Which parameters of a model to use: by pattern, as the task head, or as a method's default targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def matching(names: Iterable[str], patterns: Iterable[str], argument: str) -> li
     """The names that match any of the patterns (as in `fnmatch`), in their order; `argument` is for the message.
 
     Raises:
-        ValueError: a pattern that matches nothing.
+        ValueError: a pattern matches nothing.
     """
     names, patterns = list(names), [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in patterns:
@@ -39,9 +39,9 @@ def groups(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
 
 
 def base_parameters(model: nn.Module) -> list[str]:
-    """The parameters of the model itself, whatever requires_grad says: without the adapters that PEFT added.
+    """The parameters of the model itself, with or without requires_grad, except the adapters that PEFT added.
 
-    A copy that PEFT trains of a whole module (modules_to_save) stands in for that module, where it is in use.
+    A copy that PEFT trains of a whole module (modules_to_save) replaces that module if it is active.
     """
     added: list[str] = []
     for path, module in model.named_modules():
@@ -77,8 +77,7 @@ def embedding_weight(model: nn.Module, name: str | None = None, argument: str = 
     """The name of the input embedding's table, [V, D]; or `name`, if that is such a parameter.
 
     Raises:
-        ValueError: the model does not say what its input embedding is, or has no such parameter; `argument` is for the
-            message.
+        ValueError: the model has no get_input_embeddings(), or no such parameter; `argument` is for the message.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if name is None:
@@ -86,14 +85,14 @@ def embedding_weight(model: nn.Module, name: str | None = None, argument: str = 
         weight = getattr(ask() if ask else None, "weight", None)
         name = next((n for n, p in parameters.items() if p is weight), None)
         if name is None:
-            raise ValueError(f"{argument}: the model has no get_input_embeddings() with a weight; name the table")
+            raise ValueError(f"{argument}: the model has no get_input_embeddings() with a weight; pass the table name")
     if name not in parameters or parameters[name].dim() != 2:
-        raise ValueError(f"{argument}: {name!r} is no two-dimensional parameter of the model")
+        raise ValueError(f"{argument}: {name!r} is not a two-dimensional parameter of the model")
     return name
 
 
 def default_head(model: nn.Module) -> list[str]:
-    """The parameters of a task head, which starts from random weights and trains densely."""
+    """The parameters of a task head, which starts from random weights and is trained densely."""
     return [name for name in base_parameters(model) if in_head(name)]
 
 
@@ -103,11 +102,11 @@ def in_head(name: str) -> bool:
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
-    """Each parameter's name, and the one that it has in the model without what wraps it.
+    """Each parameter's name, and its name in the model without wrappers.
 
-    Wrappers are PEFT, torch.compile, DataParallel and DistributedDataParallel. Where PEFT trains a copy of a module
-    (`modules_to_save`), the copy stands for it, which is what the forward reads. What PEFT adds is in no plain model
-    and keeps its name, and so do several parameters that would have the same.
+    Wrappers are PEFT, torch.compile, DataParallel and DistributedDataParallel. If PEFT trains a copy of a module
+    (`modules_to_save`), the copy gets the plain name, because the forward reads it. Parameters that PEFT adds keep
+    their names, and so do several parameters that would get the same one.
     """
     return {
         name: plain if len({id(parameter) for parameter, _ in found}) == 1 else name
@@ -117,7 +116,7 @@ def plain_names(model: nn.Module) -> dict[str, str]:
 
 
 def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """For names of the model, or of the model without what wraps it: those of the model. Unknown ones are left out.
+    """For names of the model, or of the model without wrappers: the model's names. Unknown ones are dropped.
 
     Raises:
         ValueError: a plain name that several parameters would have.
@@ -130,7 +129,7 @@ def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         if name not in found and name in by_plain:
             alike = dict(by_plain[name])
             if len(alike) > 1:
-                raise ValueError(f"{name!r} may be any of {', '.join(alike.values())}; give the name that is meant")
+                raise ValueError(f"{name!r} may be any of {', '.join(alike.values())}; pass one of these")
             found[name] = next(iter(alike.values()))
     return found
 

@@ -1,4 +1,4 @@
-"""Which parameters the package can touch: whole ones, in plain memory of one process."""
+"""Which parameters the package supports: unsharded ones, in plain memory of one process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PARTITIONED = "ds_id"  # what DeepSpeed ZeRO-3 sets on every parameter
 
 
 def refuse_unsupported(name: str, tensor: Tensor) -> None:
-    """Raise ValueError for a parameter that is sharded, quantised or not there yet."""
+    """Raise ValueError for a parameter that is sharded, quantised or not yet initialised."""
     kind = type(tensor).__name__
     if kind in ("DTensor", "FlatParameter") or PARTITIONED in tensor.__dict__:
         refuse_sharded(name)
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise ValueError(
-            f"{name} is {kind}: quantised and other wrapped weights are not supported, for what is written into them "
-            "would be lost; load the model without quantisation"
+            f"{name} is {kind}: quantised and other wrapped weights are not supported, because writes into them would "
+            "be lost; load the model without quantisation"
         )
     if is_lazy(tensor):
         raise ValueError(f"{name} has no values yet; run one forward first")
@@ -31,13 +31,13 @@ def refuse_sharded(name: str) -> NoReturn:
     """Raise ValueError for a parameter that is sharded."""
     raise ValueError(
         f"{name} is sharded (fully_shard, FSDP, tensor parallelism or DeepSpeed ZeRO-3), which is not supported yet: "
-        "what is trained would not reach the weight. Use one process or DistributedDataParallel, and do not shard the "
-        "model before or after"
+        "training would not reach the weight. Use one process or DistributedDataParallel, and do not shard the model "
+        "before or after"
     )
 
 
 def refuse_unsupported_of(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Raise ValueError if one of these parameters, by default any, is sharded, quantised or not there yet."""
+    """Raise ValueError if one of these parameters, by default any, is sharded, quantised or not yet initialised."""
     chosen = None if names is None else set(names)
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
@@ -50,7 +50,7 @@ def refuse_unsupported_of(model: nn.Module, names: Iterable[str] | None = None) 
 
 
 def as_integers(x: Tensor) -> Tensor:
-    """The bits, so that -0 is not 0 and NaN is itself where they are compared."""
+    """The bits, so that comparisons distinguish -0 from 0, and NaN equals itself."""
     if x.is_complex():
         x = torch.view_as_real(x)
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

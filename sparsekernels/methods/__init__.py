@@ -1,4 +1,4 @@
-"""The methods: each reads like its paper's pseudo-code. Most end in a Selection, which is then trained or moved."""
+"""The methods; each reads like its paper's pseudo-code. Most return a Selection, to train or to transfer."""
 
 from . import gates, ks_lottery, laser
 from .fish import fish

@@ -27,33 +27,44 @@ def fish(
 ) -> Selection:
     """Select, over all tensors together, the entries with the largest diagonal Fisher information.
 
-    One global top-k: k = int(density * numel of the model) - numel of the head, which trains densely and is charged to
-    the budget. The Fisher information is a sum over samples of squared per-sample gradients, in eval mode. The model is
-    left as it was.
+    One global top-k with k = int(density * numel of the model) - numel of the head: the head trains densely and counts
+    against the budget. The Fisher information is a sum over samples of squared per-sample gradients, in eval mode. The
+    model is not changed.
 
     Args:
         model, samples, labels, loss: as in `sparsekernels.fisher_diagonal`.
         density: share of all parameters of the model that train, head included, in (0, 1]. Adapters do not count.
-        num_samples: the first so many samples are used; None for all.
-        targets: patterns (as in `fnmatch`) of the parameters that compete; default: all but the head, embeddings,
-            biases and norms too, frozen ones as well, without the adapters of PEFT, and without what is used outside
-            the forward of its module as well, where `train_only` cannot train it. A warning names the latter.
-        head: patterns of parameters to train densely; default: everything under a module called classifier, score,
+        num_samples: use only the first `num_samples` samples; None for all.
+        targets: patterns (as in `fnmatch`) of the parameters that compete. Default: all but the head, including
+            embeddings, biases, norms and frozen parameters, without PEFT's adapters. Weights that are also used outside
+            their module's forward, which `train_only` cannot train, are left out too, with a warning.
+        head: patterns of parameters to train densely. Default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
-        max_fisher_bytes: targets are worked through in groups whose Fisher diagonals fit in this, each group with its
-            own passes over the samples; the best k so far are carried along. The result does not depend on it.
+        max_fisher_bytes: targets are processed in groups whose Fisher diagonals fit in this, each group with its own
+            passes over the samples; the best k so far are kept. The result does not depend on it.
         progress: show a progress bar.
 
     Returns:
-        Selection with elements of the targets, and the head as all of its rows. `.report` holds the number of
-        "samples", "carried", the share of the Fisher information of all targets that the selection carries, and
-        "left_out", what was left out of the default targets, since it is used outside the forward of its module.
+        Selection with elements of the targets, and the head as all of its rows. `.report` has "samples", their number;
+        "carried", the share of the Fisher information of all targets that the selection carries; "left_out", the
+        default targets that were left out.
 
     Raises:
-        ValueError: density out of (0, 1] or used up by the head, patterns that match nothing, targets that are named
-            and used outside the forward of their module, and all that `fisher_diagonal` raises.
+        ValueError: density out of (0, 1] or used up by the head, patterns that match nothing, named targets that are
+            also used outside their module's forward, and all that `fisher_diagonal` raises.
 
-    Source: paper and the authors' code (global top-k, budget, eval mode, density, 1024 samples). Ours: groups.
+    Numerics: as `fisher_diagonal`; ties go to the lower position. Deterministic on the CPU.
+
+    Source: FISH (Sung et al., arXiv 2111.09839) and the authors' code (global top-k, budget, eval mode, density, 1024
+    samples). Ours: groups.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> samples = [{"x": torch.randn(16, 4)}]
+        >>> loss = lambda model, batch: model(batch["x"]).square().sum(1)  # one loss per sample
+        >>> selection = sk.methods.fish(model, samples, density=0.1, loss=loss)
+        >>> selection.numel, selection.report["samples"]
+        (4, 16)
     """
     batches = take(samples, num_samples)
     search = Search.start("fish", model, batches, density, targets, head, loss, labels, max_fisher_bytes, progress)

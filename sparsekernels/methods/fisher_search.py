@@ -1,4 +1,4 @@
-"""The search for the largest Fisher information, which FISH Mask does once and IRD many times."""
+"""The search for the largest Fisher information: FISH Mask runs it once, IRD many times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_FISHER_BYTES = 4 << 30
 
 
 def take(samples: Iterable[Batch], limit: int | None) -> list[Batch]:
-    """The batches up to so many samples; the last one is cut."""
+    """The batches up to this many samples; the last one is cut."""
     if limit is not None and limit < 1:
         raise ValueError(f"num_samples must be at least 1, got {limit}")
     taken: list[Batch] = []
@@ -38,10 +38,11 @@ def take(samples: Iterable[Batch], limit: int | None) -> list[Batch]:
 
 @dataclass
 class Search:
-    """What FISH and IRD share: the budget, and the best k entries of a set by Fisher information.
+    """The part that FISH and IRD share: the budget, and the best k entries of a set by Fisher information.
 
-    everything: name -> None (the whole tensor) for each target. k: entries to select among them. left_out: names that
-    are no targets by default, since they are used outside the forward of their module.
+    everything: name -> None (the whole tensor) for each target. k: number of entries to select. left_out: names
+        excluded
+    from the default targets, because they are used outside their module's forward.
     """
 
     model: nn.Module
@@ -78,11 +79,11 @@ class Search:
         charged, available = sum(parameters[n].numel() for n in dense), sum(parameters[n].numel() for n in chosen)
         k = min(int(total * density) - charged, available)
         if not chosen:
-            raise ValueError("targets: all of them belong to the head, which trains densely; nothing is left to select")
+            raise ValueError("targets: all of them belong to the head, which trains densely; nothing to select")
         if k < 1:
             raise ValueError(
-                f"density {density} of {total:,} weights leaves none beside the {charged:,} of the head, which train "
-                "densely; raise density, or name less as head"
+                f"density {density} of {total:,} weights leaves none besides the {charged:,} of the head, which train "
+                "densely; raise density, or pass a smaller head"
             )
         gradients = PerSampleGradients(model, batches, dict.fromkeys(chosen), loss, labels)
         left_out = [name for name in chosen if name in gradients.outside]

@@ -1,4 +1,4 @@
-"""How much of the gradient the largest entries hold."""
+"""The share of the gradient norm that the largest entries carry."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CURVE_CHUNK = 1 << 22  # elements whose buckets exist at a time
 
 
 class GradientCurve:
-    """How much of the gradient norm the largest entries carry, from histograms of magnitude; nothing is sorted.
+    """The share of the gradient norm that the largest entries carry, from histograms of magnitude; nothing is sorted.
 
-    Entries fall into buckets by the upper 16 bits of their fp32 magnitude; count and energy (sum of squares) of each
-    bucket give the curve, linear inside a bucket. Each tensor contributes its own largest share, as SIFT selects.
+    Entries are bucketed by the upper 16 bits of their fp32 magnitude. Count and energy (sum of squares) of each bucket
+    give the curve, linear inside a bucket. Each tensor contributes its own largest share, as SIFT selects.
     """
 
     BUCKETS = 1 << 15

@@ -37,39 +37,51 @@ def sift(
     """Select, in each target tensor, the share `density` of entries with the largest |gradient|.
 
     Per tensor: k = min(int(density * numel) + 1, numel); the gradient is that of the loss summed over the first
-    `num_batches` batches. The model's weights, gradients, requires_grad flags and mode are left as they were; the mode
-    it is in (train or eval) is the one that is used, and buffers that a forward updates (BatchNorm) are updated.
+    `num_batches` batches. Weights, gradients, requires_grad and the model's mode do not change. The forward runs in the
+    current mode (train or eval); buffers that a forward updates (BatchNorm) are updated.
 
     Args:
         model: any torch model.
-        batches: batches in Hugging Face form (a mapping of tensors with labels), or whatever `loss` takes. Tensors in
-            mappings are moved to the device of the model.
-        density: share of each target in (0, 1].
-        targets: patterns (as in `fnmatch`) of parameter names; default: every weight of two or more dimensions inside
-            the numbered blocks, that is attention and MLP projections, frozen ones as well, without embeddings, norms,
-            the head, adapters of PEFT, and what is used outside the forward of its module as well, where `train_only`
-            cannot train it. A warning names the latter.
-        head: patterns of parameters to train densely; default: everything under a module called classifier, score,
+        batches: batches in Hugging Face form (mappings of tensors with labels), or whatever `loss` accepts. Tensors in
+            mappings are moved to the model's device.
+        density: share of each target, in (0, 1].
+        targets: patterns (as in `fnmatch`) of parameter names. Default: attention and MLP projections, that is every
+            weight of two or more dimensions inside numbered blocks, frozen ones included, without embeddings, norms,
+            the head and PEFT's adapters. Weights that are also used outside their module's forward, which `train_only`
+            cannot train, are left out too, with a warning.
+        head: patterns of parameters to train densely. Default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
-        num_batches: how many batches to sum over.
-        loss: function of (model, batch); default `model(**batch).loss`.
-        max_gradient_bytes: with num_batches > 1, targets are worked through in groups whose gradients fit in this, each
-            group with its own passes over the batches. With one batch a gradient is freed as soon as its entries are
+        num_batches: number of batches to sum over.
+        loss: function of (model, batch). Default: `model(**batch).loss`.
+        max_gradient_bytes: with num_batches > 1, targets are processed in groups whose gradients fit in this, each
+            group with its own passes over the batches. With one batch, each gradient is freed once its entries are
             selected, and this is not used.
         progress: show a progress bar.
 
     Returns:
         Selection with the targets as elements and the head as all of its rows. `.report["curve"]` is a list of
         (share, carried): the largest `share` of each target's entries carries `carried` of the L2 norm of the gradient
-        of all targets, to the resolution of 1/128 in magnitude. `.report["left_out"]`: what was left out of the default
-        targets, since it is used outside the forward of its module.
+        of all targets, to a resolution of 1/128 in magnitude. `.report["left_out"]`: the default targets that were left
+        out.
 
     Raises:
-        ValueError: density or num_batches out of range, patterns that match nothing, fewer batches than asked,
-            a target that gets no gradient, that is named and used outside the forward of its module, or NaN in one;
-            parameters that are sharded or quantised.
+        ValueError: density or num_batches out of range, patterns that match nothing, fewer batches than num_batches, a
+            target without a gradient or with NaN in it, a named target that is also used outside its module's forward,
+            or parameters that are sharded or quantised.
+        RuntimeError: reentrant gradient checkpointing.
 
-    Source: paper, section 3, and the authors' code (rule for k, targets, one batch). Ours: pooler counts as head.
+    Numerics: gradients as the model's backward gives them; ties go to the lower position. Deterministic if the model
+        is.
+
+    Source: SIFT (Song et al., arXiv 2312.11875), section 3, and the authors' code (rule for k, targets, one batch).
+        Ours:
+    pooler counts as head.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> batches = [torch.randn(16, 4)]
+        >>> sk.methods.sift(model, batches, density=0.1, loss=lambda model, x: model(x).square().mean())
+        Selection(6 elements of 2 tensors)
     """
     count_for(1, None, density)
     names = dict(model.named_parameters())
@@ -77,13 +89,13 @@ def sift(
     chosen = matching(names, targets, "targets") if targets is not None else default_targets(model)
     chosen = [name for name in chosen if name not in set(dense)]
     if not chosen:
-        raise ValueError("targets: the model has no weights in numbered blocks; name the targets yourself")
+        raise ValueError("targets: the model has no weights in numbered blocks; pass targets")
     refuse_unsupported_of(model, [*chosen, *dense])
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
     first = list(itertools.islice(batches, num_batches))
     if len(first) < num_batches:
-        raise ValueError(f"num_batches is {num_batches}, but batches holds only {len(first)}")
+        raise ValueError(f"num_batches is {num_batches}, but batches has only {len(first)}")
 
     found: dict[str, Index] = {}
     outside: set[str] = set()
@@ -101,7 +113,7 @@ def sift(
             outside |= _gradients(model, {name: names[name] for name in group}, first, loss or default_loss, take)
     missing = [name for name in chosen if name not in found and name not in outside]
     if missing:
-        raise ValueError(f"targets that got no gradient: {', '.join(missing[:5])}; leave them out of targets")
+        raise ValueError(f"targets without a gradient: {', '.join(missing[:5])}; leave them out of targets")
     left_out = [name for name in chosen if name in outside]
     chosen = [name for name in chosen if name in found]
     if targets is not None or not chosen:
@@ -121,16 +133,16 @@ def _gradients(
     loss: Loss,
     take: Callable[[str, Tensor], None],
 ) -> set[str]:
-    """Call take(name, gradient summed over the batches) for each parameter; with one batch, as soon as it is there.
+    """Call take(name, gradient summed over the batches) for each parameter; with one batch, as soon as it is computed.
 
-    Not for those that are used outside their module's forward: their names are returned.
+    Parameters used outside their module's forward are skipped; their names are returned.
     """
     taken: set[str] = set()
     outside: set[str] = set()
 
     def hand_over(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        if name not in uses.own:  # where checkpointing hides the graph, that at least can be told
+        if name not in uses.own:  # detected even where checkpointing hides the graph
             outside.add(name)
         if name not in outside:
             take(name, parameter.grad)
@@ -140,7 +152,7 @@ def _gradients(
         def freed(parameter: Tensor) -> None:
             if name in taken:
                 raise RuntimeError(
-                    f"the gradient of {name!r} comes in pieces; use checkpointing with use_reentrant=False"
+                    f"the gradient of {name!r} arrives in pieces; use checkpointing with use_reentrant=False"
                 )
             taken.add(name)
             hand_over(name, parameter)

@@ -1,1 +1,1 @@
-"""Modules that stand in for a layer of a model: low-rank, pruned, gated. They know ops, and no model around them."""
+"""Modules that replace a layer of a model: low-rank, pruned, gated. They use ops, and know nothing of the model."""

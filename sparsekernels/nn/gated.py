@@ -1,4 +1,4 @@
-"""Linear layers under stochastic gates: the gates are multiplied into the frozen weight, never into activations."""
+"""Linear layers with stochastic gates, which are multiplied into the frozen weight, never into activations."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from ..ops.gates.checks import Kind
 
 @dataclass
 class Gating:
-    """What the gates of a layer, or of many, are like. Layers of a model share one.
+    """Settings of gates. The layers of a model share one instance.
 
     Attributes:
         kind, noise: as in `sk.ops.gate_values`.
-        probing: whether backward also leaves dL/dz of every open gate in `probes` of its layer.
-        watching: whether training notes in `LayerGates.used_outside` that a layer's weight or bias was used outside its
-            module's forward, where no gate reaches. For that, reading it there gives an alias instead of the Parameter.
-        frozen: gates have no noise and a gradient of zero, in train mode too; in eval mode there never is noise.
+        probing: backward also leaves dL/dz of every open gate in `probes` of its layer.
+        watching: in training, record in `LayerGates.used_outside` that a layer's weight or bias was used outside its
+            module's forward, where gates have no effect. Reading it there then returns an alias instead of the
+            Parameter.
+        frozen: gates have no noise and a gradient of zero, in train mode too; in eval mode there is never noise.
     """
 
     kind: Kind
@@ -40,8 +41,8 @@ SIDES = ("rows", "columns")
 class _Gated(torch.autograd.Function):
     """y = x W'^T + b', with W' = z_r * (W + scale * B A) * z_c and b' = z_r * b; W stays frozen.
 
-    W' is made anew in backward, from the key. Of the activations x and y are kept, as far as they are needed; for y is
-    z_r times what it was without its gates, its product with dy holds their gradient.
+    Backward recomputes W' from the key. The activations x and y are saved if needed: y is z_r times the ungated output,
+    so the product of y and dy yields the gradient of z_r.
     """
 
     @staticmethod
@@ -110,10 +111,10 @@ def _fold(
     a: Tensor | None, b: Tensor | None, key: Tensor | None,
     kind: Kind, noise: float, transposed: bool, group: int, scale: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """W', laid out as the weight, and b'; in `dtype`."""
+    """W', laid out like the weight, and b'; in `dtype`."""
     if a is not None and b is not None:
         left, right = (a.T, b.T) if transposed else (b, a)
-        with torch.autocast(weight.device.type, enabled=False):  # a backward or compress() may be called within one
+        with torch.autocast(weight.device.type, enabled=False):  # a backward or compress() may run inside autocast
             weight = torch.addmm(weight.to(a.dtype), left, right, alpha=scale)
     if bias is not None:
         bias = bias.to(weight.dtype)
@@ -134,7 +135,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 class _Watched(torch.autograd.Function):
-    """A parameter as it is; a backward that reaches it is noted."""
+    """A parameter as it is; a backward that reaches it is recorded."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, token: Tensor, gates: LayerGates) -> Tensor:
@@ -148,13 +149,13 @@ class _Watched(torch.autograd.Function):
 
 
 def _watched(name: str) -> property:
-    """The parameter of a gated layer, as others than its forward get it."""
+    """The parameter of a gated layer, as code other than its forward reads it."""
 
     def read(layer: Any) -> Tensor | None:
         parameter, gates = layer._parameters[name], layer.gates
         if parameter is None or not (layer.training and gates.gating.watching and torch.is_grad_enabled()):
             return parameter
-        # A frozen weight needs company to have a backward.
+        # A frozen weight needs another input that requires grad, to have a backward.
         return _Watched.apply(parameter, parameter.new_zeros(()).requires_grad_(), gates)  # type: ignore[no-any-return]
 
     return property(read)
@@ -164,14 +165,15 @@ class LayerGates(nn.Module):
     """The gates of one layer and its low-rank factors; a submodule `gates` of the layer.
 
     Parameters, each of which may be None: `rows` [M] and `columns` [N / column_group], logits; `lora_A` [r, N] and
-    `lora_B` [M, r]. All are fp32 (fp64 for an fp64 weight), whatever the weight is.
+    `lora_B` [M, r]. All are fp32 (fp64 for an fp64 weight), whatever the dtype of the weight.
 
     Attributes:
-        gating: what the gates are like. column_group: neighbouring columns that share a gate.
-        lora_scale: what B A is multiplied by. transposed: the weight is [N, M].
+        gating: shared settings. column_group: number of neighbouring columns that share a gate.
+        lora_scale: factor of B A. transposed: the weight is [N, M].
         probes: by name of the gates, tensors whose .grad is dL/dz after a backward, if `gating.probing`.
-        used_outside: whether a backward met the weight or bias outside the layer's forward, while `gating.watching`.
-        left_out: whether the layer computes what it would without gates and low-rank factors.
+        used_outside: whether a backward reached the weight or bias outside the layer's forward, while
+            `gating.watching`.
+        left_out: whether the layer computes as it would without gates and low-rank factors.
     """
 
     rows: nn.Parameter | None
@@ -192,7 +194,7 @@ class LayerGates(nn.Module):
         if self.left_out:
             return _linear(input, weight, bias, self.transposed)
         noisy = layer.training and not self.gating.frozen
-        # From torch's generator: a forward that checkpointing runs again starts from the same state of it.
+        # From torch's generator, whose state checkpointing restores for recomputation.
         key = torch.randint(2**63 - 1, (1,), device=input.device) if noisy else None
         device, dtype = input.device.type, input.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -208,7 +210,7 @@ class LayerGates(nn.Module):
 
     @torch.no_grad()
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight, [M, N], and bias as evaluation has them, gates and low-rank factors multiplied in; same dtype."""
+        """Weight, [M, N], and bias as in evaluation, multiplied by gates, with low-rank factors added; same dtype."""
         rows, columns, a, b = self._parts(weight)
         options = (self.gating.kind, self.gating.noise, self.transposed, self.column_group, self.lora_scale)
         weight, bias = _fold(weight.dtype, weight, bias, rows, columns, a, b, None, *options)
@@ -228,7 +230,7 @@ class LayerGates(nn.Module):
 
 
 class GatedLinear(nn.Linear):
-    """An `nn.Linear` under gates. Made by `gate` from an existing module."""
+    """An `nn.Linear` with gates. Made by `gate` from an existing module."""
 
     gates: LayerGates
     weight = _watched("weight")  # type: ignore[assignment]
@@ -256,16 +258,16 @@ def gate(
     lora_rank: int = 0,
     lora_scale: float = 1.0,
 ) -> None:
-    """Put a Linear or Conv1D under gates, in place: it changes its class, its weight is frozen.
+    """Add gates to a Linear or Conv1D, in place: its class changes, its weight is frozen.
 
     Args:
         module: of exactly one of the two classes.
         gating: shared by the layers of a model.
-        rows ([M]), columns ([N / column_group]): logits to start from; None: no gates on that side.
-        column_group: neighbouring columns that share a gate.
-        lora_rank: r of factors B A that are added to the weight; B starts from zero, A from normal numbers over
-            sqrt(N), drawn by torch's generator. 0: none.
-        lora_scale: what B A is multiplied by.
+        rows ([M]), columns ([N / column_group]): initial logits; None: no gates on that side.
+        column_group: number of neighbouring columns that share a gate.
+        lora_rank: r of factors B A added to the weight; B starts at zero, A normal over sqrt(N), from torch's
+            generator. 0: none.
+        lora_scale: factor of B A.
     """
     weight: Any = module.weight
     transposed = not isinstance(module, nn.Linear)
@@ -285,13 +287,13 @@ def _parameter(x: Tensor | None, weight: Tensor) -> nn.Parameter | None:
 
 
 def ungate(module: nn.Module) -> LayerGates:
-    """Make the module what it was, its weight still frozen, and return the gates; `put_back` undoes it."""
+    """Return the module to its original class, its weight still frozen; returns the gates, for `put_back`."""
     gates: LayerGates = module._modules.pop("gates")  # type: ignore[assignment]
     module.__class__ = type(module).__mro__[1]
     return gates
 
 
 def put_back(module: nn.Module, gates: LayerGates) -> None:
-    """Put the module under these gates, which are its own."""
+    """Give the module back the gates that `ungate` returned."""
     module.__class__ = _gated_class(type(module))  # type: ignore[arg-type]
     module._modules["gates"] = gates

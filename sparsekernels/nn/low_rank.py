@@ -24,45 +24,47 @@ class Block:
 
     @property
     def rows(self) -> int:
-        """M_k, the rows of the weight."""
+        """M_k, the number of rows of the weight."""
         return self.down.shape[0] if self.up is None else self.up.shape[0]
 
     @property
     def numel(self) -> int:
-        """Stored elements."""
+        """Number of stored elements."""
         return self.down.numel() + (0 if self.up is None else self.up.numel())
 
 
 class LowRankLinear(nn.Module):
-    """`nn.Linear` with its weight [M, N] in factors, split by rows into blocks of which each is low-rank or dense.
+    """`nn.Linear` with its weight [M, N] in factors, split by rows into blocks, each low-rank or dense.
 
         y = torch.cat([(x @ b.down.T) @ b.up.T for b in blocks], -1)  # x @ b.down.T for a dense block
         y = y[..., rows.argsort()] + bias
 
-    Parameters are `down` ([R, N], those of all blocks one under another), `up0`, `up1`, ... ([M_k, r_k], one for each
-    low-rank block, by its number), and `bias`; a buffer `places` if the rows are permuted. They are copies of what was
-    given, except for a bias that is a Parameter, which stays the same object. They train like any others, unless what
-    they were made from was a frozen Parameter.
+    Parameters are `down` ([R, N], those of all blocks concatenated), `up0`, `up1`, ... ([M_k, r_k], one per low-rank
+    block, by its number), and `bias`; a buffer `places` if the rows are permuted. They are copies of the arguments,
+    except that a bias that is a Parameter stays the same object. They are trainable, unless the arguments are frozen
+    Parameters.
 
     Args:
         blocks: at least one; factors of one floating dtype, on one device.
         bias ([M], same dtype and device), or None.
-        rows ([M], integers): a permutation; the output that row j of the blocks laid one after another stands for.
-            None: in order.
+        rows ([M], integers): a permutation: the output that row j of the concatenated blocks computes. None: in order.
 
-    Cost: R * N + sum(r_k * M_k) multiplications a token instead of M * N, and as many stored elements; rows of dense
-    blocks count in R, and not in the sum. It pays if `is_smaller`: for one block if r < M * N / (M + N).
+    Cost: R * N + sum(r_k * M_k) multiplications per token instead of M * N, and as many stored elements; rows of dense
+    blocks count in R, and not in the sum. Smaller than a Linear if `is_smaller`: for one block if r < M * N / (M + N).
 
     Raises:
-        ValueError: no blocks; shapes that do not fit each other; several dtypes or devices, or one that is no
-            floating-point dtype; rows that are no permutation.
+        ValueError: no blocks; shapes that do not fit each other; several dtypes or devices, or one that is not a
+            floating-point dtype; rows that are not a permutation.
+
+    Source: LASER (Sharma et al., arXiv 2312.13558) for low-rank weights; blocks of rows as in arXiv 2510.20800.
 
     Example:
         >>> from sparsekernels.nn.low_rank import Block
-        >>> weight = torch.randn(64, 4) @ torch.randn(4, 32)
-        >>> u, s, v = torch.linalg.svd(weight)
+        >>> u, s, v = torch.linalg.svd(torch.randn(64, 4) @ torch.randn(4, 32))
         >>> layer = sk.LowRankLinear([Block(down=s[:4, None] * v[:4], up=u[:, :4])])
-        >>> torch.allclose(layer.weight, weight, atol=1e-4)
+        >>> layer.in_features, layer.out_features, layer.rows, layer.is_smaller(layer.blocks)
+        (32, 64, None, True)
+        >>> torch.equal(layer.to_linear().weight, layer.weight)
         True
     """
 
@@ -90,25 +92,24 @@ class LowRankLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """N."""
+        """N, the number of inputs."""
         return self.down.shape[1]
 
     @property
     def out_features(self) -> int:
-        """M."""
+        """M, the number of outputs."""
         return sum(rank if up is None else up.shape[0] for rank, up in zip(self.ranks, self._ups(), strict=True))
 
     @property
     def rows(self) -> Tensor | None:
-        """The permutation, as given."""
+        """The permutation, as passed to the constructor."""
         return None if self.places is None else self.places.argsort()
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [M, N], multiplied in fp32 (fp64 for fp64) and rounded; autograd sees through it.
+        """The dense weight [M, N], multiplied in fp32 (fp64 for fp64) and rounded; differentiable.
 
-        It is computed by every access, and costs what a forward of N tokens does: who needs the dtype alone asks
-        `down`.
+        Recomputed at every access, at the cost of a forward of N tokens; for the dtype or device alone, read `down`'s.
         """
         compute_dtype = torch.promote_types(self.down.dtype, torch.float32)
         with torch.autocast(self.down.device.type, enabled=False):
@@ -130,13 +131,13 @@ class LowRankLinear(nn.Module):
         pieces = F.linear(input, self.down).split(self.ranks, -1)
         y = torch.cat([p if up is None else F.linear(p, up) for p, up in zip(pieces, ups, strict=True)], -1)
         if self.places is not None:
-            # On the CPU, index_select of two bytes an element takes three times as long as the way round by four.
+            # On the CPU, index_select of 2-byte elements takes three times as long as via fp32.
             slow = y.device.type == "cpu" and y.itemsize == 2
             y = (y.float() if slow else y).index_select(-1, self.places).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def to_linear(self) -> nn.Linear:
-        """A dense layer with this `weight` and a copy of the bias, as trainable as `down` and the bias are."""
+        """Make a dense layer with this `weight` and a copy of the bias; requires_grad as of `down` and the bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight.detach(), self.down.requires_grad)
         if self.bias is not None:
@@ -145,11 +146,11 @@ class LowRankLinear(nn.Module):
 
     @staticmethod
     def is_smaller(blocks: Sequence[Block]) -> bool:
-        """Whether the blocks have fewer elements than their weight: for one block, whether r < M * N / (M + N)."""
+        """Whether the blocks have fewer elements than their dense weight: for one block, if r < M * N / (M + N)."""
         return sum(b.numel for b in blocks) < sum(b.rows * b.down.shape[1] for b in blocks)
 
     def extra_repr(self) -> str:
-        """Shape, rank of each block, and how many elements are stored for how many."""
+        """Shape, rank of each block, and number of stored elements."""
         kinds = ["dense" if up is None else rank for rank, up in zip(self.ranks, self._ups(), strict=True)]
         stored = sum(block.numel for block in self.blocks)
         return (
@@ -162,14 +163,14 @@ class LowRankLinear(nn.Module):
 
 
 def _parameter(parts: Sequence[Tensor]) -> nn.Parameter:
-    """A copy, which keeps nothing else alive that the parts are views of."""
+    """A copy, which keeps no other memory alive that the parts are views of."""
     trains = any(not isinstance(part, nn.Parameter) or part.requires_grad for part in parts)
     return nn.Parameter(torch.cat([part.detach() for part in parts]), trains)
 
 
 def _check(blocks: Sequence[Block], bias: Tensor | None, rows: Tensor | None) -> None:
     if not blocks:
-        raise ValueError("blocks is empty; give at least one Block, of rank 0 if the weight is zero")
+        raise ValueError("blocks is empty; pass at least one Block, of rank 0 if the weight is zero")
     first = blocks[0].down
     if not first.is_floating_point():
         raise ValueError(f"blocks: factors must have a floating-point dtype, got {first.dtype}; convert them")
@@ -193,11 +194,11 @@ def _check(blocks: Sequence[Block], bias: Tensor | None, rows: Tensor | None) ->
             )
     outputs = sum(block.rows for block in blocks)
     if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias must be [{outputs}], as the blocks have so many rows; got {list(bias.shape)}")
+        raise ValueError(f"bias must be [{outputs}], the number of rows of the blocks; got {list(bias.shape)}")
     if rows is not None:
         fits = rows.shape == (outputs,) and not rows.is_floating_point() and rows.dtype != torch.bool
         if not fits or not torch.equal(rows.long().sort().values, torch.arange(outputs, device=rows.device)):
             raise ValueError(
-                f"rows must hold each of 0 to {outputs - 1} once, in an integer tensor; got {list(rows.shape)} "
-                f"of {rows.dtype}; for rows in order give None"
+                f"rows must contain each of 0 to {outputs - 1} once, in an integer tensor; got {list(rows.shape)} "
+                f"of {rows.dtype}; for rows in order pass None"
             )

@@ -12,7 +12,7 @@ from .. import ops
 
 
 class PrunedLinear(nn.Module):
-    """`nn.Linear` whose other rows and columns are 0, and not stored.
+    """`nn.Linear` that stores some rows and columns of its weight; the others are 0.
 
         y = input.new_zeros(*input.shape[:-1], out_features)
         y[..., rows] = input[..., columns] @ weight.T + bias
@@ -20,23 +20,29 @@ class PrunedLinear(nn.Module):
     Parameters are `weight` and `bias`, buffers `rows` and `columns`.
 
     Args:
-        weight ([R, C], any floating dtype): as a Parameter it stays the same object, as a tensor it shares its memory.
-        bias ([R], dtype and device of weight), or None: likewise. The other outputs have none: they are 0.
+        weight ([R, C], any floating dtype): a Parameter stays the same object, a tensor shares its memory.
+        bias ([R], dtype and device of weight), or None: likewise. Outputs that are not in `rows` have no bias: they are
+        0.
         rows ([R], integers): the outputs that are computed; sorted, unique, in [0, out_features). None: all.
         columns ([C], integers): the inputs that are read; sorted, unique, in [0, in_features). None: all.
-        in_features: N, needed with columns.
-        out_features: M, needed with rows.
+        in_features: N, required with columns.
+        out_features: M, required with rows.
 
-    Cost: R * C multiplications a token instead of M * N, and as many stored elements. With columns, one read of the
-    input and one write of C of its columns more; with rows, one read of R columns and one write of M.
+    Cost: R * C multiplications per token instead of M * N, and as many stored elements. With columns, one more read of
+        the
+    input and a write of its C columns; with rows, one more read of R columns and a write of M.
 
     Raises:
         ValueError: shapes, dtypes, devices or sizes that do not fit, or rows or columns that are not sorted and unique.
+
+    Source: ours.
 
     Example:
         >>> layer = sk.PrunedLinear(torch.ones(2, 3), rows=torch.tensor([0, 3]), out_features=4)
         >>> layer(torch.ones(3))
         tensor([3., 0., 0., 3.], grad_fn=<_PutBackward>)
+        >>> layer.to_linear().weight.shape
+        torch.Size([4, 3])
     """
 
     weight: nn.Parameter
@@ -83,7 +89,7 @@ class PrunedLinear(nn.Module):
         return y if self.rows is None else _Put.apply(y, self.rows, self.out_features)
 
     def to_linear(self) -> nn.Linear:
-        """The dense layer, with zeros in place of what is left out; as trainable as the weight and the bias are."""
+        """Make a dense layer with zeros for everything left out, with the requires_grad of the weight and the bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         weight = self.weight.detach()
         if self.columns is not None:
@@ -99,7 +105,7 @@ class PrunedLinear(nn.Module):
         return x.new_zeros(self.out_features, *x.shape[1:]).index_copy_(0, self.rows.long(), x)
 
     def extra_repr(self) -> str:
-        """Shape, and how much of it is there."""
+        """Shape, and how many columns are read and rows computed."""
         rows, columns = self.weight.shape
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -135,18 +141,16 @@ def _parameter(x: Tensor) -> nn.Parameter:
 
 
 def _size(name: str, index: Tensor | None, count: int, feature: str, size: int | None) -> int:
-    """How many rows or columns the dense weight has."""
+    """Number of rows or columns of the dense weight."""
     if index is None:
         if size not in (None, count):
-            raise ValueError(
-                f"{feature} is {size}, but weight has {count} {name} and there is no `{name}` to say which"
-            )
+            raise ValueError(f"{feature} is {size}, but weight has {count} {name}; pass `{name}` to say which")
         return count
     if size is None:
         raise ValueError(f"{feature} must be given with {name}")
     if index.shape != (count,) or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
-            f"{name} must be integers of shape [{count}], as weight has so many; got {index.dtype} of "
+            f"{name} must be integers of shape [{count}], one for each of weight's; got {index.dtype} of "
             f"{list(index.shape)}"
         )
     if count and (int(index[0]) < 0 or int(index[-1]) >= size or not bool((index[1:] > index[:-1]).all())):

@@ -1,4 +1,4 @@
-"""The kernel surface: public functions, one signature for every backend. `table.py` is the overview."""
+"""The kernels: public functions, with one signature for every backend. `table.py` is the overview."""
 
 from . import backend as _backend
 from .adamw import adamw_

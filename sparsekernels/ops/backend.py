@@ -1,6 +1,6 @@
-"""Which implementation serves an op: registers the table with torch's dispatcher and answers for what is missing.
+"""Which implementation serves an op: registers the table with torch's dispatcher, and explains what is missing.
 
-The ladder is native (C++ or CUDA) -> Triton -> reference. Nothing is decided twice: the dispatcher holds the result.
+The ladder is native (C++ or CUDA) -> Triton -> reference. Each choice is made once; the dispatcher stores it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMESPACE = "sparsekernels"
 PACKAGE = Path(__file__).resolve().parent.parent
 ROWS: dict[str, Op] = {}  # the table by name, filled by register()
 
-_dispatched: dict[str, Callable[..., Any]] = {}  # what torch's dispatcher makes of each
+_dispatched: dict[str, Callable[..., Any]] = {}  # each op as called through torch's dispatcher
 _native: set[tuple[str, str]] = set()  # (op, device) pairs that a native library serves
 _library = torch.library.Library(NAMESPACE, "DEF")
 _load_errors: dict[str, str] = {}  # device -> why its native library is not in use
@@ -72,14 +72,14 @@ def _say_once(device: str, rung: str) -> None:
 
 
 def in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Within, matmuls of tensors like this one keep their dtype, whatever autocast is around."""
+    """A context in which matmuls of such tensors keep their dtype, also under autocast."""
     if x.is_meta:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _unaware_of_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Of an implementation in Python: what it calls of torch keeps the dtypes that the op promises."""
+    """Wrap an implementation in Python so that the torch functions it calls ignore autocast."""
 
     @functools.wraps(run)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -171,7 +171,7 @@ def serving(name: str, device: str) -> Backend:
 
 
 def select(name: str, device: str, backend: Backend | None) -> Callable[..., Any]:
-    """The callable of op `name` for `backend`; None is the dispatcher's own choice."""
+    """The callable of op `name` for `backend`; None is the dispatcher's choice."""
     if backend is None:
         return _dispatched[name]
     if backend not in ("reference", "triton", "native"):

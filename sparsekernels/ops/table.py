@@ -1,11 +1,11 @@
 """The op table: every kernel of the package, one row each. Start reading here.
 
-A row names an op, its schema, what it computes, and its reference. torch's dispatcher picks what serves: C++ where a
-native library registered the op for the device, Triton on CUDA where none did, the PyTorch reference anywhere else.
-Arguments that are the same everywhere:
+A row names an op, its schema, what it computes, and its reference. torch's dispatcher picks the implementation: C++ if
+a native library registered the op for the device, Triton on CUDA if none did, else the PyTorch reference. Arguments
+that are the same everywhere:
 
     positions   sorted unique int32 or int64; row numbers where `rows` is true, else flat row-major offsets. CPU
-                kernels refuse others that they read, before they change anything
+                kernels that read others raise before they change anything
     rows        whether a position stands for a whole row of dimension 0 or for one element
 """
 

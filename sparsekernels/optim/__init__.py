@@ -1,4 +1,4 @@
-"""Optimizers that touch only what is selected, and what is done to their gradients."""
+"""An optimizer that updates selected weights only, and gradient clipping for sparse gradients."""
 
 from .adamw import SparseAdamW
 from .clip import clip_grad_norm_, clip_grad_value_

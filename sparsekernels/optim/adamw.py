@@ -1,4 +1,4 @@
-"""AdamW that touches only what is selected; a drop-in for torch.optim.AdamW."""
+"""AdamW that updates selected weights only; a drop-in for torch.optim.AdamW."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from .state import placed_step
 
 
 class SparseAdamW(torch.optim.AdamW):
-    r"""AdamW that touches only what is trained: a drop-in for `torch.optim.AdamW` and `torch.optim.SparseAdam`.
+    r"""AdamW that updates selected weights only: a drop-in for `torch.optim.AdamW` and `torch.optim.SparseAdam`.
 
-    Three kinds of parameter, told apart by what they are:
+    There are three kinds of parameters, recognised by what is passed:
 
-    - compact: Parameters from `train_only`. Moments, decay and the write into the dense weight in one pass over the
-      selected positions of all tensors.
-    - indexed: dense Parameters of a group that has `indices`, one `Index` for each parameter, as
-      `Selection.param_groups(model)` makes them. `.grad` is dense, but state exists for the selected positions only,
-      and nothing else is read or written: unselected weights keep their bits, weight decay included.
-    - dense: any other Parameter. With a dense gradient exactly `torch.optim.AdamW`; with a sparse (COO) one, as
-      `nn.Embedding(sparse=True)` makes it, the rows that it lists are stepped in one pass, duplicates summed in their
-      order: exactly `torch.optim.SparseAdam`, with decay of the rows on top (weight_decay=0 for none). There eps is
-      added to the root of v before its bias is corrected, as in SparseAdam. With several sparse dimensions, as
-      `grad.to_sparse()` has, a row is what one entry of its indices names, down to a single element.
+    - compact: Parameters from `train_only`. Moments, decay and the write into the dense weight happen in one pass over
+      the selected positions of all tensors.
+    - indexed: dense Parameters of a group that has `indices`, one `Index` for each parameter, as made by
+      `Selection.param_groups(model)`. `.grad` is dense, but there is state for the selected positions only, and nothing
+      else is read or written: unselected weights keep their bits, under weight decay too.
+    - dense: any other Parameter. With a dense gradient, exactly `torch.optim.AdamW`. With a sparse (COO) gradient, as
+      from `nn.Embedding(sparse=True)`, the rows it lists are stepped in one pass, duplicates summed in their order:
+      exactly `torch.optim.SparseAdam`, plus decay of those rows (weight_decay=0 for none); eps is added to the root of
+      v before bias correction, as in SparseAdam. With several sparse dimensions, as from `grad.to_sparse()`, a row is
+      what one entry of the gradient's indices addresses, down to a single element.
 
     The rule, defaults, arguments, errors, hooks and `state_dict` are those of `torch.optim.AdamW`. With the gradient
-    :math:`g_t` (negated by `maximize`), for each element that is trained:
+    :math:`g_t` (negated by `maximize`), for each trained element:
 
     .. math::
        \begin{aligned}
@@ -55,7 +55,7 @@ class SparseAdamW(torch.optim.AdamW):
                 {\sqrt{u_t / (1 - \beta_2^t)} + \epsilon} &&
        \end{aligned}
 
-    Example::
+    Example:
 
         >>> model = torch.nn.Linear(4, 3)
         >>> tuned = sk.train_only(model, sk.Selection.random(model, density=0.5))
@@ -64,56 +64,62 @@ class SparseAdamW(torch.optim.AdamW):
         >>> optimizer.step()  # half of the weights moved, the others kept their bits
 
     Args:
-        params: Parameters, (name, Parameter) pairs or groups of them; a group may hold `indices`, one `Index` for each
-            Parameter, of its shape. Parameters at indices are floating point and contiguous, of any shape, empty ones
-            too; complex Parameters are dense ones.
+        params: Parameters, (name, Parameter) pairs or groups of them; a group may have `indices`, one `Index` for each
+            Parameter, of its shape. Indexed Parameters are floating point and contiguous, of any shape, including empty
+            ones; complex Parameters are dense ones.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in `torch.optim.AdamW`. For compact and indexed parameters a
-            tensor lr stays where it is, in fp32, on a GPU or with capturable; a tensor beta is read on the host.
+            tensor lr stays on its device, in fp32, if that is a GPU or with capturable; a tensor beta is read on the
+            host.
         foreach, fused: choose the implementation for dense parameters; the others are always fused.
-        capturable: state["step"] lives on the device of the parameter (with fused=True, too), and step() reads nothing
-            there on the host: a CUDA graph may hold it.
+        capturable: state["step"] is on the device of the parameter (with fused=True, too), and step() does not read it
+            on the host, so a CUDA graph can capture it.
         differentiable: dense gradients of dense parameters only.
         sparse_state: for sparse gradients, "seen" keeps state for the rows that ever had one (and 4 B for each row of
-            the table, not saved), "all" for every row; only with "all" may gradients change between sparse and dense,
-            or in their number of sparse dimensions, during a run.
-        sparse_decay: for sparse gradients, "touched" decays a row when it has a gradient; "catch_up" then makes up for
-            all steps that the row missed, at their own rates. A row never touched again stays behind.
+            the table, not saved), "all" for every row. Gradients may change between sparse and dense during a run, or
+            change their number of sparse dimensions, with "all" only.
+        sparse_decay: for sparse gradients, "touched" decays a row when it has a gradient; "catch_up" then also applies
+            the decay of all steps that the row missed, at the rates of those steps. A row never touched again is not
+            caught up.
         sparse_bias_correction: for sparse gradients, "global" counts the steps of the table, as SparseAdam does, "row"
             those of each row.
-        state_dtype: of the moments of compact and indexed parameters and of sparse gradients: None or torch.float32
-            (fp64 for fp64 weights), or torch.bfloat16, half as large; computed in fp32 all the same. Rounded to
-            nearest, exp_avg_sq stands still in bf16 near its limit: use stochastic_rounding with it.
-        stochastic_rounding: what they store in bf16 or fp16, moments and weights, is rounded stochastically, so
-            that small steps are not lost. Compact Parameters keep an fp32 master and need it for bf16 moments only.
-        seed: of the random bits, which it, the step, the position and the place of the parameter among all determine: a
-            run can be replayed and resumed.
+        state_dtype: dtype of the moments of compact and indexed parameters and of sparse gradients: None or
+            torch.float32 (fp64 for fp64 weights), or torch.bfloat16, half the size; arithmetic is in fp32 either way.
+            Rounded to nearest, exp_avg_sq in bf16 stops changing near its limit: use stochastic_rounding with it.
+        stochastic_rounding: round bf16 and fp16 moments and weights stochastically, so that small updates are not lost.
+            Compact Parameters have an fp32 master and need it for bf16 moments only.
+        seed: seed of the random bits, which also depend on the step, the position and the index of the parameter: a run
+            can be replayed and resumed.
 
-    State of compact and indexed parameters: `step` as in AdamW, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) of the
-    size of the selection, of `state_dtype` whatever the dtype of the weight. For sparse gradients the same of the size
-    of the rows seen, and `rows` [N], their numbers. An indexed or dense half-precision weight is rounded once a step
-    and loses updates below its resolution without stochastic_rounding; a compact one keeps an fp32 master and does not.
+    State of compact and indexed parameters: `step` as in AdamW; `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`) of the
+    size of the selection, in `state_dtype` whatever the dtype of the weight. For sparse gradients the same, of the size
+    of the rows seen, and `rows` [N], their numbers.
 
-    Under `torch.amp.GradScaler`, compact and indexed ones pass scale and found_inf to their kernel without a sync, if
-    their step is counted where they are; `.grad` stays scaled. Beside a parameter that cannot (a dense one with a
-    sparse gradient, or without fused=True) GradScaler unscales every `.grad` and reads its verdict, as it does for
-    torch's.
+    Numerics: steps of compact and indexed parameters are deterministic: an element's new value depends on its own state
+    alone, so the same steps give the same bits on one device, for any number of threads and any other parameters. An
+    indexed or dense half-precision weight is rounded once a step and loses updates below its resolution, unless
+    stochastic_rounding is on; a compact one has an fp32 master and does not. `.grad` is never written.
 
-    Steps of compact and indexed parameters are deterministic: an element's new value depends on its own state alone, so
-    the same steps give the same bits on one device, whatever the number of threads and the parameters beside it.
-    `.grad` is read only.
-    A step that is interrupted by Ctrl-C (SIGINT) leaves each parameter group either wholly stepped or untouched: a
-    native call for each group cannot be interrupted, and anything else is finished before KeyboardInterrupt is raised.
-    Inside `torch.compile` a step is one graph break and runs as it is, hooks included; `fullgraph=True` is refused.
+    Under `torch.amp.GradScaler`, compact and indexed parameters pass scale and found_inf to their kernel without a
+    sync, if their step is counted on their device; `.grad` stays scaled. If any parameter cannot (a dense one with a
+    sparse gradient, or without fused=True), GradScaler unscales every `.grad` and reads found_inf on the host, as it
+    does for torch's optimizers.
+
+    A step interrupted by Ctrl-C (SIGINT) leaves each parameter group either fully stepped or untouched: the native call
+    of a group cannot be interrupted, and everything else finishes before KeyboardInterrupt is raised. Inside
+    `torch.compile` a step is one graph break and runs uncompiled, hooks included; `fullgraph=True` fails.
 
     Raises:
-        ValueError: as `torch.optim.AdamW`; a gradient, option or state that does not go with the parameter, named,
-            before any parameter is stepped; indices that do not fit their parameters; differentiable with compact or
-            indexed parameters; a compact or indexed Parameter that changed its shape, strides, dtype or device after it
-            was given; a state_dict made for a selection of another size, or for other indices. TypeError: indices that
-            are no `Index`.
+        ValueError: as `torch.optim.AdamW`; a gradient, option or state that does not fit its parameter (the message
+            names it), before any parameter is stepped; indices that do not fit their parameters; differentiable with
+            compact or indexed parameters; a compact or indexed Parameter whose shape, strides, dtype or device changed
+            since it was passed; a state_dict made for a selection of another size, or for other indices.
+        TypeError: indices that are not an `Index`.
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW computes it; restricting it to positions is
+        ours.
     """
 
-    writes_weights = True  # steps write the dense weights, too: nothing is left to do after them
+    writes_weights = True  # steps write the dense weights too, so the hook on steps has nothing to do
 
     def __init__(
         self,
@@ -177,7 +183,7 @@ class SparseAdamW(torch.optim.AdamW):
                 group.setdefault(name, default)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.add_param_group`; the group may hold `indices`."""
+        """As `torch.optim.Optimizer.add_param_group`; the group may have `indices`."""
         if param_group.get("indices") is not None:
             param_group = {**param_group, **checked_indices(param_group)}
             if param_group.get("differentiable", self.defaults["differentiable"]):
@@ -187,40 +193,50 @@ class SparseAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`; compact and indexed ones store positions, half weights a master."""
+        """As `torch.optim.Optimizer.state_dict`; adds the positions, and fp32 masters of half-precision weights."""
         return checkpoint.packed(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`; nothing changes if the state belongs to another selection.
+        """As `torch.optim.Optimizer.load_state_dict`; raises, and changes nothing, for another selection's state.
 
-        A master among the state becomes the compact values, and is written into the weight.
+        fp32 masters in the state become the compact values, and are written into the weights.
         """
         checkpoint.load(self, state_dict)
 
     def reselect(self, selection: Selection, model: nn.Module) -> None:
-        """Step `selection` from now on, in place of the indices that parameters of `model` have in this optimizer.
+        """Step `selection` from now on, instead of the indices that parameters of `model` have in this optimizer.
 
         The counterpart of `SparseModel.reselect` for indexed parameters; for compact ones call that, with this
-        optimizer. Positions kept keep their moments and their per-position step count, others start without; no weight
-        changes. A parameter that comes in joins the first group with indices of parameters of the model (or, failing
-        that, the first with indices); one that leaves takes its state along. Parameters without indices stay as they
-        are.
+        optimizer. Positions kept keep their moments and per-position step counts, others start without; no weight
+        changes. A new parameter joins the first group with indices of parameters of the model (or else the first with
+        indices); the state of one that leaves is dropped. Parameters without indices are not touched.
+
+        Args:
+            selection: what to step, by parameter name.
+            model: the model whose parameters these are.
 
         Raises:
-            ValueError: names or shapes that do not fit the model, a parameter that a group without indices holds, a
-                model under train_only, no group with indices to join. Nothing has changed then.
+            ValueError: names or shapes that do not fit the model, a parameter in a group without indices, a model under
+                train_only, no group with indices to join. Nothing has changed then.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = sk.SparseAdamW(sk.Selection.random(model, density=0.5).param_groups(model))
+            >>> optimizer.reselect(sk.Selection.random(model, density=0.5, seed=1), model)
         """
         reselect_indices(self, selection, model)
 
     def remapped_step(self, step_counts: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """state["step"] for a Parameter whose positions were stepped so often; `SparseModel.reselect` asks for it.
+        """state["step"] for a Parameter with these step counts; called by `SparseModel.reselect`.
 
         Args:
-            step_counts ([], or [K] with one entry for each position; any dtype): not changed.
+            step_counts ([], or [K] with one entry per position; any dtype): not changed.
             p: a Parameter of `group`.
+            group: its parameter group.
 
         Returns:
-            fp32: 0-d, where torch.optim.AdamW counts it, if all are the same; else [K], on the device of `p`.
+            fp32: 0-d, on the device where torch.optim.AdamW has it, if all are the same; else [K], on the device of
+                `p`.
         """
         return placed_step(step_counts, p, group)
 
@@ -240,7 +256,7 @@ class SparseAdamW(torch.optim.AdamW):
             or not _global_optimizer_post_hooks.keys() <= STEP_HOOKS
             or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         ):
-            return self._hooked_step() if closure is None else self._hooked_step(closure)  # hooks see what was given
+            return self._hooked_step() if closure is None else self._hooked_step(closure)  # hooks see the arguments
         return self._plain_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # tells torch that step() calls hooks by itself
@@ -268,10 +284,10 @@ class SparseAdamW(torch.optim.AdamW):
             if plan.dense:
                 check_dense(group, plan, self.state)
                 others.append((group, plan))
-        # Modes of torch, as set_default_device sets one, are Python that runs between the calls of a step.
+        # torch's modes, such as that of set_default_device, run Python between the calls of a step.
         modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
         if len(ready) == 1 and not others and not modes and ready[0][0].native:
-            ready[0][0].step(ready[0], self.state)  # what the op refuses, it refuses before anything changes
+            ready[0][0].step(ready[0], self.state)  # the op checks everything before it changes anything
         else:
             self._step_several(ready, others, scale, modes > 0)
         return loss

@@ -1,6 +1,6 @@
-"""Numbers of a step that stay on the device: a tensor lr, and what a GradScaler leaves on the optimizer.
+"""Scalars of a step that stay on the device: a tensor lr, and what a GradScaler sets on the optimizer.
 
-Nothing waits for them, so a CUDA graph may hold the step: the kernels read them when they run.
+The host never waits for them, so a step can be captured in a CUDA graph: the kernels read them when they run.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Scaling = tuple[Tensor | None, Tensor | None]  # grad_scale and found_inf
 NOTHING: Scaling = (None, None)
 GIVEN = frozenset(("grad_scale", "found_inf"))  # the attributes that a GradScaler sets
 
-# Raises while a CUDA graph is captured from groups that are not capturable; older torch calls it differently.
+# Raises while a CUDA graph is captured from groups that are not capturable; older torch has another name for it.
 check_capture = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
 )
 
 
 def takes_scaling(optimizer: Optimizer) -> bool:
-    """Whether step() may be given grad_scale and found_inf as tensors: whether all of it can follow them unseen.
+    """Whether step() accepts grad_scale and found_inf as tensors, without reading them on the host.
 
-    Compact Parameters and those with indices can if their steps are counted on their device; others where torch can:
-    with fused=True and a dense gradient. For an optimizer with a Parameter that cannot, GradScaler unscales all
-    gradients itself, and reads found_inf on the host.
+    Compact Parameters and those with indices do if their steps are counted on their device; others where torch's step
+    does: with fused=True and a dense gradient. If any Parameter does not, GradScaler unscales all gradients itself and
+    reads found_inf on the host.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -44,25 +44,25 @@ def takes_scaling(optimizer: Optimizer) -> bool:
 
 
 def scaling(optimizer: Any) -> Scaling:
-    """The grad_scale and found_inf of this step, which torch.amp.GradScaler sets as attributes for the time of it."""
+    """The grad_scale and found_inf of this step, which torch.amp.GradScaler sets as attributes for its duration."""
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if grad_scale is None and found_inf is None:
         return NOTHING
     if not takes_scaling(optimizer):
         raise RuntimeError(
-            "grad_scale or found_inf is set, but a parameter needs its gradient unscaled before step(): it is neither "
-            "compact, nor has indices, nor is in a group with fused=True, or its state['step'] is on the host"
+            "grad_scale or found_inf is set, but a parameter needs its gradient unscaled before step(): it is not "
+            "compact, has no indices and is not in a group with fused=True, or its state['step'] is on the host"
         )
-    # GradScaler adds the found_inf of several devices; steps are taken back by it, and torch's own kernel knows 1 only.
+    # GradScaler adds up found_inf over devices; step counts are reduced by it, and torch's kernel expects 0 or 1.
     return grad_scale, None if found_inf is None else found_inf.clamp(max=1)
 
 
 def numbers(
     group: dict[str, Any], param: Tensor, scale: Scaling
 ) -> tuple[float, Tensor | None, Tensor | None, Tensor | None]:
-    """lr, and on the device of the Parameters: lr (which then is NaN as a number), grad_scale and found_inf.
+    """lr; then lr (as a number it is NaN then), grad_scale and found_inf as tensors on the device of the Parameters.
 
-    lr is a tensor where it lies on a GPU, or on the CPU in a capturable group.
+    lr is a tensor if it is on a GPU, or on the CPU in a capturable group.
     """
     lr = group["lr"]
     if type(lr) is float and scale is NOTHING:

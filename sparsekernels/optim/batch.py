@@ -1,4 +1,4 @@
-"""Steps at positions: of compact Parameters, and of dense ones that have indices. One native call for each kind."""
+"""Steps at positions, of compact Parameters and of dense ones with indices: one native call for each kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOT_RECORDING = partial(torch._C._set_grad_enabled, False)
 
 
 class Batch:
-    """Parameters of one kind that have gradients, and the tensor lists that their op takes."""
+    """Parameters of one kind that have gradients, and the tensor lists that their op needs."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Batch:
         self.kind, self.params = kind, list(params)
         self.slots = [plan.slots[p] for p in params] if kind == "compact" else []
         indices = [slot.index for slot in self.slots] or [plan.index[p] for p in params]
-        self.fresh: list[tuple[Tensor, dict[str, Tensor]]] = []  # state that the first step puts in place
+        self.fresh: list[tuple[Tensor, dict[str, Tensor]]] = []  # state that the first step installs
         found = []
         for p, index in zip(params, indices, strict=True):
             state = states.get(p)
@@ -53,7 +53,7 @@ class Batch:
         self.lists = self.exp_avgs, self.exp_avg_sqs, self.maxima, self.steps, positions, self.dense
         self.mutated = [*params, *self.dense]
         self.op: Any = torch.ops.sparsekernels.adamw_.default._op
-        self.infinite: Tensor | None = None  # what a GradScaler says of gradients that are not finite
+        self.infinite: Tensor | None = None  # found_inf=1, for the dry run
         self.native = has_native("adamw_", params[0].device.type)
         # _foreach_add_ takes twice as long for one.
         self.count = partial(self.steps[0].add_, 1) if len(found) == 1 else partial(torch._foreach_add_, self.steps, 1)
@@ -61,10 +61,10 @@ class Batch:
         self.new_version = partial(torch._C._increment_version, self.mutated)
 
     def gradients(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor] | None:
-        """Of all parameters, as the op takes them.
+        """The gradients of all parameters, as the op needs them.
 
-        None if all has to be looked at again: one has none or one that does not fit, somebody cleared or replaced the
-        state, or load_state_dict(assign=True) exchanged a weight.
+        None if everything must be checked again: a gradient is missing or does not fit, the state was cleared or
+        replaced, or load_state_dict(assign=True) replaced a weight.
         """
         grads = []
         for p, m, v, step in zip(self.params, self.exp_avgs, self.exp_avg_sqs, self.steps):  # noqa: B905 - it costs time
@@ -83,12 +83,12 @@ class Batch:
         return grads
 
     def check(self, ready: Ready, states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Raise ValueError for what the op would refuse: a dry run, for told found_inf=1 it checks all and returns."""
+        """Raise ValueError for what the op would refuse, by a dry run: with found_inf=1 it only checks."""
         if not self.native:
             self._name_what_does_not_fit(ready, states)
             return
         if self.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # whatever is refused, nothing has run
+            return  # nothing runs while capturing, so nothing is half done
         _, grads, options, _, _ = ready
         if self.infinite is None:
             self.infinite = torch.ones((), device=self.params[0].device)
@@ -97,7 +97,7 @@ class Batch:
         try:
             deque(map(_CALL, (_NOT_RECORDING, dry_run, _RECORDING if recording else _NOT_RECORDING)), 0)
         except RuntimeError:
-            self._name_what_does_not_fit(ready, states)  # the op names a line
+            self._name_what_does_not_fit(ready, states)  # the op does not know names
             raise
         finally:
             torch._C._set_grad_enabled(recording)
@@ -110,7 +110,7 @@ class Batch:
                 raise ValueError(f"{name_of(group, p)}: {misfit(p, grad)}")
 
     def options(self, group: dict[str, Any], plan: GroupPlan, scale: Scaling) -> tuple[Any, ...]:
-        """What the op takes after the lists."""
+        """The op's arguments after the lists."""
         lr, *on_device = numbers(group, self.params[0], scale)
         beta1, beta2 = group["betas"]
         return (
@@ -125,7 +125,7 @@ class Batch:
         )
 
     def step(self, ready: Ready, states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Make the step. One list of calls with no Python in between, but for torch's modes: nothing interrupts it."""
+        """Make the step. A list of calls with no Python in between (except torch's modes): nothing interrupts it."""
         _, grads, options, _, _ = ready
         fresh, self.fresh = self.fresh, []
         for p, state in fresh:
@@ -160,7 +160,7 @@ Ready = tuple[Batch, list[Tensor], tuple[Any, ...], dict[str, Any], GroupPlan]  
 def prepared(
     kind: str, group: dict[str, Any], plan: GroupPlan, scale: Scaling, states: Mapping[Tensor, dict[str, Any]]
 ) -> Ready | None:
-    """The parameters of a kind that have gradients, and all that their step needs; None if none has one."""
+    """The parameters of a kind that have gradients, with all that their step needs; None if none has one."""
     batch = plan.batches.get(kind)
     grads = None if batch is None else batch.gradients(states)
     if batch is None or grads is None:

@@ -1,10 +1,10 @@
-"""state_dict and load_state_dict of SparseAdamW: in the layout of torch, and bound to the positions they were made for.
+"""state_dict and load_state_dict of SparseAdamW: in torch's layout, and tied to the positions they were saved for.
 
-Beside what torch saves, a Parameter with positions has, once it was stepped,
+Besides what torch saves, a Parameter with positions has, once it was stepped,
 
-    positions   [K] or [R]  where the lines of its state belong; a state_dict without them (torch.optim.AdamW's over
-                            the same compact Parameters) is taken at its word
-    master      as values   the compact values, where their weight is narrower and the model's state_dict rounds them
+    positions   [K] or [R]  the positions its state belongs to; a state_dict without them (of torch.optim.AdamW over
+                            the same compact Parameters) is assumed to fit
+    master      as values   the compact values, if the weight's dtype is narrower and the model's state_dict rounds them
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .state import MOMENTS, placed_step, state_dtype
 
 POSITIONS, MASTER = "positions", "master"
 OF_ROWS = ("rows", "row_step", "row_decay", "decay_sum")  # of steps with sparse gradients: kept in their own dtypes
-# Whatever torch's state_dict may lack of these, AdamW.__setstate__ fills in.
+# AdamW.__setstate__ fills in those that torch's state_dict lacks.
 FILLED_BY_TORCH = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay", "fused")
 
 
 class _Bare(torch.optim.Optimizer):
-    """Groups and state for torch to pack and unpack, without hooks: ours are called before and after all is done."""
+    """Groups and state for torch to pack and unpack, without hooks: ours run before and after all of it."""
 
     def __init__(self, param_groups: list[dict[str, Any]], state: Any) -> None:
         self.param_groups, self.state = param_groups, state
@@ -63,7 +63,7 @@ def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 @torch.no_grad()
 def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Take over a state_dict of SparseAdamW, or torch's AdamW or SparseAdam; nothing changes if it does not fit."""
+    """Load a state_dict of SparseAdamW, or of torch's AdamW or SparseAdam; nothing changes if it does not fit."""
     state_dict = state_dict.copy()
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = before(optimizer, state_dict)
@@ -99,7 +99,7 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> None:
-    """Raises ValueError for saved state that is not of this parameter at these positions."""
+    """Raise ValueError for saved state that does not belong to this parameter at these positions."""
     if "step" not in entry:
         raise ValueError(f"{name}: its saved state has no 'step'; this is not a state_dict of AdamW")
     shape = index.compact_shape if index is not None else p.shape
@@ -107,7 +107,7 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
     if index is None and "rows" in entry:
         rows = entry["rows"]
         if rows.dtype.is_floating_point:
-            raise ValueError(f"{name}: another optimizer had this state meanwhile; its rows are {rows.dtype} now")
+            raise ValueError(f"{name}: another optimizer changed this state; its rows are {rows.dtype} now")
         sparse_dim = max(0, p.dim() + 1 - entry["exp_avg"].dim()) if "exp_avg" in entry else 1
         if len(rows) and int(rows.max()) >= math.prod(p.shape[:sparse_dim]):
             raise ValueError(f"{name}: the state_dict was made for a table of more rows than {list(p.shape)}")
@@ -121,16 +121,16 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
     if len(step_counts) and (index is None or step_counts != (len(index),)):
         raise ValueError(f"{name}: the state_dict was made for another selection: step has shape {list(step_counts)}")
     if index is not None and POSITIONS in entry:
-        saved = entry[POSITIONS].to(index.positions.device)  # in the dtype of p, if torch's AdamW had it meanwhile
+        saved = entry[POSITIONS].to(index.positions.device)  # torch's AdamW casts it to the dtype of p
         if saved.shape != index.positions.shape or not torch.equal(saved, index.positions.to(saved.dtype)):
             raise ValueError(
-                f"{name}: the state_dict was made for another selection, of as many other positions; train the one "
-                "that was saved (keep Selection.save beside each checkpoint), and call reselect after loading"
+                f"{name}: the state_dict was made for another selection, of the same size but with other positions; "
+                "train the saved one (save the Selection with each checkpoint), and call reselect after loading"
             )
 
 
 def _widen(state: dict[str, Any], entry: dict[str, Any], p: Tensor, index: Index | None, group: dict[str, Any]) -> None:
-    """torch casts all state to the dtype of the parameter; some of ours is wider, and none is shared with the file."""
+    """torch casts all state to the dtype of the parameter; restore ours where it is wider, in new memory."""
     state.pop(POSITIONS, None)
     state.pop(MASTER, None)
     if index is None and not _of_sparse_gradients(entry, p, group):
@@ -141,7 +141,7 @@ def _widen(state: dict[str, Any], entry: dict[str, Any], p: Tensor, index: Index
             state[name] = entry[name].to(p.device, dtype, copy=True)
     if index is not None:
         state["step"] = placed_step(torch.as_tensor(entry["step"], dtype=torch.float32), p, group)
-    elif group.get("sparse_state") == "seen" and "rows" not in entry and p.dim():  # of SparseAdam: all rows, in order
+    elif group.get("sparse_state") == "seen" and "rows" not in entry and p.dim():  # from SparseAdam: all rows, in order
         state["rows"] = torch.arange(len(p), device=p.device)
 
 
@@ -153,7 +153,7 @@ def _of_sparse_gradients(entry: dict[str, Any], p: Tensor, group: dict[str, Any]
         return False
     if group.get("sparse_state") == "all" and entry["exp_avg"].dtype != p.dtype:
         return True
-    return "amsgrad" not in group and not isinstance(entry["step"], Tensor)  # as SparseAdam alone has it
+    return "amsgrad" not in group and not isinstance(entry["step"], Tensor)  # only SparseAdam's state is like this
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], int, Tensor]]:
@@ -169,7 +169,7 @@ def _index(group: dict[str, Any], i: int, p: Tensor) -> Index | None:
 
 
 def _without_room(value: Any) -> Any:
-    """A file would hold the whole storage of a tensor, with what it has for rows to come."""
+    """A file would contain the whole storage of a tensor, including the spare room for later rows."""
     if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.itemsize:
         return value.clone()
     return value

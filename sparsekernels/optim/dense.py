@@ -1,4 +1,4 @@
-"""Steps of ordinary Parameters: with dense gradients those of torch.optim.AdamW, with sparse ones by rows."""
+"""Steps of ordinary Parameters: those of torch.optim.AdamW for dense gradients, by rows for sparse ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tenso
 
 
 def check_dense(group: dict[str, Any], plan: GroupPlan, states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Raise ValueError for gradients and state that do not go together, before anything changes."""
+    """Raise ValueError if a gradient and its state do not fit each other, before anything changes."""
     for p in plan.dense:
         if p.grad is None:
             continue
@@ -35,13 +35,13 @@ def _problem(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, An
         return f"capturable=True is not possible on {p.device.type}"
     if any(name in state for name in ("rows", "row_step", "row_decay")):
         return (
-            "its gradient is dense, and was sparse before; that can only change with sparse_state='all', "
+            "its gradient is dense, and was sparse before; this can only change with sparse_state='all', "
             "sparse_decay='touched' and sparse_bias_correction='global'"
         )
     if "exp_avg" in state and state["exp_avg"].dtype != p.dtype:
         return f"its gradient is dense, but its moments are {state['exp_avg'].dtype}: it was sparse before"
     if "exp_avg" in state and state["exp_avg"].shape != p.shape:
-        return f"its state is of shape {list(state['exp_avg'].shape)}; it became a tensor of shape {list(p.shape)}"
+        return f"its state is of shape {list(state['exp_avg'].shape)}; its shape became {list(p.shape)}"
     return None
 
 
@@ -58,7 +58,7 @@ def step_sparse(group: dict[str, Any], plan: GroupPlan, states: Mapping[Tensor, 
 
 
 def dense_lists(optimizer: torch.optim.AdamW, group: dict[str, Any], plan: GroupPlan) -> tuple[Lists, bool]:
-    """Parameters with dense gradients, their gradients and state, as torch makes and refuses them; any complex one."""
+    """Parameters with dense gradients, with gradients and state made by torch; and whether any is complex."""
     lists: Lists = ([], [], [], [], [], [])
     params = [p for p in plan.dense if p.grad is not None and not p.grad.is_sparse]
     if not params:
@@ -68,7 +68,7 @@ def dense_lists(optimizer: torch.optim.AdamW, group: dict[str, Any], plan: Group
 
 
 def step_dense(group: dict[str, Any], lists: Lists, has_complex: bool, scale: Scaling) -> None:
-    """One step by torch's own function, so that every number is torch's."""
+    """One step by torch's own function, so that results are identical to torch's."""
     if not lists[0]:
         return
     beta1, beta2 = group["betas"]

@@ -1,4 +1,4 @@
-"""What the parameters of a group are, and the state they start with."""
+"""The kinds of parameters in a group, and the checks they need."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .state import MOMENTS, SeenRows, compute_dtype, state_dtype
 
 
 class GroupPlan:
-    """The parameters of one group by kind, and what a step makes of them, kept while the group stays as it is."""
+    """The parameters of one group by kind, and the batches of their steps; valid while the group does not change."""
 
     def __init__(self, group: dict[str, Any], first: int) -> None:
-        self.first = first  # how many parameters the groups before have: the stream of random bits of the first of ours
+        self.first = first  # number of parameters in the groups before: the random stream of our first one
         self.params = params = list(group["params"])
         self.ids = list(map(id, params))
         self.indices = group.get("indices")
@@ -32,25 +32,25 @@ class GroupPlan:
         self.seen: dict[Tensor, SeenRows] = {}  # of parameters with sparse gradients
 
     def holds(self, group: dict[str, Any], first: int) -> bool:
-        """Whether it still describes the group: its parameters, their indices, and models that were not given back."""
+        """Whether it still describes the group: same parameters and indices, and no model was given back."""
         if self.indices is not group.get("indices") or self.amsgrad != group["amsgrad"] or self.first != first:
             return False
         if self.ids != list(map(id, group["params"])):
             return False
-        for p in self.compact:  # noqa: SIM110 - a generator costs more than it looks for
+        for p in self.compact:  # noqa: SIM110 - a generator is slower
             if SLOT not in p.__dict__:
                 return False
         return True
 
     def rounding(self, kind: str, group: dict[str, Any]) -> tuple[int, ...]:
-        """Seed and first stream of random bits for parameters of a kind; nothing where they round to nearest."""
+        """Seed and first random stream for parameters of a kind; empty if they round to nearest."""
         if not group["stochastic_rounding"]:
             return ()
         return group["seed"], self.first + (len(self.compact) if kind == "gathered" else 0)
 
 
 def name_of(group: dict[str, Any], param: Tensor) -> str:
-    """How an error calls a parameter: by its name if the group was made of named parameters."""
+    """The name of a parameter in an error message: its own if the group was made of named parameters."""
     i = next(i for i, p in enumerate(group["params"]) if p is param)
     names = group.get("param_names")
     if not names and SLOT in param.__dict__:
@@ -59,7 +59,7 @@ def name_of(group: dict[str, Any], param: Tensor) -> str:
 
 
 def check_unchanged(group: dict[str, Any], plan: GroupPlan, params: list[Tensor], state: Mapping[Tensor, Any]) -> None:
-    """Raise ValueError for a parameter that is no more what the optimizer was given: after `p.data = ...`, say."""
+    """Raise ValueError for a parameter that changed since the optimizer got it, for example by `p.data = ...`."""
     for p in params:
         problem = _change(p, group, plan.slots.get(p), plan.index.get(p), state.get(p) or {})
         if problem is not None:
@@ -72,10 +72,10 @@ def _change(
     if slot is not None:
         weight, index = slot.weight, slot.index
         if p.dtype != compute_dtype(weight):
-            return f"became {p.dtype}, but must be in the compute dtype; change the dtype of a model before train_only"
+            return f"became {p.dtype}, but must be in the compute dtype; change the model's dtype before train_only"
         if weight.shape != index.shape or not weight.is_contiguous() or weight.device != p.device:
             found = f"shape {list(weight.shape)} and strides {list(weight.stride())} on {weight.device}"
-            return f"has a weight of {found} by now; its values, on {p.device}, need {list(index.shape)}, contiguous"
+            return f"now has a weight of {found}; its values, on {p.device}, need {list(index.shape)}, contiguous"
     assert index is not None
     shape = index.shape if slot is None else index.compact_shape
     if p.shape != shape or not p.is_contiguous():
@@ -96,7 +96,7 @@ def _change(
 
 
 def misfit(p: Tensor, grad: Tensor) -> str:
-    """What an error says of a gradient that does not go with its parameter."""
+    """The error message for a gradient that does not fit its parameter."""
     return (
         f"its gradient is {grad.dtype} of shape {list(grad.shape)} on {grad.device}, and it is {p.dtype} of shape "
         f"{list(p.shape)} on {p.device}; clear the gradient after such a change"
@@ -104,7 +104,7 @@ def misfit(p: Tensor, grad: Tensor) -> str:
 
 
 def checked_indices(group: dict[str, Any]) -> dict[str, Any]:
-    """The group's params and indices as lists that fit each other; what is no Tensor is left for torch to refuse."""
+    """The group's params and indices as lists that fit each other; torch refuses entries that are not Tensors."""
     if isinstance(group["params"], set):
         return {}
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])

@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a step: it waits until the step is whole."""
+"""Ctrl-C in the middle of a step is delayed until the step is complete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Held:
-    """The handler of SIGINT while it is held: it remembers the signal for the handler that was there before."""
+    """The handler of SIGINT while it is held: it stores the signal for the previous handler."""
 
     def __init__(self, handler: Any) -> None:
         self.handler = handler
@@ -19,7 +19,7 @@ class Held:
 
 
 def hold_interrupts() -> Held | None:
-    """Let SIGINT wait; None where it raises nothing: in a thread other than the main one, or with no Python handler."""
+    """Delay SIGINT; None if it raises nothing here: outside the main thread, or without a Python handler."""
     handler = _signal.getsignal(_signal.SIGINT)
     if not callable(handler):
         return None
@@ -32,7 +32,7 @@ def hold_interrupts() -> Held | None:
 
 
 def release_interrupts(held: Held | None) -> None:
-    """Put the handler back, and let it have what came meanwhile."""
+    """Restore the previous handler, and pass it a signal that came meanwhile."""
     if held is None:
         return
     _signal.signal(_signal.SIGINT, held.handler)

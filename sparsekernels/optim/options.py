@@ -18,7 +18,7 @@ DEFAULTS = {name: 0 if allowed is None else allowed[0] for name, allowed in ALLO
 
 
 def check(group: dict[str, Any]) -> None:
-    """Raise ValueError for a value that an option cannot have."""
+    """Raise ValueError for an invalid value of an option."""
     for name, allowed in ALLOWED.items():
         value = group.get(name, DEFAULTS[name])
         if allowed is None and not isinstance(value, int):

@@ -1,7 +1,7 @@
 """Steps with sparse (COO) gradients, as nn.Embedding(sparse=True) makes them: only the rows they list are touched.
 
 A row is what one entry of the gradient's indices names: p[i] with one sparse dimension, p[i, j] with two, and so on;
-rows are counted flat, in the order of memory. The state of such a Parameter holds, beside "step" and the moments,
+rows are counted flat, in the order of memory. Besides "step" and the moments, its state has
 
     rows        [N] int64   the rows seen so far, in the order of the lines of the moments; absent with
                             sparse_state="all", where line and row are the same and moments have the Parameter's shape
@@ -24,7 +24,7 @@ from .state import MOMENTS, SeenRows, compute_dtype, state_dtype
 
 
 def problem_of_rows(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str | None:
-    """What is wrong with a step of `p` with a sparse gradient; None if nothing is."""
+    """The reason why `p` cannot be stepped with a sparse gradient; None if it can."""
     if not p.is_contiguous() or not p.is_floating_point():
         return "must be floating point and contiguous to be stepped with a sparse gradient"
     if grad.shape != p.shape or grad.dtype != p.dtype or grad.device != p.device:
@@ -34,16 +34,17 @@ def problem_of_rows(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[
     if p.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a step with a sparse gradient reads on the host and cannot be captured in a CUDA graph"
     if group["sparse_decay"] == "catch_up" and float(group["lr"]) * group["weight_decay"] >= 1:
-        return "sparse_decay='catch_up' needs lr * weight_decay < 1: what is left of a row would be nothing"
+        return "sparse_decay='catch_up' needs lr * weight_decay < 1; else a step would erase the row"
     if not state:
         return None
     missing = [name for name in _names(group) if name not in state]
     if missing:
-        return f"its state was made with other options, and lacks {', '.join(missing)}; options of a run cannot change"
+        lacks = f"its state was made with other options, and lacks {', '.join(missing)}"
+        return f"{lacks}; these options cannot change during a run"
     moments, dtype = state["exp_avg"], state_dtype(p, group)
     if moments.dtype != dtype or moments.device != p.device:
-        found = f"{moments.dtype} on {moments.device}, and would be {dtype} on {p.device}"
-        return f"its state is {found} by now; save the state_dict, make a new optimizer and load it there"
+        found = f"{moments.dtype} on {moments.device}, expected {dtype} on {p.device}"
+        return f"its state is {found}; save the state_dict, make a new optimizer and load it there"
     return _problem_of_shapes(p, grad.sparse_dim(), state)
 
 
@@ -54,7 +55,7 @@ def _problem_of_shapes(p: Tensor, sparse_dim: int, state: dict[str, Tensor]) -> 
         lines, before = len(state["rows"]), max(0, p.dim() + 1 - moments.dim())
         whole = torch.Size((lines, *p.shape[before:]))
     if moments.shape != whole:
-        return f"its state is of shape {list(moments.shape)}; the table changed since"
+        return f"its state is of shape {list(moments.shape)}; the table has changed its shape"
     by_row = [len(state[name]) for name in ("row_step", "row_decay") if name in state]
     divided_anew = before != sparse_dim and (by_row or not _in_order(p, before, state))
     if divided_anew or any(count != lines for count in by_row):
@@ -66,7 +67,7 @@ def _problem_of_shapes(p: Tensor, sparse_dim: int, state: dict[str, Tensor]) -> 
 
 
 def _in_order(p: Tensor, sparse_dim: int, state: dict[str, Tensor]) -> bool:
-    """Whether the state has a line for every row, in order, as a state of SparseAdam has."""
+    """Whether the state has an entry for every row, in order, as a state of SparseAdam has."""
     rows = state["rows"]
     return len(rows) == math.prod(p.shape[:sparse_dim]) and torch.equal(rows, torch.arange(len(rows)).to(rows))
 
@@ -74,7 +75,7 @@ def _in_order(p: Tensor, sparse_dim: int, state: dict[str, Tensor]) -> bool:
 def step_rows(
     p: Tensor, grad: Tensor, state: dict[str, Tensor], seen: SeenRows | None, group: dict[str, Any], stream: int
 ) -> SeenRows | None:
-    """One step of one Parameter that has no `problem_of_rows`. Returns what `seen` is to be at the next one."""
+    """One step of one Parameter that has no `problem_of_rows`. Returns `seen` for the next step."""
     ids, values = _flat(grad), grad._values().contiguous()
     sparse_dim = grad.sparse_dim()
     table = p.detach()
@@ -85,7 +86,7 @@ def step_rows(
     if "rows" not in state:
         seen = None
     else:
-        if state["exp_avg"].shape[1:] != table.shape[1:]:  # in the order of memory, so they can be reshaped
+        if state["exp_avg"].shape[1:] != table.shape[1:]:  # row-major like the table, so they can be reshaped
             state.update({name: state[name].reshape(table.shape) for name in MOMENTS if name in state})
             state["rows"] = torch.arange(len(table), device=p.device)
         if seen is None or seen.rows is not state["rows"] or len(seen.slots) != len(table):
@@ -109,7 +110,7 @@ def step_rows(
         rounding = (group["seed"], int(step), stream) if group["stochastic_rounding"] else ()
         adamw_rows_(table, values, ids, slots, m, v, maximum, scales, **options, rounding=rounding)
         torch.autograd.graph.increment_version(p)
-    state["step"] = torch.tensor(step, dtype=torch.float32)  # SparseAdam's is a number
+    state["step"] = torch.tensor(step, dtype=torch.float32)  # in SparseAdam it is a Python number
     if "row_step" in state:
         state["row_step"][lines] = state["row_step"][lines] + 1
     if "row_decay" in state:
@@ -119,7 +120,7 @@ def step_rows(
 
 
 def _flat(grad: Tensor) -> Tensor:
-    """The rows that a sparse gradient lists, by their flat numbers."""
+    """The flat numbers of the rows that a sparse gradient lists."""
     indices = grad._indices()
     if grad.sparse_dim() == 0:
         return indices.new_zeros(indices.shape[1])

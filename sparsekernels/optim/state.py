@@ -1,4 +1,4 @@
-"""The state of a parameter: moments and the count of steps; of a sparse one, for the rows seen."""
+"""The state of a parameter: moments and step counts; with sparse gradients, those of the rows seen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 
 def state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
-    """The dtype of its moments: the group's option, but for fp64."""
+    """The dtype of its moments: the group's option, or fp64 for fp64 parameters."""
     dtype: torch.dtype = group.get("state_dtype") or torch.float32
     return dtype if compute_dtype(param) == torch.float32 else torch.float64
 
@@ -34,16 +34,16 @@ PER_ROW = (*MOMENTS, "row_step", "row_decay")
 
 
 class SeenRows:
-    """Which line of the state belongs to which row of the table: `slots` [V] int32, -1 where none does yet."""
+    """Maps rows of the table to entries of the state: `slots` [V] int32, -1 for rows without one."""
 
     def __init__(self, rows: Tensor, length: int) -> None:
         self.rows = rows
         self.slots = torch.full((length,), -1, dtype=torch.int32, device=rows.device)
         self.slots[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        self.rooms: dict[str, tuple[Tensor, Tensor]] = {}  # what is longer than the lines in use, and these
+        self.rooms: dict[str, tuple[Tensor, Tensor]] = {}  # storage, and the part of it in use
 
     def add(self, ids: Tensor, state: dict[str, Tensor]) -> None:
-        """Give every row in `ids` a line; new lines are zero. Amortised: room grows by doubling."""
+        """Give every row in `ids` an entry; new entries are zero. Storage grows by doubling."""
         fresh = ids[self.slots[ids] < 0]
         if not len(fresh):
             return
@@ -57,7 +57,7 @@ class SeenRows:
         self.slots[fresh] = torch.arange(before, after, dtype=torch.int32, device=fresh.device)
 
     def _longer(self, name: str, lines: Tensor, count: int) -> Tensor:
-        """`lines` and zeros after them. Only room that was made here is written: the state may come from a file."""
+        """`lines` with zeros appended. Only storage allocated here is written: the state may come from a file."""
         before = len(lines)
         room, used = self.rooms.get(name, (lines, lines))
         if used is not lines or count > len(room):
@@ -69,14 +69,14 @@ class SeenRows:
 
 
 def step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
-    """Where the step of a Parameter is counted: where torch.optim.AdamW does."""
+    """The device that counts the steps of a Parameter: the same as in torch.optim.AdamW."""
     return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
 
 
 def placed_step(step: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """The step count as the ops take it: of all positions, on the CPU where AdamW counts, or one per position.
+    """The step count as the ops need it: one for all, on the CPU where AdamW has it there, or one per position.
 
-    Counts that are all equal become one.
+    Per-position counts that are all equal become one.
     """
     if step.dim() and len(step) and bool((step == step[0]).all()):
         step = step[0]

@@ -1,1 +1,1 @@
-"""What a backward tells of weights: Fisher information, losses, gradients of singular values. Selects nothing."""
+"""Scores of weights from a backward: Fisher information, losses, gradients of singular values. Selects nothing."""

@@ -1,7 +1,7 @@
-"""One batched backward, split by sample: hooks catch what makes each gradient, and an op squares it.
+"""One batched backward, split by sample: hooks catch the two factors of each gradient, and an op squares it.
 
-A weight's gradient is a sum over tokens of products of two activations. Each token belongs to one sample, so the
-gradients of all samples can be had from these.
+A weight's gradient is a sum over tokens of products of two activations. Each token belongs to one sample, so these
+determine the gradients of all samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .pairs import Pair, add_squares_, pair_of, uncancelled
 
 
 class Misfit(Exception):
-    """A module that was split by sample met input that cannot be: what was collected so far is void."""
+    """A module that was split by sample got an input that cannot be split: everything collected so far is void."""
 
 
 class _Hold(torch.autograd.Function):
@@ -42,7 +42,7 @@ class _Hold(torch.autograd.Function):
 
 
 class _Start(torch.autograd.Function):
-    """A copy of its input that requires a gradient, and passes none on: where backward ends in a frozen model."""
+    """A copy of its input that requires a gradient and passes none on: where backward ends in a frozen model."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _Start(torch.autograd.Function):
 
 
 class Target:
-    """One parameter, and where its squares go. This backward expects `calls` uses of it, and caught `pairs`."""
+    """One parameter, and the total of its squares. This backward expects `calls` uses of it, and caught `pairs`."""
 
     def __init__(self, name: str, parameter: nn.Parameter, index: Index | None, total: Tensor | None) -> None:
         self.name, self.parameter, self.index, self.total = name, parameter, index, total
@@ -66,10 +66,11 @@ class Target:
 
 @dataclass
 class Trust:
-    """What checks found: parameters that need a backward for each sample and why, modules that were checked.
+    """Results of checks: parameters that need a backward per sample, with the reason; modules that were checked.
 
-    outside: parameters that are used outside the forward of their module. expand: whether positions that all samples
-    share may be given to each of them.
+    outside: parameters that are used outside the forward of their module. expand: whether positions shared by all
+        samples
+    may be expanded to one copy per sample.
     """
 
     outside: set[str] = field(default_factory=set)
@@ -79,21 +80,21 @@ class Trust:
 
 
 class Collector:
-    """Adds up squares of the per-sample gradients of some parameters of a model; a context manager.
+    """Sums squares of per-sample gradients of some parameters of a model; a context manager.
 
-    Within, the model is in eval mode and frozen but for what is being differentiated; on leaving, modes, flags and
-    gradients are as they were.
+    Inside it, the model is in eval mode and frozen except for what is being differentiated; on exit, modes,
+    requires_grad and gradients are restored.
 
     Args:
-        model: any torch model. loss: what is differentiated.
-        indices: name of a parameter -> the part of it that counts, or None for the whole.
-        totals: name -> tensor that the squares are added to, summed over samples; names may be missing.
-        trust: what the check of these parameters found; it is shared and added to.
+        model: any torch model. loss: what to differentiate.
+        indices: parameter name -> the part of it to score, or None for all of it.
+        totals: name -> tensor to add the squares to, summed over samples; names may be missing.
+        trust: results of the check of these parameters; shared and added to.
 
     Attributes:
-        uses: set while it is also to be found which parameters are used outside the forward of their module.
+        uses: set while parameters used outside their module's forward are to be found.
         checking: set while parameters are checked: modules that were never seen are accepted.
-        expanded: whether positions that all samples share were given to each of them.
+        expanded: whether positions shared by all samples were expanded to one copy per sample.
     """
 
     def __init__(
@@ -110,12 +111,12 @@ class Collector:
         for name, index in indices.items():
             if id(named[name]) in self.targets:
                 raise ValueError(
-                    f"{name!r} and {self.targets[id(named[name])].name!r} are one tied parameter; name one"
+                    f"{name!r} and {self.targets[id(named[name])].name!r} are one tied parameter; pass one name"
                 )
             self.targets[id(named[name])] = Target(name, named[name], index, totals.get(name))
         if len({(t.parameter.device, t.parameter.dtype == torch.float64) for t in self.targets.values()}) > 1:
             raise ValueError(
-                "the parameters are on several devices, or partly fp64: take them one part after the other"
+                "the parameters are on several devices, or partly fp64: call this for each part separately"
             )
         self.loss, self.trust = loss, trust
         self.owners: dict[nn.Module, dict[str, Target]] = {}
@@ -134,7 +135,7 @@ class Collector:
 
     @property
     def fallback(self) -> dict[str, str]:
-        """name -> why the gradient of this parameter is taken one sample at a time."""
+        """name -> why this parameter's gradient is computed one sample at a time."""
         return self.trust.fallback
 
     def __enter__(self) -> Collector:
@@ -157,8 +158,8 @@ class Collector:
         """Add the squares for a batch of `size` samples; return the squared norms ([size]) over all targets.
 
         Raises:
-            Misfit: a parameter has just been moved to the fallback; totals are void.
-            ValueError: the gradient of a sample is not finite; the sample is named.
+            Misfit: a parameter has just moved to the fallback; totals are void.
+            ValueError: the gradient of a sample is not finite; the message names the sample.
         """
         batch = to_device(batch, self.device)
         norms = torch.zeros(size, dtype=self._compute_dtype, device=self.device)
@@ -175,7 +176,7 @@ class Collector:
         return norms
 
     def run(self, batch: Batch, size: int) -> None:
-        """One forward and backward of a batch; squares are added for all that is not in the fallback."""
+        """One forward and backward of a batch; squares are added for all parameters that are not in the fallback."""
         self.size, self.length = size, _length(batch)
         self._finite = torch.ones(size, dtype=torch.bool, device=self.device)
         for target in self.targets.values():
@@ -185,11 +186,11 @@ class Collector:
             for term, last in _with_last(self.loss.terms(self.model, batch, size)):
                 if self.uses is not None:
                     self.trust.outside |= self.uses.outside(term)
-                self._recomputing = True  # whatever runs forward from here on is checkpointing
+                self._recomputing = True  # any forward from here on is recomputation by checkpointing
                 if term.requires_grad:
                     term.sum().backward(retain_graph=not last)
                 for target in self.targets.values():
-                    self._finish(target)  # those with a use that got no gradient
+                    self._finish(target)  # those with a use without a gradient
         finally:
             self._catching = self._recomputing = False
             self._inputs.clear()
@@ -223,11 +224,11 @@ class Collector:
             return None
         if not torch.is_grad_enabled():
             if self._recomputing:
-                return None  # a norm that is asked for what its weight multiplies
+                return None  # _normalised calls a norm's forward
             name = next(iter(self._caught(module).values())).name
             raise ValueError(
                 f"the module of {name!r} runs without gradients; with gradient checkpointing pass use_reentrant=False, "
-                "else leave the parameter out"
+                "otherwise leave the parameter out"
             )
         if self.checking:
             self.trust.seen.add(module)
@@ -239,7 +240,7 @@ class Collector:
         changed = x
         if kind_of(module) == "embedding" and x.dim() == 2 and len(x) == 1 < self.size and self.trust.expand:
             self.expanded = True
-            changed = x.expand(self.size, -1)  # positions that all samples share: each sample gets its own gradient
+            changed = x.expand(self.size, -1)  # positions shared by all samples: each sample gets its own gradient
         elif x.requires_grad:
             changed = _Hold.apply(x)
         self._inputs[module] = changed
@@ -261,7 +262,7 @@ class Collector:
             for target in targets.values():
                 target.calls += 1
         started = output if output.requires_grad else _Start.apply(output, self._anchor)
-        node = x.grad_fn  # not x itself: with checkpointing it is to be freed
+        node = x.grad_fn  # not x itself, which checkpointing frees
         saved = x if node is None or node.name() != "_HoldBackward" else node
         started.register_hook(partial(self._arrived, module, targets, saved))
         return started
@@ -277,7 +278,7 @@ class Collector:
         x = saved if isinstance(saved, Tensor) else saved.saved_tensors[0]
         grad = grad.detach().reshape(self.size, -1, grad.shape[-1])
         bias = targets.get("bias")
-        if bias is None or bias.index is not None:  # else the norm of its gradient, the same sum, will tell
+        if bias is None or bias.index is not None:  # else the norm of its gradient, the same sum, shows it
             self._finite &= grad.flatten(1).sum(1, dtype=self._compute_dtype).isfinite()
         for attribute, target in targets.items():
             target.pairs.append(pair_of(module, attribute, grad, x.detach()))
@@ -293,7 +294,7 @@ class Collector:
 
 
 def _length(batch: Batch) -> int:
-    """Tokens of each sample; 0: not known."""
+    """Number of tokens of each sample; 0: unknown."""
     ids = batch.get("input_ids")
     return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0
 

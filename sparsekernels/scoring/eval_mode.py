@@ -1,4 +1,4 @@
-"""How a model is put for a while to be differentiated: in eval mode, frozen but for some parameters."""
+"""Temporary state of a model while it is differentiated: eval mode, and frozen except for some parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Just these require gradients, and start without one; everything is put back on leaving."""
+    """Only these parameters require gradients, and start without one; everything is restored on exit."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for p, _, _ in before:
@@ -29,10 +29,11 @@ def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) ->
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in eval mode; on leaving, every module is in the mode that it was in.
+    """Put the model in eval mode; on exit, every module's own mode is restored.
 
-    Layers of transformers checkpoint in train mode alone: those that are told to stay in it, and go into eval mode
-    inside of what is checkpointed. No keys and values are cached, as in training: a recomputed layer would cache twice.
+    Layers of transformers use checkpointing in train mode only, so checkpointed ones stay in train mode and switch to
+    eval mode inside the checkpointed function. Key/value caching is off, as in training: a recomputed layer would cache
+    twice.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -29,43 +29,49 @@ def fisher_diagonal(
     names: Iterable[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Add up, over samples, the square of each sample's own gradient; the model is left as it was.
+    """Sum, over samples, the square of each sample's own gradient; the model is not changed.
 
-    Equivalent to, in eval mode, but in one batched backward a batch and without any per-sample gradient in memory
-        for sample in samples:  # batches of one
+    Equivalent to the following in eval mode, but with one batched backward per batch and no per-sample gradient in
+        memory for sample in samples:  # batches of one
             for name, g in zip(names, torch.autograd.grad(model(**sample).loss, parameters)): fisher[name] += g**2
 
     Args:
-        model: any torch model; one under train_only must be restored first. Linear, GPT-2's Conv1D, Embedding,
-            LayerNorm and RMSNorm are split by sample; tied weights count once. Parameters of any other module take an
-            exact backward for each sample, and a warning names them, as do those whose norms differ from autograd's on
-            the first sample, or whose inputs have not one row of tokens a sample.
+        model: any torch model, not under train_only. Linear, GPT-2's Conv1D, Embedding, LayerNorm and RMSNorm are split
+            by sample; tied weights count once. Parameters of other modules take one exact backward per sample, and a
+            warning names them; so do parameters whose norms differ from autograd's on the first sample, and those whose
+            inputs do not have one row of tokens per sample.
         samples: batches in Hugging Face form (mappings of tensors with labels), of any size; moved to the model's
-            device. The result does not depend on how samples are batched.
-        loss: function of (model, batch) that returns one loss for each sample, [B], without mixing them; other models
-            in it need torch.no_grad(). Default: the model's own loss on each sample alone, which for language models
-            is the mean over its labelled tokens; a model with another loss than its logits tell is refused.
+            device. The result does not depend on the batching.
+        loss: function of (model, batch) that returns one loss per sample, [B], without mixing samples; other models in
+            it need torch.no_grad(). Default: the model's own loss on each sample alone, which for language models is
+            the mean over its labelled tokens; raises if the model's loss cannot be computed from its logits.
         labels: "given", or "expected" for classifiers: sum over classes y of p(y|x) times the square of the gradient of
             log p(y|x); labels are not used then.
         selection: restrict to these positions.
-        names: patterns (as in `fnmatch`) of parameter names; default: all floating-point ones, whatever requires_grad
-            says, without the adapters of PEFT (name these, "*lora_*", to have theirs); or the selection's.
+        names: patterns (as in `fnmatch`) of parameter names. Default: the selection's, or all floating-point ones, with
+            or without requires_grad, except PEFT's adapters (pass "*lora_*" for those).
         progress: show a progress bar.
 
     Returns:
         name -> tensor of the parameter's shape, or index.compact_shape under a selection; fp32 (fp64 for fp64 models),
-        on the device of the parameter. It is a sum over samples, not a mean.
+        on the device of the parameter. A sum over samples, not a mean.
 
     Numerics: fp32 accumulation, fp64 for fp64 models. Deterministic on the CPU.
-    Cost: for each batch a forward and a backward without weight gradients, and for a Linear of M x N 2*T*M*N operations
-    more for T tokens; F itself. A weight that is used more than once, tied ones included, is kept until its last use.
+    Cost: per batch, a forward, a backward without weight gradients, and for a Linear of M x N and T tokens 2*T*M*N more
+    operations; memory for the result. A weight that is used more than once, or tied, is kept until its last use.
 
     Raises:
-        ValueError: no samples, samples without labels or with an empty attention mask, a loss that is not one value a
-            sample, names that match nothing, checkpointing with use_reentrant=True, or a gradient that is not finite:
-            the sample is named.
+        ValueError: no samples, samples without labels or with an empty attention mask, a loss that is not one value per
+            sample, names that match nothing, checkpointing with use_reentrant=True, or a gradient that is not finite
+            (the message names the sample).
 
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> samples = [{"x": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}, {"x": torch.tensor([[3.0, 0.0]])}]
+        >>> sk.fisher_diagonal(model, samples, loss=lambda model, batch: model(batch["x"])[:, 0])
+        {'weight': tensor([[10.,  4.]])}
     """
     indices = _indices(model, selection, names)
     totals = {name: zeros_for(model.get_parameter(name), index) for name, index in indices.items()}
@@ -86,14 +92,27 @@ def squared_gradient_norms(
     names: Iterable[str] | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Compute the squared L2 norm of each sample's own gradient, over all parameters or over a selection.
+    """Compute the squared L2 norm of each sample's own gradient; the model is not changed.
 
-    The same pass as `fisher_diagonal`, without its totals: neither gradients nor Fisher are in memory.
+    The same pass as `fisher_diagonal` without its totals: no gradient and no Fisher diagonal is in memory.
 
-    Args and Raises: as `fisher_diagonal`.
+    Args:
+        model, samples, loss, labels, selection, names, progress: as in `fisher_diagonal`.
 
     Returns:
-        [samples], in the order of the samples; fp32 (fp64 for fp64 models), on the model's device.
+        [samples], in the order of the samples; fp32 (fp64 for fp64 models), on the model's device. Deterministic on the
+        CPU.
+
+    Raises:
+        ValueError: as `fisher_diagonal`.
+
+    Source: Goodfellow, arXiv 1510.01799, for per-sample norms from activations.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> samples = [{"x": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}]
+        >>> sk.squared_gradient_norms(model, samples, loss=lambda model, batch: model(batch["x"])[:, 0])
+        tensor([1., 4.])
     """
     indices = _indices(model, selection, names)
     batches = list(samples)
@@ -103,7 +122,7 @@ def squared_gradient_norms(
 
 
 def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str] | None) -> dict[str, Index | None]:
-    """Name -> the part of the parameter that counts, None for the whole."""
+    """Name -> the part of the parameter to score, None for all of it."""
     refuse_train_only(model)
     if selection is not None:
         parameters = selection.check(model)
@@ -117,12 +136,12 @@ def _indices(model: nn.Module, selection: Selection | None, names: Iterable[str]
     base = set(base_parameters(model))
     chosen = [n for n in floating if n in base] if names is None else matching(floating, names, "names")
     if not chosen:
-        raise ValueError("names: no parameter is left")
+        raise ValueError("names: no floating-point parameter to score")
     return dict.fromkeys(chosen)
 
 
 def zeros_for(parameter: Tensor, index: Index | None) -> Tensor:
-    """On the CPU pages that nothing is added to, such as rows of tokens that never occur, are never made."""
+    """Zeros for a total. On the CPU, pages that nothing is added to (rows of unused tokens) are never allocated."""
     shape = parameter.shape if index is None else index.compact_shape
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if parameter.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What is differentiated: the loss of a batch, or one loss for each sample of it."""
+"""The loss to differentiate: of a batch, or one per sample of it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ TOLERANCE, TOLERANCE_HALF = 1e-5, 2e-2  # relative, between the model's own loss
 
 
 def batch_size(batch: Batch, number: int) -> int:
-    """How many samples a batch holds; its number is for the message.
+    """The number of samples in a batch; `number` is the batch's, for the message.
 
     Raises:
-        ValueError: it is no mapping with tensors, is empty, or has a sample whose attention mask is zero throughout.
+        ValueError: it is not a mapping with tensors, is empty, or has a sample whose attention mask is all zero.
     """
     tensors = [x for x in batch.values() if isinstance(x, Tensor) and x.dim()] if isinstance(batch, Mapping) else []
     if not tensors:
         raise ValueError(
-            f"samples: batch {number} must be a mapping of tensors as a Hugging Face model takes, "
+            f"samples: batch {number} must be a mapping of tensors, as for a Hugging Face model, "
             f"got {type(batch).__name__}"
         )
     first = batch.get("input_ids", tensors[0])
@@ -36,7 +36,7 @@ def batch_size(batch: Batch, number: int) -> int:
         if bool(empty.any()):
             raise ValueError(
                 f"samples: the attention_mask of sample {int(empty.nonzero()[0])} in batch {number} is all zero; "
-                "leave the sample out"
+                "remove the sample"
             )
     return len(first)
 
@@ -47,7 +47,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 
 def rows_of(batch: Batch, chosen: Tensor, size: int) -> dict[str, Any]:
-    """The batch with these samples only; what has not one entry for each sample stays as it is."""
+    """The batch with these samples only; entries that do not have one item per sample are kept as they are."""
 
     def cut(x: Any) -> Any:
         if isinstance(x, Tensor):
@@ -62,13 +62,13 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     device = next(model.parameters()).device
     output = model(**to_device(batch, device))
     if getattr(output, "loss", None) is None:
-        raise ValueError("loss: the model returned none; put labels into the batches or pass a function as loss")
+        raise ValueError("loss: the model returned none; add labels to the batches or pass a function as loss")
     loss: Tensor = output.loss
     return loss
 
 
 def check_loss(loss: Any, weights: str, where: str, hint: str = "") -> None:
-    """Raise ValueError for what is no finite scalar with a gradient of `weights`; all else is for the message."""
+    """Raise ValueError unless the loss is a finite scalar with a gradient; other arguments are for the message."""
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         got = type(loss).__name__
         if isinstance(loss, Tensor):
@@ -79,12 +79,13 @@ def check_loss(loss: Any, weights: str, where: str, hint: str = "") -> None:
 
 
 class PerSampleLoss:
-    """Computes the terms whose squared gradients are added up, each a tensor [B].
+    """Computes the terms, each [B], whose squared gradients are summed.
 
-    With given labels there is one: the model's own loss on each sample alone, as far as that can be told from its
-    logits and labels; samples of the first batch are run alone to see that it is. With expected labels there is one
-    term for each class y: sqrt(p(y|x)) * log p(y|x) with the root held fixed, so that its squared gradient is that of
-    log p(y|x) weighted by p(y|x).
+    With given labels there is one term: the model's own loss on each sample alone, recomputed from its logits and
+    labels; samples of the first batch are run alone to check that the two agree. With expected labels there is one term
+    per class
+    y: sqrt(p(y|x)) * log p(y|x), the root held constant, so that its squared gradient is that of log p(y|x) weighted by
+    p(y|x).
     """
 
     def __init__(self, loss: Loss | None, labels: str) -> None:
@@ -96,20 +97,20 @@ class PerSampleLoss:
         self.shift: bool | None = None
 
     def check(self, model: nn.Module, batch: Batch) -> None:
-        """Refuse what is no loss for each sample; find out how the model makes its own."""
+        """Raise ValueError if the loss is not per sample; determine whether the model shifts its labels."""
         size = batch_size(batch, 0)
         if self.custom is not None or self.expected:
             with torch.no_grad():
                 next(iter(self.terms(model, batch, size)))
             return
-        candidates = [True, False]  # whether tokens are to predict the next label, or their own
+        candidates = [True, False]  # whether tokens predict the next label, or their own
         for b in range(size):
             alone = rows_of(batch, torch.tensor([b]), size)
             with torch.no_grad():
                 output = model(**alone)
             own = getattr(output, "loss", None)
             if own is None:
-                raise ValueError("samples: the model returns no loss for them; put labels in or pass loss")
+                raise ValueError("samples: the model returns no loss for them; add labels or pass loss")
             logits, labels = _logits(output), _labels(alone)
             if logits.dim() < 3:
                 candidates = [False]
@@ -117,7 +118,7 @@ class PerSampleLoss:
             if len(candidates) == 1:
                 self.shift = candidates[0]
                 return
-        raise ValueError("loss: no sample tells whether the model's labels are shifted by one token; pass loss")
+        raise ValueError("loss: cannot tell whether the model's labels are shifted by one token; pass loss")
 
     def terms(self, model: nn.Module, batch: Batch, size: int) -> Iterator[Tensor]:
         """Each term, [B]; they share one forward."""
@@ -130,7 +131,7 @@ class PerSampleLoss:
             yield from (roots * log_p).unbind(1)
             return
         if self.custom is None:
-            # An encoder-decoder makes its decoder's input of them; others would compute their own loss for nothing.
+            # An encoder-decoder makes its decoder's input from labels; other models would only compute an unused loss.
             inside = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
             output = model(**{key: x for key, x in batch.items() if inside or key != "labels"})
             yield _of_labels(_logits(output), _labels(batch), bool(self.shift))
@@ -140,7 +141,7 @@ class PerSampleLoss:
         if not single and (not isinstance(losses, Tensor) or losses.shape != (size,)):
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"loss must return one value a sample, shape [{size}], got {got}; "
+                f"loss must return one value per sample, shape [{size}], got {got}; "
                 'a mean over the batch mixes the samples: use reduction="none"'
             )
         yield losses.reshape(size)
@@ -149,12 +150,12 @@ class PerSampleLoss:
 def _labels(batch: Batch) -> Tensor:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
-        raise ValueError('samples have no labels; put them into the batches, or use labels="expected" or loss')
+        raise ValueError('samples have no labels; add them to the batches, or use labels="expected" or loss')
     return labels
 
 
 def _fitting(own: Tensor, logits: Tensor, labels: Tensor, candidates: list[bool]) -> list[bool]:
-    """Those of the candidates for `shift` with which our loss of one sample is the model's own."""
+    """The candidates for `shift` under which our loss of one sample equals the model's own."""
     found: dict[bool, Tensor] = {}
     failure: ValueError | None = None
     for shift in candidates:
@@ -170,7 +171,7 @@ def _fitting(own: Tensor, logits: Tensor, labels: Tensor, candidates: list[bool]
         values = " or ".join(f"{float(ours):.6g}" for ours in found.values())
         raise ValueError(
             f"loss: the model's own loss on one sample is {float(own):.6g}, cross-entropy or squared error from its "
-            f"logits {values}; pass loss, a function of (model, batch) that returns one loss a sample"
+            f"logits {values}; pass loss, a function of (model, batch) that returns one loss per sample"
         )
     return fits
 
@@ -191,7 +192,7 @@ def _of_labels(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
     raise ValueError(
         f"loss: no per-sample loss is known for logits {list(logits.shape)} and labels {list(labels.shape)}; "
-        "pass loss, a function of (model, batch) that returns one loss a sample"
+        "pass loss, a function of (model, batch) that returns one loss per sample"
     )
 
 
@@ -210,6 +211,6 @@ def _over_tokens(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
     counts = real.sum(1)
     if bool((counts == 0).any()):
         raise ValueError(f"samples: sample {int((counts == 0).nonzero()[0])} of a batch has no labelled token")
-    # Flat, with classes last: over another dimension, torch sums them one by one, and a large vocabulary shows it.
+    # Flat, with classes last: over another dimension torch is slow for a large vocabulary.
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
     return losses.view_as(labels).sum(1) / counts

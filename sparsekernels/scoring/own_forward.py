@@ -1,4 +1,4 @@
-"""Which parameters are also used outside their module's forward, where a sparse backward sees nothing of them."""
+"""Detects parameters that are also used outside their module's forward, where a sparse backward cannot see them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from ..common.messages import listed, warn
 
-OUTSIDE = "what is used outside the forward of its module, by a parent or the loss, has no sparse gradient"
-ALIAS = "sparsekernels: alias"  # what marks its node in the graph
+OUTSIDE = "a weight used outside its module's forward, by a parent or the loss, has no sparse gradient"
+ALIAS = "sparsekernels: alias"  # marks its node in the graph
 
 
 class OwnForward:
-    """Within it, a module's own forward reads an alias of each parameter; any other code reads the parameter itself.
+    """A context in which a module's own forward reads an alias of each parameter, and other code the parameter itself.
 
-    What `train_only` gives a sparse backward is exactly what is an alias here: both put theirs into the __dict__ of the
-    module, where Python looks first. The model runs uncompiled: a compiled graph does not tell who reads what.
+    A parameter is an alias here exactly where `train_only` would give it a sparse backward: both put theirs into the
+    __dict__ of the module, where Python looks first. The model runs uncompiled: a compiled graph does not tell who
+    reads a parameter.
 
     Args:
-        model: any torch model. parameters: those that are watched, by name; they require gradients on entering.
+        model: any torch model.
+        parameters: those to watch, by name; they require gradients on entry.
 
     Attributes:
-        own: names of the parameters that their own module used with gradients, recomputation included.
+        own: names of the parameters that their own module used with gradients, including in recomputation.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -44,12 +46,14 @@ class OwnForward:
     def __enter__(self) -> OwnForward:
         self._leaves = {get_gradient_edge(parameter).node: name for name, parameter in self.parameters.items()}
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes long
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import is slow
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(self._forget)
             for module in self._holders:
                 if type(module) in (nn.Linear, nn.Embedding) and "forward" not in module.__dict__:
-                    module.__dict__["forward"] = partial(self._forward, module)  # also where it is called as such
+                    module.__dict__["forward"] = partial(
+                        self._forward, module
+                    )  # also for code that calls module.forward
                     stack.callback(module.__dict__.pop, "forward")
                 else:
                     stack.callback(module.register_forward_pre_hook(self._put).remove)
@@ -66,7 +70,7 @@ class OwnForward:
         self._leaves = {}
 
     def outside(self, loss: Tensor) -> set[str]:
-        """Names of the parameters that the graph of `loss`, before its backward, also reaches past their alias."""
+        """Names of the parameters that the graph of `loss`, before its backward, also reaches without their alias."""
         found: set[str] = set()
         left: list[Any] = [loss.grad_fn] if loss.grad_fn is not None else []
         seen = {None, *left}
@@ -103,12 +107,12 @@ class OwnForward:
 
 
 def refuse_outside(names: Iterable[str], argument: str) -> None:
-    """Raise ValueError if there are any: they were asked for, and train_only could not train them."""
+    """Raise ValueError if there are any: the caller asked for them, and train_only could not train them."""
     if names := list(names):
         raise ValueError(f"{argument}: {listed(names)} cannot be trained: {OUTSIDE}; leave them out")
 
 
 def warn_left_out(method: str, names: Iterable[str]) -> None:
-    """Warn if there are any, which a method would have selected by default."""
+    """Warn if there are any that a method would have selected by default."""
     if names := list(names):
         warn(f"{method} leaves out {listed(names)}: {OUTSIDE}")

@@ -1,4 +1,4 @@
-"""The two activations that make a parameter's gradient, and the ops that square it sample by sample."""
+"""The two activations whose product is a parameter's gradient, and the ops that square it per sample."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..structure.layers import kind_of
 
 @dataclass
 class Pair:
-    """One use of a parameter: the gradient of sample b is the sum over tokens of left[b, s] times right[b, s].
+    """One use of a parameter: the gradient of sample b is the sum over tokens s of left[b, s] times right[b, s].
 
     kind "matrix": outer product of left [B, S, M] and right [B, S, N], for a weight [M, N].
-    kind "lookup": right [B, S] holds the rows of a table that left [B, S, D] is added to.
+    kind "lookup": right [B, S] are row numbers of a table to which left [B, S, D] is added.
     kind "vector": elementwise product of left [B, S, M] and right, of the same shape or None for ones.
     """
 
@@ -32,7 +32,7 @@ class Pair:
 def pair_of(module: nn.Module, attribute: str, grad: Tensor, x: Tensor) -> Pair:
     """The pair for one parameter of a module, from the gradient of its output [B, S, ...] and its input.
 
-    Autocast computes in the dtype of the gradient, so that is what the input is cast to.
+    The input is cast to the dtype of the gradient, in which autocast computes.
     """
     kind = kind_of(module)
     if attribute == "bias":
@@ -46,7 +46,7 @@ def pair_of(module: nn.Module, attribute: str, grad: Tensor, x: Tensor) -> Pair:
 
 
 def _normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """What the weight of a norm multiplies: its output for a weight of ones less that for zeros."""
+    """The factor of a norm's weight: its output for a weight of ones minus that for zeros."""
     with torch.no_grad():
         if isinstance(module, nn.LayerNorm):
             return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
@@ -58,7 +58,7 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def uncancelled(pairs: Sequence[Pair]) -> float:
-    """The squared norm that the gradient of a sample would have, in the mean, if its tokens' parts were orthogonal."""
+    """The mean over samples of the squared norm that the gradient would have if the tokens' parts were orthogonal."""
     total = 0.0
     for pair in pairs:
         if pair.kind == "vector":
@@ -75,7 +75,7 @@ def uncancelled(pairs: Sequence[Pair]) -> float:
 def add_squares_(
     pairs: Sequence[Pair], shape: torch.Size, total: Tensor | None, norms: Tensor | None, index: Index | None
 ) -> None:
-    """Square the per-sample gradients of one parameter of this shape; several uses are one, their tokens in a row."""
+    """Square the per-sample gradients of one parameter of this shape; several uses are concatenated along tokens."""
     first = pairs[0]
     if len({pair.kind for pair in pairs}) > 1:
         _tied(pairs, shape[0], total, norms, index)
@@ -94,9 +94,9 @@ def add_squares_(
 
 
 def _tied(pairs: Sequence[Pair], table: int, total: Tensor | None, norms: Tensor | None, index: Index | None) -> None:
-    """A matrix that is looked up and multiplied, as one product: a lookup is a product with rows of the identity.
+    """A matrix that is both looked up and multiplied, as one product: a lookup is a product with one-hot rows.
 
-    One sample at a time, since those rows are as long as the table.
+    One sample at a time, since one-hot rows are as long as the table.
     """
     for b in range(len(pairs[0].left)):
         lefts, rights = [], []

@@ -1,8 +1,8 @@
-"""Per-sample gradients of a model: checked on the first batch, then squared and added up over all batches.
+"""Per-sample gradients of a model: checked on the first batch, then squared and summed over all batches.
 
-That a module's tokens are laid out by sample, and that its parameters are used nowhere else, is not assumed: norms are
-compared with autograd's on one sample, and the shapes of every batch must fit. What does not agree takes a backward for
-each sample.
+Two assumptions are checked: that a module's tokens are laid out by sample, and that its parameters are used nowhere
+else. Norms are compared with autograd's on one sample, and the shapes of every batch must fit. Parameters that disagree
+take one backward per sample.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .own_forward import OwnForward
 
 AGREES = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, of squared norms
 AGREES_HALF = 0.05  # the whole gradient that is compared with is rounded to half precision
-# Where what tokens add cancels out, as for the bias of keys, the rest is rounding. Relative to what would be without.
+# Where the tokens' parts cancel, as for the bias of keys, rounding remains. Relative to the norm without cancelling.
 ROUNDING = {torch.float64: 1e-24, torch.float32: 1e-10}
 ROUNDING_HALF = 1e-4
 
@@ -39,7 +39,7 @@ class PerSampleGradients:
 
     Attributes:
         outside: names of parameters that are used outside the forward of their module.
-        fallback: name -> why this parameter takes a backward for each sample.
+        fallback: name -> why this parameter takes one backward per sample.
 
     Raises:
         ValueError: no batch, inference mode, and what `fisher_diagonal` raises for a loss or a model.
@@ -56,7 +56,7 @@ class PerSampleGradients:
         if not batches:
             raise ValueError("samples holds no batch")
         if torch.is_inference_mode_enabled():
-            raise ValueError("there are no gradients within torch.inference_mode(); leave it first")
+            raise ValueError("there are no gradients inside torch.inference_mode(); call this outside it")
         refuse_unsupported_of(model, indices)
         sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
         self.model, self.loss, self._trust = model, PerSampleLoss(loss, labels), Trust()
@@ -74,7 +74,7 @@ class PerSampleGradients:
         totals: Mapping[str, Tensor],
         progress: bool,
     ) -> Tensor:
-        """Add squares of all samples to `totals`, which are zero; return the squared norm of each sample."""
+        """Add the squares of all samples to `totals`, which are zero; return the squared norm of each sample."""
         sizes = [batch_size(batch, number) for number, batch in enumerate(batches)]
         while True:
             known = set(self.fallback)
@@ -95,18 +95,18 @@ class PerSampleGradients:
                     total.zero_()
 
     def warn_slow(self, names: Iterable[str]) -> None:
-        """Warn of those of the parameters that take a backward for each sample, and why."""
+        """Warn of those of the parameters that take one backward per sample, with the reason."""
         slow = [f"{name} ({self.fallback[name]})" for name in names if name in self.fallback]
         if slow:
-            warn(f"fisher: {len(slow)} parameters take one backward a sample, exact but slow: {listed(slow)}")
+            warn(f"fisher: {len(slow)} parameters take one backward per sample, exact but slow: {listed(slow)}")
 
 
 def _check(collector: Collector, twin: Batch) -> bool:
-    """Compare with autograd on a batch that is one sample twice; parameters that disagree go to the fallback.
+    """Compare with autograd on a batch of one sample twice; parameters that disagree move to the fallback.
 
-    For each parameter the norms of both samples must be equal, and a quarter of that of the whole gradient. Whole
-    gradients exist one at a time. What is used outside its module's forward goes there too, however small its gradient
-    is. Returns whether any parameter had a gradient.
+    For each parameter, both samples' norms must be equal, and a quarter of that of the whole gradient. Whole gradients
+    exist one at a time. Parameters used outside their module's forward move there too, however small their gradients.
+    Returns whether any parameter had a gradient.
     """
     expected: dict[str, float] = {}
 
@@ -165,12 +165,12 @@ def _check(collector: Collector, twin: Batch) -> bool:
         own = expected.get(target.name, 0.0)
         allowed = AGREES.get(dtype, AGREES_HALF) * own + ROUNDING.get(dtype, ROUNDING_HALF) * target.uncancelled
         if target.name not in collector.fallback and float((target.norms - own).abs().max()) > allowed:
-            collector.fallback[target.name] = "what its module sees is not all of its gradient"
+            collector.fallback[target.name] = "its module's activations do not give its whole gradient"
     return bool(expected)
 
 
 def _may_be_sparse(module: nn.Module) -> bool:
-    """Whether it is an embedding with dense gradients that no hook of the user waits for."""
+    """Whether it is an embedding with dense gradients and no gradient hooks of the user."""
     if kind_of(module) != "embedding" or module.sparse:
         return False
     weight: Any = module.weight

@@ -1,8 +1,8 @@
 """Gradients of the singular values of a model's weights, in one backward that forms no weight gradient of a Linear.
 
-A Linear runs the forward that it always had; its backward returns, in place of the weight's gradient, that of the
-singular values alone. Every other weight has a dense gradient for a moment, one at a time: of other modules, of those
-whose forward was replaced, and of those that the first batch did not run.
+A Linear runs its usual forward; its backward returns the gradient of the singular values instead of the weight's. Other
+weights get a dense gradient for a moment, one at a time: those of other modules, of modules whose forward was replaced,
+and of modules that the first batch did not run.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ AGREES, AGREES_HALF = 1e-2, 0.2  # relative, between the derivatives of a sample
 
 @dataclass
 class Derivatives:
-    """What the loss does when a matrix W = sum of s_i u_i v_i^T changes, G being its gradient.
+    """Derivatives of the loss by a matrix W = sum of s_i u_i v_i^T with gradient G.
 
     Attributes:
         values: for each of the factors, dL/ds_i = u_i^T G v_i, [R]; or of each sample's own loss, [samples, R].
-        inner: <G, W>, the derivative for scaling the matrix as a whole; or of each sample's loss, [samples].
+        inner: <G, W>, the derivative by a factor of the whole matrix; or of each sample's loss, [samples].
     """
 
     values: list[Tensor]
@@ -45,10 +45,10 @@ class Derivatives:
 
 @dataclass
 class _Sink:
-    """Where the derivatives of one parameter arrive.
+    """Collects the derivatives of one parameter.
 
-    `total` is a Parameter whose gradient they are, [1, derivatives], or [B, derivatives] for a batch of B samples that
-    are to be told apart. `found` has them batch by batch.
+    `total` is a Parameter whose gradient they are: [1, derivatives], or [B, derivatives] to keep B samples separate.
+    `found` has them batch by batch.
     """
 
     name: str
@@ -64,7 +64,7 @@ class _Sink:
         self.total = nn.Parameter(self.parameter.new_zeros((samples or 1, sum(self._sizes())), dtype=compute_dtype))
 
     def finish(self, scale: float) -> None:
-        """End the batch: its derivatives, scaled, are kept.
+        """End the batch: keep its derivatives, scaled.
 
         Raises:
             ValueError: they are not finite.
@@ -75,7 +75,7 @@ class _Sink:
         self.found.append(grad * scale)
 
     def split(self) -> dict[Matrix, Derivatives]:
-        """What has arrived."""
+        """The derivatives collected so far, per matrix."""
         found: dict[Matrix, Derivatives] = {}
         grad = torch.cat(self.found) if self.per_sample else torch.cat(self.found).sum(0)
         pieces = iter(grad.split(self._sizes(), -1))
@@ -102,7 +102,7 @@ class _Sink:
         return torch.cat(found)[None]
 
     def of_activations(self, grad_output: Tensor, input: Tensor, grad_input: Tensor) -> Tensor:
-        """The derivatives, from a Linear's activations: of its output [..., M], its input [..., N], and of that."""
+        """The derivatives from a Linear's output gradient [..., M], input [..., N] and input gradient."""
         samples = len(self.total)
         if samples > 1 and (grad_output.dim() < 2 or len(grad_output) != samples):
             raise _Mixed(self.name)
@@ -121,12 +121,12 @@ class _Sink:
 
 
 def _whole(parts: Sequence[Factors]) -> int | None:
-    """Which part, if any, is the whole matrix by all its triplets: then <G, W> is the sum of s_i dL/ds_i."""
+    """The part, if any, that has all rows and all triplets of the matrix: then <G, W> is the sum of s_i dL/ds_i."""
     return next((i for i, part in enumerate(parts) if part.rows is None and part.complete), None)
 
 
 class _Mixed(Exception):
-    """A module whose input does not have one entry for each sample: samples have to run alone to be told apart."""
+    """A module whose input does not have one entry per sample: samples must run alone to be separated."""
 
 
 def _rows(x: Tensor, part: Factors, dim: int) -> Tensor:
@@ -151,7 +151,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(module: Any, sink: _Sink, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    """The forward of a Linear or Conv1D, as autocast has it; its one argument may have any name."""
+    """The forward of a Linear or Conv1D under autocast's rules; its one argument may have any name."""
     x: Any
     (x,) = (*args, *kwargs.values())
     weight, bias = module.weight, module.bias
@@ -165,7 +165,7 @@ def _forward(module: Any, sink: _Sink, *args: Tensor, **kwargs: Tensor) -> Tenso
 
 
 class _Scoring:
-    """A context in which a backward leaves derivatives in the sinks; on leaving, the model is as it was.
+    """A context in which a backward leaves derivatives in the sinks; on exit, the model is as it was.
 
     `dense` are names of parameters whose whole gradient is taken, though their modules are Linears.
     """
@@ -221,43 +221,54 @@ def singular_value_gradients(
     loss: Loss | None = None,
     progress: bool = True,
 ) -> tuple[dict[Matrix, Derivatives], float]:
-    """Differentiate the mean loss over samples by the singular values of weights; the model is left as it was.
+    """Differentiate the mean loss over samples by the singular values of weights; the model is not changed.
 
-    Equivalent to, in eval mode, but for a Linear or a Conv1D without its weight gradient
+    Equivalent to the following in eval mode, but without the weight gradient of a Linear or Conv1D
         G = the gradient of the mean loss by the weight
         [torch.diagonal(f.u.T @ G[f.rows] @ f.v) for f in factors[matrix]]
 
     Args:
-        model: any torch model; one under train_only must be restored first. The weight of a Linear or Conv1D that is
-            used past the forward of its module, and by it as well, counts with what its module does only.
+        model: any torch model, not under train_only. If the weight of a Linear or Conv1D is also used outside its
+            module's forward, that use is not counted.
         samples: batches in Hugging Face form (mappings of tensors with labels), of any size; moved to the model's
-            device. A batch counts by the number of its samples.
-        factors: for each matrix of `matrices(model)` that is wanted, any number of decompositions, of all of its rows
-            or of some.
-        per_sample: the derivatives of each sample's own loss, whose mean those of the mean loss are then. Batches are
-            split where every matrix belongs to a Linear or Conv1D with one entry for each sample in dimension 0, and
-            the loss is a mean over samples; else samples run one by one, which is slow. One sample of the first batch,
-            and of every batch with unequal numbers of labels, runs alone to find out.
+            device. A batch is weighted by its number of samples.
+        factors: for each wanted matrix of `matrices(model)`, any number of decompositions, of all of its rows or of
+            some.
+        per_sample: return the derivatives of each sample's own loss; their mean is that of the mean loss. Batches are
+            split if every matrix belongs to a Linear or Conv1D with one entry per sample in dimension 0, and the loss
+            is a mean over samples; otherwise samples run one by one, which is slow. To find out, one sample runs alone
+            of the first batch and of every batch with unequal numbers of labels.
         loss: function of (model, batch) that returns the mean loss of a batch. Default: the model's own.
         progress: show a progress bar.
 
     Returns:
-        Derivatives of each matrix, and the mean loss.
+        matrix -> Derivatives, whose `values` are one [R] (or [samples, R]) per decomposition; and the mean loss.
 
-    Numerics: fp32 accumulation, fp64 for fp64 models; `inner`, where no factors are the whole matrix, comes from the
+    Numerics: fp32 accumulation, fp64 for fp64 models; `inner`, unless factors cover the whole matrix, comes from the
     input's gradient, rounded to its dtype. Half-precision gradients below the range of the dtype are lost, as in any
     backward without loss scaling. Deterministic on the CPU.
     Cost: a forward, a backward without weight gradients, and for a Linear of M x N with factors of R triplets
     2*T*R*(M + N) operations for T tokens, or, not per sample, 2*M*N*(T + R) where that is less.
 
     Raises:
-        ValueError: no samples, no factors, a loss that is no finite scalar, or derivatives that are not finite.
+        ValueError: no samples, no factors, a loss that is not a finite scalar, or derivatives that are not finite.
+
+    Source: Sreeram et al., Compress to Impress, arXiv 2510.20800; without the weight gradient: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+        >>> matrix = sk.matrices(model)["0.weight"]
+        >>> factors = {matrix: sk.factorize([model[0].weight])}
+        >>> loss = lambda model, batch: model(batch["x"]).square().mean()
+        >>> found, mean = sk.singular_value_gradients(model, [{"x": torch.ones(4, 3)}], factors, loss=loss)
+        >>> [values.shape for values in found[matrix].values]
+        [torch.Size([2])]
     """
     batches = list(samples)
     if not batches:
         raise ValueError("samples holds no batch")
     if torch.is_inference_mode_enabled():
-        raise ValueError("there are no gradients within torch.inference_mode(); leave it first")
+        raise ValueError("there are no gradients inside torch.inference_mode(); call this outside it")
     refuse_train_only(model)
     sinks: dict[str, _Sink] = {}
     for matrix, parts in factors.items():
@@ -285,7 +296,7 @@ def singular_value_gradients(
 
 
 class _Unused(Exception):
-    """Modules whose forward the first batch did not run: their weights may be read past it."""
+    """Modules whose forward the first batch did not run: their weights may be used in another way."""
 
     def __init__(self, names: set[str]) -> None:
         super().__init__(names)
@@ -302,7 +313,7 @@ def _run(
     loss: Loss | None,
     progress: bool,
 ) -> float:
-    """Leave the derivatives in the sinks; returns the mean loss."""
+    """Leave the derivatives in the sinks; return the mean loss."""
     device, mean, count = sinks[0].parameter.device, 0.0, sum(sizes)
     for sink in sinks:
         sink.found.clear()
@@ -335,7 +346,7 @@ def _run(
 
 
 def _suspect(batch: Batch, first: bool) -> Tensor | None:
-    """A sample [1] to run alone: of texts with unequal numbers of labels the one with the fewest, else any, or none."""
+    """A sample [1] to run alone: of texts with unequal numbers of labels the one with the fewest, else any, or None."""
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
         counts = (labels != IGNORED).sum(1)
@@ -345,7 +356,7 @@ def _suspect(batch: Batch, first: bool) -> Tensor | None:
 
 
 def _agrees(model: nn.Module, alone: Batch, sample: Tensor, sinks: Sequence[_Sink], loss: Loss | None) -> bool:
-    """Whether a sample of the last batch has the derivatives that it has alone."""
+    """Whether a sample of the last batch has the same derivatives when run alone."""
     for sink in sinks:
         sink.start(1)
     (loss or default_loss)(model, to_device(alone, sinks[0].parameter.device)).backward()

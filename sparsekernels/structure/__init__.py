@@ -1,1 +1,1 @@
-"""What a model is made of: its layers, matrices, heads and neurons, and how they are cut out. No training, no data."""
+"""A model's layers, matrices, heads and neurons, and how to cut them out. No training, no data."""

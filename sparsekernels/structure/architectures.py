@@ -20,7 +20,7 @@ class OutputSlice:
 
     Attributes:
         module: its name in the model.
-        rows: a slice, or positions (int64, on the CPU), where it computes something else besides; None: all.
+        rows: a slice, or positions (int64, on the CPU), if the module also computes something else; None: all.
     """
 
     module: str
@@ -28,28 +28,28 @@ class OutputSlice:
 
     @property
     def places(self) -> Rows:
-        """What picks them out of all rows."""
+        """An index that selects them from all rows."""
         return slice(None) if self.rows is None else self.rows
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Self attention, by groups that can be left out: a head of keys and values, with the queries that read it.
+    """Self attention, by groups that can be removed: a key/value head with the queries that read it.
 
-    Row (g, d) of the value, of `groups` times `kv_rows`, reaches `output` as columns (g, r, d) for every r under
+    Row (g, d) of the value, of `groups` times `kv_rows`, reaches `output` as columns (g, r, d) for every r below
     `query_rows` / `kv_rows`: attention mixes tokens, never dimensions.
 
     Attributes:
-        name: the module that splits the heads, whose attributes follow.
-        query, key, value: where they are computed, maybe in one module.
+        name: the module that splits the heads; `attributes` are its attributes.
+        query, key, value: the outputs that compute them, possibly of one module.
         output: name of the Linear or Conv1D that reads the heads.
-        groups: heads of keys and values.
+        groups: number of key/value heads.
         query_rows: rows of the query in a group, and columns of the output: heads in the group times their width.
         kv_rows: rows of the key in a group, and of the value: the width of a head.
-        rotary: whether queries and keys are rotated or normalised before they are multiplied, so that one of their
-            rows matters for several dimensions.
-        attributes: what each group adds to integers of the module: {"num_heads": 1}; a dot leads into an object that
-            other modules may share: {"config.num_attention_heads": 1}.
+        rotary: whether queries and keys are rotated or normalised before they are multiplied, so that one row affects
+            several dimensions.
+        attributes: what each group adds to integer attributes of the module: {"num_heads": 1}; a dot leads into an
+            object that other modules may share: {"config.num_attention_heads": 1}.
     """
 
     name: str
@@ -68,15 +68,15 @@ class Attention:
 class Mlp:
     """An MLP, by its neurons: neuron j is row j of every input, and column j of the output.
 
-    Where one of its rows is 0 for every token, so is what the output reads: the activation maps 0 to 0, and a product
-    with a gate that is 0 is 0.
+    If a row of an input is 0 for every token, so is what the output reads: the activation maps 0 to 0, and so does the
+    product with a gate.
 
     Attributes:
-        name: the module that applies the activation, whose attributes follow.
+        name: the module that applies the activation; `attributes` are its attributes.
         inputs: up, or gate and up.
         output: name of the Linear or Conv1D that reads the neurons.
-        neurons: how many there are.
-        attributes: as of Attention; what each neuron adds.
+        neurons: number of neurons.
+        attributes: as in Attention; what each neuron adds.
     """
 
     name: str
@@ -87,24 +87,25 @@ class Mlp:
 
 
 def structures(model: nn.Module) -> tuple[list[Attention], list[Mlp]]:
-    """Find the attentions and MLPs of a model whose heads and neurons can be left out, in the order of its modules.
+    """Find the attentions and MLPs of a model whose heads and neurons can be removed, in the order of its modules.
 
-    Known are those of transformers for BERT, RoBERTa, XLM-RoBERTa, ELECTRA, CamemBERT, DistilBERT, GPT-2, Llama,
-    Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, GPT-NeoX and OPT, by the names of their classes. Everything else is left
-    out, and so is what does not look as expected: cross attention, sizes or attributes that do not fit, projections
-    that are no plain Linear or Conv1D, an activation that keeps weights, is not elementwise or is not 0 at 0.
+    Known, by class name, are those of transformers for BERT, RoBERTa, XLM-RoBERTa, ELECTRA, CamemBERT, DistilBERT,
+    GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, GPT-NeoX and OPT. Everything else is skipped, as is
+    anything
+    unexpected: cross attention, sizes or attributes that do not fit, projections that are not a plain Linear or Conv1D,
+    an activation that has weights, is not elementwise or is not 0 at 0.
 
     Args:
         model: any; no weight is read, so it may be on the meta device.
 
-    Cost: a few microseconds a module; three numbers through each activation.
-    Source: ours, read from transformers 5.23.
+    Cost: a few microseconds per module; three numbers through each activation.
+    Source: ours, from the code of transformers 5.23.
     """
     attentions, mlps = [], []
     for name, module in model.named_modules():
         kind = type(module)
         place = kind.__module__.split(".")
-        if place[:2] != ["transformers", "models"]:  # others may share a name and not the code
+        if place[:2] != ["transformers", "models"]:  # other packages may have a class of this name with other code
             continue
         title = f"{place[2]}.{kind.__name__}"
         try:
@@ -124,7 +125,7 @@ def _under(name: str, child: str) -> str:
 
 
 def _apart(name: str, module: Any, children: str, output: str, width: int, rotary: bool, **units: int) -> Attention:
-    """Attention with a module each for queries, keys and values."""
+    """Attention with separate modules for queries, keys and values."""
     query, key, value = children.split()
     groups = weight_size(getattr(module, key))[0] // width
     queries = weight_size(getattr(module, query))[0] // groups
@@ -161,7 +162,7 @@ def _fused(name: str, a: Any, child: str) -> tuple[OutputSlice, OutputSlice, Out
 
 
 def _gpt2(name: str, a: Any) -> Attention:
-    """Of cross attention too, whose c_attn has two of the three parts, and so does not fit."""
+    """Also called for cross attention, whose c_attn has two of the three parts, and so does not fit."""
     width, units = a.head_dim, {"num_heads": 1, "split_size": a.head_dim}
     output = _under(name, "c_proj")
     return Attention(name, *_fused(name, a, "c_attn"), output, a.num_heads, width, width, False, units)
@@ -185,7 +186,7 @@ _BERT["camembert"] = "Camembert"
 _LLAMA = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _LLAMA.update({"gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3"})
 
-# By the folder of transformers and the class in it.
+# Keys: folder of transformers and class in it.
 _ATTENTIONS: dict[str, Callable[[str, Any], Attention | None]] = {
     **{f"{folder}.{title}Attention": _bert for folder, title in _BERT.items()},
     **{f"{folder}.{title}Attention": _llama for folder, title in _LLAMA.items()},
@@ -195,7 +196,7 @@ _ATTENTIONS: dict[str, Callable[[str, Any], Attention | None]] = {
     "opt.OPTAttention": _opt,
     "phi3.Phi3Attention": _phi3,
 }
-# Inputs, output and activation; and the attribute that holds the number of neurons, if any.
+# Inputs, output, activation, and the attribute for the number of neurons, if any.
 _MLPS: dict[str, tuple[str, str, str, str | None]] = {
     **{
         f"{folder}.{title}Layer": ("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn", None)
@@ -224,26 +225,26 @@ def _mlp(name: str, module: Any, inputs: str, output: str, activation: str, attr
 
 
 def _keeps_zero(activation: Any) -> bool:
-    """Whether it maps 0 to 0, each element for itself, by what is asked of it alone."""
+    """Whether it maps 0 to 0 elementwise, tested on the activation alone."""
     if isinstance(activation, nn.Module) and next(iter(activation.state_dict()), None) is not None:
         return False
     x = torch.tensor([0.0, 1.5, -0.5])
     try:
         with torch.no_grad():
             y, alone = activation(x.clone()), activation(x[2:].clone())  # some work in place
-    except (RuntimeError, TypeError):  # of a certain size, or no function at all
+    except (RuntimeError, TypeError):  # needs a certain size, or is not a function
         return False
     return bool(y.shape == x.shape and y[0] == 0 and torch.allclose(alone, y[2:]))
 
 
 def _covers(model: nn.Module, rows: Mapping[str, int], output: str, columns: int) -> bool:
-    """Whether the modules have just these rows, and the output these columns."""
+    """Whether the modules have exactly these rows, and the output these columns."""
     sizes = {module: weight_size(model.get_submodule(module))[0] for module in rows}
     return sizes == rows and weight_size(model.get_submodule(output))[1] == columns
 
 
 def _follows(model: nn.Module, name: str, attributes: Mapping[str, int], count: int) -> bool:
-    """Whether the attributes are what `count` units make of them."""
+    """Whether the attributes have the values for `count` units."""
     module = model.get_submodule(name)
     return all(attrgetter(key)(module) == unit * count for key, unit in attributes.items())
 

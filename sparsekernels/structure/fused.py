@@ -1,4 +1,4 @@
-"""How the outputs of fused projections are laid out, by the class that splits them."""
+"""The layout of the outputs of fused projections, by the class that splits them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rows = slice | Tensor  # which outputs: a stretch, or positions (int64, on the C
 
 
 def stretches(**sizes: int) -> dict[str, Rows]:
-    """Parts that lie one after another."""
+    """Parts that are contiguous, one after another."""
     parts: dict[str, Rows] = {}
     start = 0
     for part, size in sizes.items():

@@ -10,9 +10,9 @@ NORMS = ("RMSNorm", "LayerNorm")  # transformers has one for each model, alike: 
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """How the gradient of a module's own parameters is made, or None where that is not known.
+    """The kind of layer, which determines how its parameters' gradients are computed; None if unknown.
 
-    A subclass with a forward of its own may do anything: rows moved, a table scaled, a weight transposed.
+    A subclass with its own forward may do anything (permute rows, scale a table, transpose a weight), so it is unknown.
     """
     kind, name = type(module), type(module).__name__
     if kind.forward is nn.Linear.forward:
@@ -28,14 +28,14 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def weight_size(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a Linear or Conv1D, by its weight.
+    """Outputs and inputs of a Linear or Conv1D, from its weight.
 
     Raises:
-        AttributeError: it is another module.
+        AttributeError: another kind of module.
     """
     kind = kind_of(module)
     if kind not in ("linear", "conv1d"):
-        raise AttributeError(f"{type(module).__name__} is no Linear or Conv1D")
+        raise AttributeError(f"{type(module).__name__} is not a Linear or Conv1D")
     weight: Any = module.weight
     outputs, inputs = weight.shape if kind == "linear" else weight.shape[::-1]
     return outputs, inputs

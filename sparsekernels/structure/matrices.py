@@ -1,4 +1,4 @@
-"""The two-dimensional matrices inside a model's parameters: whole, as parts of a fused projection, or one an expert."""
+"""The two-dimensional matrices in a model's parameters: whole, parts of a fused projection, or one per expert."""
 
 from __future__ import annotations
 
@@ -18,20 +18,32 @@ from .fused import LAYOUTS, Rows
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One matrix [M, N], outputs by inputs, and where it lies in a parameter.
+    """One matrix [M, N], outputs by inputs, and its location in a parameter. Made by `matrices`.
 
     Attributes:
-        label: unique and readable: the parameter's name, with a part, `h.0.attn.c_attn.weight[q]`, or an expert,
-            `layers.0.mlp.experts.down_proj[5]`, where the parameter holds several.
+        label: unique and readable: the parameter's name, plus a part, `h.0.attn.c_attn.weight[q]`, or an expert,
+            `layers.0.mlp.experts.down_proj[5]`, if the parameter has several.
         parameter: the name in `model.named_parameters()`.
         shape: (M, N).
         transposed: the parameter is [N, M], as in transformers' Conv1D.
         expert: index into dimension 0 of a 3-D parameter, or None.
         rows: which outputs of the parameter, in their order: a slice, positions (int64, on the CPU), or None for all.
-        layer: number of the block it lies in: the first number in the name; None outside of numbered blocks.
-        kind: what follows that number, without ".weight" and with the part: `attn.c_attn[q]`, the same in every layer,
-            and for every expert. Where a second stack of blocks has parameters of the same names, as decoders beside
-            encoders do, the name of the stack comes first: `decoder.block.layer.0.SelfAttention.q`.
+        layer: number of its block: the first number in the name; None outside numbered blocks.
+        kind: the rest of the name after that number, without ".weight" and with the part: `attn.c_attn[q]`, the same in
+            every layer and for every expert. If a second stack of blocks has parameters of the same names, as decoders
+            beside encoders, it starts with the name of the stack: `decoder.block.layer.0.SelfAttention.q`.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+        >>> matrix = sk.matrices(model)["0.weight"]
+        >>> matrix.shape, matrix.layer, matrix.kind
+        ((2, 3), 0, 'weight')
+        >>> matrix.write_(model[0].weight, torch.ones(2, 3))
+        >>> matrix.read(model[0].weight)
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
     """
 
     label: str
@@ -44,27 +56,27 @@ class Matrix:
     kind: str
 
     def read(self, weight: Tensor) -> Tensor:
-        """The matrix, [M, N], detached: a view of `weight`, or a copy where its rows do not lie one after another.
+        """Return the matrix, [M, N], detached: a view of `weight`, or a copy if its rows are not contiguous in it.
 
         Args:
-            weight: the parameter `self.parameter`, or a tensor laid out like it, such as its gradient; any dtype, any
-                device.
+            weight: the parameter `self.parameter`, or a tensor of the same layout, such as its gradient; any dtype, any
+                device. Not changed.
 
         Raises:
-            ValueError: the tensor is laid out differently.
+            ValueError: the tensor has another layout.
         """
         whole = self._whole(weight)
         return whole.index_select(0, self.rows.to(weight.device)) if isinstance(self.rows, Tensor) else whole
 
     def write_(self, weight: Tensor, value: Tensor) -> None:
-        """Put `value` in the place of the matrix, in `weight`'s dtype, rounded to nearest; the rest keeps its bits.
+        """Overwrite the matrix with `value`, rounded to nearest in `weight`'s dtype; other weights keep their bits.
 
         Args:
-            weight: as for `read`; written in place, not recorded by autograd, its version counter goes up.
-            value ([M, N], any floating dtype, any device).
+            weight: as for `read`; written in place, not recorded by autograd, its version counter is incremented.
+            value ([M, N], any floating dtype, any device): not changed.
 
         Raises:
-            ValueError: one of the shapes differs.
+            ValueError: either shape differs.
         """
         if value.shape != self.shape:
             raise ValueError(f"value: {self.label!r} is {list(self.shape)}, got {list(value.shape)}")
@@ -76,7 +88,7 @@ class Matrix:
                 whole.copy_(value)
 
     def _whole(self, weight: Tensor) -> Tensor:
-        """A detached view of the matrix, or where the rows are scattered, of the matrix that they are rows of."""
+        """A detached view of the matrix, or if its rows are scattered, of the matrix that contains them."""
         whole = weight.detach()
         if whole.dim() == (2 if self.expert is None else 3):
             whole = whole if self.expert is None else whole[self.expert]
@@ -84,34 +96,38 @@ class Matrix:
             whole = whole[self.rows] if isinstance(self.rows, slice) else whole
             if whole.shape == self.shape or (isinstance(self.rows, Tensor) and whole.shape[1] == self.shape[1]):
                 return whole
-        raise ValueError(f"weight: {list(weight.shape)} has no place for {self.label!r}, {list(self.shape)}")
+        raise ValueError(f"weight: {list(weight.shape)} does not contain {self.label!r}, {list(self.shape)}")
 
 
 def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Matrix]:
-    """The matrices of a model, by label, in the order of its parameters, each tied parameter once.
+    """List the matrices of a model by label, in the order of its parameters, each tied parameter once.
 
-    Fused projections are split where the class says for certain how they are laid out: `GPT2Attention.c_attn` (self
-    attention), `nn.MultiheadAttention.in_proj_weight`, `GPTNeoXAttention.query_key_value`,
-    `BloomAttention.query_key_value` and `Phi3Attention.qkv_proj` into q, k and v, `Phi3MLP.gate_up_proj` into gate and
-    up. Any other module that computes several things at once is one matrix, fused experts too. A 3-D parameter is one
-    matrix for each index of dimension 0, the rows being dimension 1, whether outputs or inputs lie there:
-    implementations differ, and the rank is the same.
+    Fused projections are split if the class determines their layout: `GPT2Attention.c_attn` (self attention),
+    `nn.MultiheadAttention.in_proj_weight`, `GPTNeoXAttention.query_key_value`, `BloomAttention.query_key_value` and
+    `Phi3Attention.qkv_proj` into q, k and v, `Phi3MLP.gate_up_proj` into gate and up. Any other module that computes
+    several things at once, such as fused experts, is one matrix. A 3-D parameter is one matrix per index of dimension
+    0; its rows are dimension 1, which may be outputs or inputs: implementations differ, and the rank is the same.
 
     Args:
         model: any model; no weight is read, so it may be on the meta device.
-        names: patterns as in `fnmatch`, of labels or of names of parameters (a tied one has several), which stand for
-            all matrices in it. Brackets are first taken as they stand, so that `*[q]` is every query, and only if
-            nothing matches as a choice of characters. Embedding tables and heads may be named. None: all in numbered
-            blocks, which are the projections of attention and MLP, without embeddings, heads, and those that have a
-            side of one.
+        names: patterns as in `fnmatch`, of labels or of parameter names (a tied parameter has several); a parameter
+            name stands for all its matrices. Brackets are first read literally, so `*[q]` is every query, and only if
+            nothing matches as a set of characters. Embedding tables and heads may be named. None: the projections of
+            attention and MLP, i.e. all in numbered blocks except embeddings, heads, and matrices with a side of 1.
 
     Returns:
-        The matrices; none of a convolution or a LowRankLinear, of a parameter of another than two or three dimensions,
-        or of integers.
+        label -> Matrix. Convolutions, LowRankLinear, integer parameters and those not of two or three dimensions have
+        none.
 
     Raises:
-        ValueError: a pattern matches nothing, or nothing but parameters that hold no matrix; a parameter is sharded or
-            quantised.
+        ValueError: a pattern matches nothing, or only parameters without a matrix; a parameter is sharded or quantised.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.MultiheadAttention(4, num_heads=2))
+        >>> list(sk.matrices(model, "1.in_proj*"))
+        ['1.in_proj_weight[q]', '1.in_proj_weight[k]', '1.in_proj_weight[v]']
     """
     parameters = {name: p for name, p in model.named_parameters() if _holds_matrices(model, name, p)}
     kinds = _kinds(parameters)
@@ -130,7 +146,9 @@ def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
 
 def _holds_matrices(model: nn.Module, name: str, parameter: Tensor) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
-    dense = not isinstance(owner, (_ConvNd, LowRankLinear))  # of the one it is no matrix, of the other half of one
+    dense = not isinstance(
+        owner, (_ConvNd, LowRankLinear)
+    )  # a convolution is not a matrix, and a factor is only half of one
     return dense and parameter.dim() in (2, 3) and parameter.is_floating_point()
 
 
@@ -191,7 +209,7 @@ def _parts(model: nn.Module, name: str, outputs: int) -> Mapping[str, Rows]:
 
 
 def _spoken(model: nn.Module, found: Mapping[str, Matrix]) -> dict[str, set[str]]:
-    """What a pattern may match, and the labels that it stands for: every name of a parameter, and with its parts."""
+    """Names that a pattern may match, and the labels they stand for: every name of a parameter, also with its parts."""
     every = dict(model.named_parameters(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}
     for name, parameter in every.items():
@@ -220,7 +238,7 @@ def _matching(pattern: str, spoken: Mapping[str, set[str]], model: nn.Module) ->
                 "and only floating-point parameters of two dimensions, or three for experts, hold matrices, "
                 "those of convolutions and of LowRankLinear excepted"
             )
-    # One with brackets, if there is any, says most about what labels look like.
+    # One with brackets, if any, is the most instructive.
     example = next((name for name in spoken if name.endswith("]")), next(iter(spoken), None))
     hint = f"labels look like {example!r}" if example else "the model has no matrices"
     raise ValueError(f"names: nothing matches {pattern!r}; {hint}")

@@ -1,4 +1,4 @@
-"""Take rows and columns out of the modules of a model, in place."""
+"""Remove rows and columns from the modules of a model, in place."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ WeightOf = Callable[[str], tuple[Tensor, "Tensor | None"]]
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What is left of a Linear or Conv1D; positions (int64, sorted, on the CPU) in the module as it was, None: all.
+    """What remains of a Linear or Conv1D; positions (int64, sorted, on the CPU) in the original module, None: all.
 
     Attributes:
-        inputs: those that it still gets, after what comes before was narrowed.
+        inputs: those that the module still gets, after the modules before it were narrowed.
         columns: those of `inputs` that it reads; None: all of them.
-        outputs: those that it still gives.
-        rows: those of `outputs` that it computes; the rest is 0. None: all of them.
-        shape: (M, N) of the module as it was.
+        outputs: those that it still returns.
+        rows: those of `outputs` that it computes; the others are 0. None: all of them.
+        shape: (M, N) of the original module.
 
     Raises:
-        ValueError: positions that are not int64, sorted, unique and in range, or not among those left.
+        ValueError: positions that are not int64, sorted, unique and in range, or not among those that remain.
     """
 
     inputs: Tensor | None
@@ -48,12 +48,12 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """What `Planner.plan` found.
+    """The result of `Planner.plan`.
 
     Attributes:
-        modules: by name, for every module that may be cut, whether it loses anything or not.
-        attributes: by name of a module that splits heads or applies the activation of an MLP, what its attributes
-            become; a dot leads into an object that other modules share, of which it gets a view of its own.
+        modules: by name, for every module that can be cut, even if it loses nothing.
+        attributes: by name of a module that splits heads or applies the activation of an MLP, the new values of its
+            attributes; a dot leads into an object that other modules share, of which the module gets its own view.
         total: parameters of the named modules, weights and biases, shared ones once.
         removed: how many of them are no longer stored.
     """
@@ -65,34 +65,34 @@ class Cuts:
 
 
 def cut(model: nn.Module, cuts: Cuts, weight_of: WeightOf | None = None) -> None:
-    """Take out of the model what `cuts` leaves out, in place; nothing is changed if anything raises.
+    """Remove from the model everything that `cuts` leaves out, in place; nothing is changed if anything raises.
 
-    A module all of whose inputs left are read and outputs left are computed stays the same object, with narrower
-    Parameters in it; any other is replaced by a PrunedLinear. Attributes of attentions and MLPs follow. dtype, device,
-    mode and requires_grad stay as they are, gradients go; what nothing is taken out of stays as it is.
+    A module that reads all remaining inputs and computes all remaining outputs stays the same object, with narrower
+    Parameters; any other is replaced by a PrunedLinear. Attributes of attentions and MLPs are updated. dtype, device,
+    mode and requires_grad are kept, gradients are dropped; a module that loses nothing is not touched.
 
     Args:
         model: the planner's, or a copy of it.
-        cuts: what `Planner.plan` returned.
-        weight_of: (weight [M, N], bias [M] or None) to use for the module of that name instead of its own, of outputs
-            by inputs for a Conv1D too; asked for every module in `cuts.modules`. Where nothing is taken out the tensors
-            themselves are taken over if dtype and device allow.
+        cuts: the result of `Planner.plan`.
+        weight_of: returns (weight [M, N], bias [M] or None) to use for the module of that name instead of its own,
+            outputs by inputs for a Conv1D too; called for every module in `cuts.modules`. If nothing is removed, the
+            tensors themselves are used if dtype and device allow.
 
-    Cost: a copy of all that stays of the modules that lose something, while they are still there.
+    Cost: a copy of the remaining weights of all modules that lose something, while the originals are still there.
 
     Raises:
-        ValueError: a module is missing, or is not of the size that it had, or lacks an attribute that would follow;
-            weight_of returned another shape.
+        ValueError: a module is missing, has another size than when planned, or lacks an attribute to update; weight_of
+            returned another shape.
     """
     prepare_cut(model, cuts, weight_of).install()
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedCut:
-    """What `cut` will put into the model, whose modules are still whole.
+    """The modules and attributes that `cut` will install into the still uncut model.
 
     Attributes:
-        values: by name of a module, what its attributes become. made: by name, what takes the place of a module.
+        values: by name of a module, the new values of its attributes. made: by name, replacements of modules.
     """
 
     model: nn.Module
@@ -100,7 +100,7 @@ class PreparedCut:
     made: dict[str, nn.Module]
 
     def install(self) -> None:
-        """Cut the model. Nothing raises."""
+        """Cut the model. Never raises."""
         for name, changed in self.values.items():
             for key, value in changed.items():
                 setattr(self.model.get_submodule(name), key, value)
@@ -109,7 +109,7 @@ class PreparedCut:
             setattr(self.model.get_submodule(parent), child, module)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """That of the model once it is cut; in another order."""
+        """The model's state_dict after the cut; in another order."""
         state: dict[str, Tensor] = self.model.state_dict()
         for name, changed in self.values.items():
             state.update({f"{name}.{key}": x for key, x in changed.items() if isinstance(x, nn.Parameter)})
@@ -121,7 +121,7 @@ class PreparedCut:
 
 
 def prepare_cut(model: nn.Module, cuts: Cuts, weight_of: WeightOf | None = None) -> PreparedCut:
-    """All of `cut` that may raise; the model is unchanged until `install`."""
+    """The part of `cut` that can raise; the model is unchanged until `install`."""
     made: dict[str, nn.Module] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, each in cuts.modules.items():
@@ -167,7 +167,7 @@ def _module(model: nn.Module, name: str) -> Any:
     try:
         return model.get_submodule(name)
     except AttributeError as e:
-        raise ValueError(f"cuts: the model has no module {name!r}; they were planned for another one") from e
+        raise ValueError(f"cuts: the model has no module {name!r}; they were planned for another model") from e
 
 
 def _checked(model: nn.Module, name: str, each: Cut) -> Any:
@@ -203,7 +203,7 @@ def _own(module: Any) -> tuple[Tensor, Tensor | None]:
 def _parameters(
     module: Any, weight: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """What is left of the weight and the bias, as the module's own are."""
+    """What remains of the weight and the bias, with dtype, device and requires_grad of the module's own."""
     weight = weight.detach().to(module.weight)
     bias = None if bias is None else bias.detach().to(module.bias)
     if rows is not None:
@@ -218,7 +218,7 @@ def _parameters(
 def _narrower(
     module: Any, weight: nn.Parameter, bias: nn.Parameter | None, outputs: int, inputs: int
 ) -> dict[str, Any]:
-    """The attributes of a module without gather and scatter."""
+    """The new attributes of a module that needs no gather or scatter."""
     if _is_transposed(module):
         weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
         return {"weight": weight, "bias": bias, "nf": outputs, "nx": inputs}
@@ -226,18 +226,18 @@ def _narrower(
 
 
 def _places(left: Tensor | None, used: Tensor | None) -> Tensor | None:
-    """Positions among those left."""
+    """Positions among the remaining ones."""
     return used if left is None or used is None else torch.searchsorted(left, used)
 
 
 class _View:
-    """A configuration seen by a module that lost some heads: other numbers, everything else as it is and will be."""
+    """A configuration as seen by a module that lost some heads: other numbers, all else from the original."""
 
     def __init__(self, config: Any, numbers: Mapping[str, int]) -> None:
         vars(self).update(numbers, _config=config)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_config" or name.startswith("__"):  # as copy and pickle ask of an object that is still empty
+        if name == "_config" or name.startswith("__"):  # copy and pickle look these up on an empty object
             raise AttributeError(name)
         return getattr(self._config, name)
 

@@ -1,4 +1,4 @@
-"""What closed rows and columns make needless in a model: whole heads and neurons, and single rows and columns."""
+"""What closed rows and columns make redundant in a model: whole heads and neurons, and single rows and columns."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from .prune import Cut, Cuts, PreparedCut, cut, prepare_cut
 
 __all__ = ["Cut", "Cuts", "Planner", "PreparedCut", "cut", "prepare_cut"]
 
-Mask = npt.NDArray[np.bool_]  # and not of torch: a call takes a microsecond, and every module a dozen
+Mask = npt.NDArray[np.bool_]  # not torch: a torch call takes a microsecond, and every module needs a dozen
 
 
 class Planner:
-    """Works out what closed rows and columns make needless; looks through the model once, when it is made.
+    """Determines what closed rows and columns make redundant; inspects the model once, in the constructor.
 
-    A model cut by `plan` computes what it would with these rows, their biases and these columns zeroed:
+    A model cut by `plan` computes the same as the original with these rows, their biases and these columns zeroed:
 
-    - a closed row gives 0, and so does every row of a module that has no bias and no open column;
+    - a closed row gives 0, and so does every row of a module without bias and without an open column;
     - a neuron of an MLP is alive if its row is open in up, and in gate if there is one, and its column in down; the
-      others are taken out of all of them, one staying at least;
-    - a dimension of a value is alive if its row is open, and one of the columns that read it; a head of values without
-      one is taken out with its keys and all its queries, one staying at least. Others are not computed or not read;
-    - where queries and keys are multiplied as they are, without rotary embedding or norm, a row of one is computed only
-      if the row that it meets is;
+      others are removed from all of them, except that at least one stays;
+    - a dimension of a value is alive if its row is open, and one of the columns that read it; a head whose values are
+      all dead is removed with its keys and all its queries, except that at least one head stays. In other heads, dead
+      dimensions are not computed or not read;
+    - where queries and keys are multiplied directly, without rotary embedding or norm, a row of one is computed only if
+      the matching row of the other is;
     - elsewhere, closed rows and columns are not computed and not read, and no shape changes.
 
-    A structure is taken as one, by `structures(model)`, if all its modules are named and can be cut. Those cannot be
-    cut that share a weight, have hooks or a forward of their own, or whose weights are also used outside it, as in
-    nn.MultiheadAttention and nn.TransformerEncoderLayer; they are left as they are, whatever is closed in them.
+    The structures of `structures(model)` are cut as a whole if all their modules are named and can be cut. A module
+    cannot be cut if it shares a weight, has hooks or its own forward, or if its weights are also used outside its
+    forward, as in nn.MultiheadAttention and nn.TransformerEncoderLayer; it is left unchanged, whatever is closed in it.
 
     Args:
-        model: not changed, not kept. Make the planner before hooks are put on it.
+        model: not changed, no reference is kept. Make the planner before hooks are registered.
         names: of Linear and Conv1D modules.
 
     Attributes:
         names: as given, each once.
         uncut: those of them that cannot be cut.
-        attentions, mlps: the structures that are taken as one.
+        attentions, mlps: the structures that are cut as a whole.
         total: parameters of all, shared ones once.
 
     Raises:
-        ValueError: a name of no Linear or Conv1D.
+        ValueError: a name that is not a Linear or Conv1D.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -73,14 +74,14 @@ class Planner:
         self.mlps = [mlp for mlp in mlps if self._has(*mlp.inputs, OutputSlice(mlp.output))]
 
     def only_cuttable(self) -> None:
-        """Neither name nor count from now on what cannot be cut."""
+        """From now on, drop and do not count modules that cannot be cut."""
         self.names, self.uncut = list(self._cuttable), []
         self.total = sum(
             outputs * (inputs + bias) for outputs, inputs, bias in map(self._sizes.__getitem__, self.names)
         )
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Neither cut nor count these from now on, nor take as one the structures that they are part of."""
+        """From now on, neither cut nor count these, nor cut as a whole the structures they belong to."""
         gone = set(names) & set(self._cuttable)
         for outputs, inputs, bias in (self._sizes[name] for name in gone):
             self.total -= outputs * (inputs + bias)
@@ -93,13 +94,13 @@ class Planner:
         return {part.module for part in parts} <= set(self._cuttable)
 
     def plan(self, open_rows: Mapping[str, Tensor], open_columns: Mapping[str, Tensor]) -> Cuts:
-        """What to take out of the model, and how many parameters that saves.
+        """What to remove from the model, and how many parameters that saves.
 
         Args:
             open_rows: by name, [M] bool on any device: False for outputs that are 0. Absent: all open.
             open_columns: likewise [N], for inputs that are not read.
 
-        Cost: one transfer of the masks of each side, if they lie on another device, and some ten passes over them.
+        Cost: one transfer of the masks of each side, if they are on another device, and about ten passes over them.
 
         Raises:
             ValueError: a name that the planner does not have, or a mask that does not fit.
@@ -116,7 +117,7 @@ class Planner:
         return Cuts(modules, alive.attributes, self.total, self._removed(alive))
 
     def count(self, open_rows: Mapping[str, Tensor], open_columns: Mapping[str, Tensor]) -> int:
-        """`plan(open_rows, open_columns).removed`, without the rest of it."""
+        """`plan(open_rows, open_columns).removed`, without the rest of the plan."""
         return self._removed(self._alive(open_rows, open_columns))
 
     def _removed(self, alive: _Alive) -> int:
@@ -139,7 +140,7 @@ class Planner:
         return alive
 
     def _drop_empty(self, alive: _Alive) -> None:
-        """Nothing is computed without columns, unless there is a bias; and nothing is read without rows."""
+        """Without columns nothing is computed, unless there is a bias; without rows nothing is read."""
         for name in self._cuttable:
             rows, columns = alive.rows[name], alive.columns[name]
             if not self._sizes[name][2] and not columns.any():
@@ -148,10 +149,10 @@ class Planner:
                 columns[:] = False
 
     def _masks(self, argument: str, given: Mapping[str, Tensor], side: int) -> dict[str, Mask]:
-        """Masks of all modules that can be cut, to be written in."""
+        """Writable masks of all modules that can be cut."""
         for name, mask in given.items():
             if name not in self._sizes:
-                raise ValueError(f"{argument}: {name!r} is none of the planner's {len(self.names)} modules")
+                raise ValueError(f"{argument}: {name!r} is not one of the planner's {len(self.names)} modules")
             size = self._sizes[name][side]
             if mask.dtype != torch.bool or mask.shape != (size,):
                 raise ValueError(
@@ -168,7 +169,7 @@ class Planner:
 
 
 class _Alive:
-    """Masks by module: rows and columns that are computed and read, and where some went, outputs and inputs left."""
+    """Masks by module: rows computed and columns read, and for narrowed modules the remaining outputs and inputs."""
 
     def __init__(self, rows: dict[str, Mask], columns: dict[str, Mask]) -> None:
         self.rows, self.columns = rows, columns
@@ -238,7 +239,7 @@ def _index(part: OutputSlice) -> Any:
 
 
 def _positions(left: Mask | None, used: Mask) -> tuple[Tensor | None, Tensor | None]:
-    """What is left, and what of it is used; None for all."""
+    """Positions that remain, and those of them that are used; None for all."""
     all_used = used.all() if left is None else np.array_equal(left, used)
     return (
         None if left is None else torch.from_numpy(np.flatnonzero(left)),
@@ -261,7 +262,7 @@ def _linear(model: nn.Module, name: str) -> Any:
 
 
 def _can_be_cut(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether its forward is all that reads it, and is that of its class."""
+    """Whether only its own forward reads it, and that is its class's."""
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # of their children's weights
     parents = ["", *(name[:i] for i, letter in enumerate(name) if letter == ".")] if name else []
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

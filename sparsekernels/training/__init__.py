@@ -1,1 +1,1 @@
-"""How selected weights are trained and shipped: compact values, hooks, re-selection, deltas. No optimizer."""
+"""Training and shipping of selected weights: compact values, hooks, re-selection, deltas. No optimizer."""

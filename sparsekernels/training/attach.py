@@ -1,4 +1,4 @@
-"""How a model is taken over and given back: its parameters, classes and hooks."""
+"""How train_only takes over a model and gives it back: parameters, classes of modules, hooks."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .state_hooks import KEPT, LOADING, after_save, before_load, before_loading,
 
 
 class Installation:
-    """How the model was found: requires_grad and grad of every parameter, classes of modules, hooks to take off."""
+    """The state the model was found in: requires_grad and grad of every parameter, module classes, hooks to remove."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.modules: dict[nn.Module, tuple[type[nn.Module], list[Any]]] = {}
         self.slots: list[Slot] = []
         self.model, self.replicas, self.watched = model, Replicas(self.slots), False
-        # Before the hooks of slots: nothing is to have changed when these refuse.
+        # Before the hooks of slots, so that nothing has changed yet when these refuse.
         self.hooks: list[Any] = [part.register_load_state_dict_pre_hook(before_loading) for part in model.modules()]
         model.__dict__[REPLICAS] = self.replicas
         keep(model)
 
     def watch(self) -> None:
-        """Compare replicas before a forward; where the model itself has a slot, that is the first to be reached."""
-        if not self.watched and not trains_selection(self.model):  # for a hook costs time
+        """Compare replicas before a forward. A slot of the model itself does that already, so no hook is added then."""
+        if not self.watched and not trains_selection(self.model):  # a hook costs time
             self.hooks.append(self.model.register_forward_pre_hook(before_forward))
             self.watched = True
 
     def give(self, slot: Slot, index: Index, values: CompactParameter, originals: Tensor) -> None:
-        """Register a new slot on its owner, and teach every holder of the weight the sparse backward."""
+        """Register a new slot on its owner, and give every module that holds the weight the sparse backward."""
         self.slots.append(slot)
         slot.register(index, values, originals)
         for module, attribute in slot.holders:
@@ -51,7 +51,7 @@ class Installation:
             module.register_load_state_dict_pre_hook(before_load),
         ]
         self.modules[module] = type(module), hooks
-        if "forward" in module.__dict__:  # accelerate's hooks, say: the class's forward is not what runs
+        if "forward" in module.__dict__:  # set by accelerate's hooks, for example: the class's forward does not run
             hooks += attach(module)
         elif type(module) is nn.Linear:
             module.__class__ = SparseLinear
@@ -90,9 +90,9 @@ class Installation:
 
 
 def holders_of(model: nn.Module, weights: dict[str, nn.Parameter], slots: Iterable[Slot] = ()) -> dict[str, Holders]:
-    """For each selected name every (module, attribute) that holds the parameter; raises for what cannot be trained.
+    """For each selected name, every (module, attribute) that holds the parameter; raises if one cannot be trained.
 
-    `slots` are those that the model has already.
+    `slots` are the model's current ones.
     """
     own = {(id(slot.owner), slot.name) for slot in slots}
     holders: dict[int, Holders] = {}
@@ -113,7 +113,7 @@ def holders_of(model: nn.Module, weights: dict[str, nn.Parameter], slots: Iterab
             raise ValueError(f"{name!r} is not contiguous; assign a contiguous copy to it first")
         for module, attribute in holders[id(weight)]:
             if hasattr(module, attribute + VALUES) and (id(module), attribute) not in own:
-                raise ValueError(f"{name!r}: its module has something called {attribute + VALUES!r} already")
+                raise ValueError(f"{name!r}: its module already has an attribute {attribute + VALUES!r}")
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 raise ValueError(f"{name!r}: an Embedding with max_norm rewrites its weight in forward")
             plain = (nn.Linear, nn.Embedding, SparseLinear, SparseEmbedding)
@@ -122,5 +122,5 @@ def holders_of(model: nn.Module, weights: dict[str, nn.Parameter], slots: Iterab
                     f"{name!r}: the weight is computed from it (weight_norm, pruning); that is not supported"
                 )
             if isinstance(module, NonDynamicallyQuantizableLinear):
-                raise ValueError(f"{name!r} is read by its nn.MultiheadAttention past its own forward; leave it out")
+                raise ValueError(f"{name!r} is read by its nn.MultiheadAttention, not by its own forward; leave it out")
     return {name: holders[id(weight)] for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""The file to ship: what training changed, to be applied to the model it was trained from, and taken back exactly."""
+"""The file to ship: what training changed, applied to the model it was trained from, and reverted exactly."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .slot import Left, Slot
 
 @dataclass(frozen=True, eq=False)
 class TensorDelta:
-    """What a delta does to one tensor.
+    """The change that a delta makes to one tensor.
 
-    values (index.compact_shape, dtype of the weight) replace what is there; `base` is the fingerprint of what must be
-    there, or empty where the whole tensor is replaced and it does not matter (a fresh task head).
+    values (index.compact_shape, dtype of the weight) replace the current ones. `base` is the fingerprint of the values
+    that are replaced; it is empty if the whole tensor is replaced, so that it fits any base (a fresh task head).
     """
 
     index: Index
@@ -43,16 +43,29 @@ class TensorDelta:
 
 
 class Delta:
-    """Positions, the absolute values that belong there, and a fingerprint of the values they replace.
+    """Trained values, their positions, and a fingerprint of the values they replace: the file to ship.
 
-    The fingerprint covers the selected positions only: two deltas of one base that do not overlap can be applied one on
-    the other, in any order; a base with other weights at any selected position is refused. A tensor that is replaced as
-    a whole has no fingerprint: it fits any base, as a fresh task head must.
+    The fingerprint covers the selected positions only. Two deltas of one base that do not overlap can be applied
+    together, in any order; a base that differs at any selected position is refused. A tensor that is replaced as a
+    whole has no fingerprint and fits any base, as a fresh task head must.
 
-    Names are those of the plain model, wherever it was trained: a delta fits the model by itself and inside PEFT,
-    torch.compile or DistributedDataParallel alike. What PEFT adds, LoRA's A and B say, keeps its name.
+    Names are those of the plain model: a delta fits the model itself and the model inside PEFT, torch.compile or
+    DistributedDataParallel. Parameters that PEFT adds, such as LoRA's A and B, keep their names.
 
     The file is safetensors: `<name>.indices` (int32, or int64 past 2^31 elements), `<name>.values`, and metadata.
+
+    Args:
+        changes: parameter name -> TensorDelta; usually made by `SparseModel.delta` or `load`.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> tuned = sk.train_only(model, sk.Selection({"bias": sk.Index(torch.tensor([0, 2]), (3,))}))
+        >>> _ = next(tuned.parameters()).data.fill_(7.0)
+        >>> delta = tuned.delta()
+        >>> delta, delta.selection, delta.nbytes
+        (Delta(2 values in 1 tensors, 16 bytes), Selection(2 elements of 1 tensors), 16)
     """
 
     def __init__(self, changes: Mapping[str, TensorDelta]) -> None:
@@ -65,7 +78,7 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of positions and values."""
+        """Size of positions and values in bytes."""
         return sum(c.index.positions.nbytes + c.values.nbytes for c in self.changes.values())
 
     def __repr__(self) -> str:
@@ -84,7 +97,15 @@ class Delta:
         return cls(changes)
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, atomically: at no time does `path` hold half a file."""
+        """Write to a safetensors file, atomically: `path` never contains a partial file.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 3)
+            >>> with sk.train_only(model, sk.Selection.random(model, density=0.5)) as tuned:
+            ...     tuned.delta().save("delta.safetensors")
+            >>> with sk.Delta.load("delta.safetensors").apply(model):
+            ...     y = model(torch.ones(1, 4))
+        """
         tensors: dict[str, Tensor] = {}
         kinds = {}
         for name, change in self.changes.items():
@@ -98,7 +119,7 @@ class Delta:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError; ValueError for a file that is truncated, damaged, or something else.
+            FileNotFoundError: no such file. ValueError: the file is truncated, damaged, or of another kind.
         """
         tensors, metadata = load_tensors(path, "delta")
         kinds = described(path, metadata.get("tensors"), {str: {"shape": [int], "rows": bool, "base": str}})
@@ -116,19 +137,32 @@ class Delta:
         return cls(changes)
 
     def apply(self, model: nn.Module) -> Applied:
-        """Write the values into `model`, in place, and return the handle that takes them back exactly.
+        """Write the values into `model`, in place, and return a handle that reverts them exactly.
+
+        Args:
+            model: changed in place at `selection`; all other weights keep their bits.
+
+        Returns:
+            Applied: `revert()` restores the replaced values bit for bit, `swap(other)` exchanges deltas; as a context
+            manager it reverts on exit.
 
         Raises:
-            ValueError: a parameter is missing or has another shape or dtype, the weights at the selected positions are
-                not those the delta was made from, or the model trains a selection. The model is unchanged then.
+            ValueError: a parameter is missing or has another shape or dtype; its weights at the selected positions are
+                not those the delta was made from; the model is under train_only. The model is unchanged then.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 3)
+            >>> with sk.train_only(model, sk.Selection.random(model, density=0.5)) as tuned:
+            ...     delta = tuned.delta()
+            >>> model = delta.apply(model).revert()
         """
         weights = self._checked(model)
         originals = {name: gather(w.detach(), self._index(name, w)) for name, w in weights.items()}
         for name, held in originals.items():
             if self.changes[name].base and fingerprint(held) != self.changes[name].base:
                 raise ValueError(
-                    f"this delta was made for another base: {name!r} holds other weights at the selected positions "
-                    "(or another delta that overlaps is applied already)"
+                    f"this delta was made for another base: {name!r} has other weights at the selected positions "
+                    "(or an overlapping delta is already applied)"
                 )
         _write(weights, self.changes, {name: change.values for name, change in self.changes.items()})
         return Applied(self, model, originals)
@@ -138,7 +172,16 @@ class Delta:
         return self.selection & other.selection
 
     def merge(self, other: Delta) -> Delta:
-        """One delta that does what both do. Raises ValueError where they change one tensor both."""
+        """Combine two deltas into one. Raises ValueError if both change the same tensor.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 3)
+            >>> tuned = sk.train_only(model, sk.Selection({"weight": sk.Index.full((3, 4))}))
+            >>> a, _ = tuned.delta(), tuned.restore()
+            >>> b = sk.train_only(model, sk.Selection({"bias": sk.Index.full((3,))})).delta()
+            >>> a.overlap(b).numel, a.merge(b)
+            (0, Delta(15 values in 2 tensors, 84 bytes))
+        """
         shared = self.overlap(other)
         if shared.numel:
             raise ValueError(f"the deltas overlap in {shared.numel} positions, first in {next(iter(shared))!r}")
@@ -162,7 +205,7 @@ class Delta:
 
 
 class Applied:
-    """A delta in place. As a context manager it reverts on leaving."""
+    """A delta that is applied to a model. As a context manager it reverts on exit."""
 
     def __init__(self, delta: Delta, model: nn.Module, originals: dict[str, Tensor]) -> None:
         self.delta = delta
@@ -170,7 +213,7 @@ class Applied:
         self._originals: dict[str, Tensor] | None = originals
 
     def revert(self) -> nn.Module:
-        """Put the original values back, bit for bit; nothing happens the second time. Returns the model."""
+        """Restore the original values, bit for bit; a second call does nothing. Returns the model."""
         if self._originals is not None:
             weights = self.delta._checked(self.model)
             _write(weights, self.delta.changes, self._originals)

@@ -1,4 +1,4 @@
-"""How modules get a sparse backward: two subclasses, and hooks for everything else.
+"""Modules with a sparse backward: two subclasses, and hooks for every other module.
 
 The autograd functions run the plain dense forward and return the gradient of the compact values, not of the weight.
 """
@@ -33,7 +33,7 @@ def trains_selection(module: nn.Module) -> bool:
 
 
 def refuse_train_only(model: nn.Module) -> None:
-    """Raise ValueError if any module of the model holds a selected parameter: its weights are not the model's own."""
+    """Raise ValueError if any module of the model is under train_only: its weights may change at the next step."""
     if any(trains_selection(module) for module in model.modules()):
         raise ValueError("the model trains a selection; call restore() or merge() on its SparseModel first")
 
@@ -110,7 +110,7 @@ class _Attach(torch.autograd.Function):
 
 
 def _gradient_came(ctx: Any) -> None:
-    """Tell the slot, unless compiled: from now on its values may change."""
+    """Tell the slot, unless compiled, that its values may change from now on."""
     if not torch.compiler.is_compiling():
         ctx.slot.pending = True
 
@@ -140,7 +140,7 @@ class SparseLinear(nn.Linear):
         kind = input.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
             return _Linear.apply(input, weight, bias, values, positions, slot)  # type: ignore[no-any-return]
-        # As autocast does for F.linear; the casts are made here so that backward meets the dtypes of forward.
+        # As autocast does for F.linear; cast here so that backward sees the dtypes of forward.
         dtype = torch.get_autocast_dtype(kind)
         args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
         with torch.autocast(kind, enabled=False):
@@ -158,11 +158,11 @@ class SparseEmbedding(nn.Embedding):
 
 
 def attach(module: nn.Module) -> list[Any]:
-    """Hooks for a module of any other kind: during its forward the selected parameters read as `_Attach`ed views.
+    """Hooks for any other kind of module: during its forward, the selected parameters are `_Attach`ed views.
 
-    A view lies in the module's __dict__, where Python looks before nn.Module does: the Parameters stay in their place.
-    torch runs no hook after a KeyboardInterrupt. What is left then reads and writes the storage of the Parameter, until
-    the next forward, state_dict, load_state_dict, restore or merge takes it away.
+    A view is stored in the module's __dict__, where Python looks before nn.Module does; the Parameters stay where they
+    are. torch runs no hook after a KeyboardInterrupt. A leftover view then reads and writes the storage of the
+    Parameter until the next forward, state_dict, load_state_dict, restore or merge removes it.
     """
     return [
         module.register_forward_pre_hook(_put),
@@ -173,16 +173,16 @@ def attach(module: nn.Module) -> list[Any]:
 
 
 def _put(module: Any, *_: Any) -> None:
-    detach(module)  # torch.compile then knows whether there is something left, and drops its graph when there is not
+    detach(module)  # torch.compile's graph then depends on whether a view was left over
     for name, slot in slots_of(module).items():
         view: Any = _attached(slot)
         module.__dict__[name] = view
         if not torch.compiler.is_compiling():
-            # torch copies no views, and a model may be copied after an interrupt.
+            # torch cannot deepcopy views, and a model may be copied after an interrupt.
             view.__dict__["__deepcopy__"] = partial(copy.deepcopy, slot.weight)
 
 
 def detach(module: Any, *_: Any) -> None:
-    """Let every selected parameter of the module read as itself again."""
+    """Remove the views, so that the module reads its parameters again."""
     for name in slots_of(module):
         module.__dict__.pop(name, None)

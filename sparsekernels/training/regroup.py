@@ -1,4 +1,4 @@
-"""What an optimizer holds after a re-selection: worked out first, then put in place."""
+"""The optimizer's parameter groups and state after a re-selection: computed first, then installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .remap import Remap
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """One tensor: its Parameter in the optimizer and its Index, before and after; None where it has no part in it."""
+    """One tensor: its Parameter in the optimizer and its Index, before and after; None where it is not in it."""
 
     name: str
     old: Tensor | None
@@ -27,14 +27,14 @@ class Exchange:
 
 
 class Regroup:
-    """Parameter groups and state in which the old of each Exchange has made way for the new.
+    """Parameter groups and state in which each Exchange's old Parameter is replaced by its new one.
 
     Args:
-        exchanges: in the order of the new selection, then those that leave.
+        exchanges: in the order of the new selection, followed by those that leave.
         indexed: whether they belong to groups with indices or to groups without.
 
     Raises:
-        ValueError, and nothing has changed: as `SparseModel.reselect` says.
+        ValueError, and nothing has changed: see `SparseModel.reselect`.
     """
 
     def __init__(self, optimizer: Any, exchanges: list[Exchange], *, indexed: bool) -> None:
@@ -67,7 +67,7 @@ class Regroup:
                 self.states[x.new] = self._state(x, groups[seats[x.old]])
 
     def _state(self, x: Exchange, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of the new Parameter; none, to be made by the next step, where no position is kept."""
+        """The state of the new Parameter; empty, so that the next step creates it, if no position is kept."""
         assert x.old is not None
         assert x.old_index is not None
         assert x.new_index is not None
@@ -111,7 +111,7 @@ def _seat(x: Exchange, seats: Mapping[Tensor, int], home: int) -> int:
 
 
 def _members(group: Mapping[str, Any], old: Mapping[Tensor, Exchange], ours: list[Exchange]) -> list[Member]:
-    """Parameter, index and name of each: ours take the places that ours had, those that are more go to the end."""
+    """Parameter, index and name of each: ours go where ours were, and those left over go to the end."""
     count = len(group["params"])
     indices, names = group.get("indices") or [None] * count, group.get("param_names") or [None] * count
     known = {p: name for p, name in zip(group["params"], names, strict=True) if p in old}

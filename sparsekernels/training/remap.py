@@ -1,4 +1,4 @@
-"""From one Index of a tensor to another: what belongs to the positions that both have."""
+"""From one Index of a tensor to another: what carries over to the positions that both have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IndexedValues = tuple[Index, Tensor]  # positions of a tensor, and one compact v
 
 
 class Remap:
-    """Row by row where both are rows, else element by element: entry `source` of old is entry `target` of new."""
+    """Matches rows if both are rows, else elements: entry `source` of old is entry `target` of new."""
 
     def __init__(self, old: Index, new: Index) -> None:
         self.old, self.new = old, new
@@ -26,27 +26,27 @@ class Remap:
             self.target = self.source = torch.empty(0, dtype=torch.int64, device=have.device)
 
     def __len__(self) -> int:
-        """How many positions are kept."""
+        """Number of positions that are kept."""
         return len(self.target)
 
     def onto(self, fresh: Tensor, old: Tensor) -> Tensor:
-        """`fresh`, a compact tensor of new, with what `old` has at the positions kept; changed in place."""
+        """Copy the kept positions' values from `old` into `fresh`, a compact tensor of new; changed in place."""
         units = fresh if self.by_row else fresh.view(-1)
         units[self.target] = (old if self.by_row else old.reshape(-1))[self.source].to(fresh.dtype)
         return fresh
 
     def dropped(self, old: Tensor) -> IndexedValues:
-        """The positions that new lacks, and what `old` has there."""
+        """The positions that new lacks, and their values in `old`."""
         gone = torch.ones(len(self._old), dtype=torch.bool, device=self.source.device)
         gone[self.source] = False
         index = Index.unchecked(self._old.positions[gone], self.old.shape, self.by_row)
         return index, (old if self.by_row else old.reshape(-1))[gone]
 
     def step_counts(self, step: Tensor, name: str) -> Tensor:
-        """The step count of each position of new: that of old where kept, else 0.
+        """The step count of each position of new: that of old if kept, else 0.
 
         Raises:
-            ValueError: new has a row of several step counts.
+            ValueError: a row of new has several step counts.
         """
         old = step.to(self.source.device, torch.float32).expand(len(self.old))
         if self.old.rows and not self.by_row:
@@ -66,7 +66,7 @@ class Remap:
 
 
 def joined(a: IndexedValues, b: IndexedValues) -> IndexedValues:
-    """Both, of one tensor; they have no position in common."""
+    """Both parts of one tensor in one; they share no position."""
     if not len(a[0]) or not len(b[0]):
         return a if len(a[0]) else b
     rows = a[0].rows and b[0].rows

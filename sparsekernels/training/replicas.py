@@ -16,7 +16,7 @@ from ..index import Index
 
 
 class Replicated(Protocol):
-    """What is compared: a Slot."""
+    """The part of a Slot that is compared."""
 
     label: str
     replicas: Replicas
@@ -27,15 +27,15 @@ class Replicated(Protocol):
     def check_compiled(self) -> None: ...
 
 
-KNOWN: WeakValueDictionary[str, Replicas] = WeakValueDictionary()  # by key: torch.compile takes a string as constant
+KNOWN: WeakValueDictionary[str, Replicas] = WeakValueDictionary()  # by key: torch.compile treats a string as a constant
 
 REPLICAS = "_sparse_replicas"  # where a model under train_only keeps its own
 
 
 class Replicas:
-    """The slots of one model, and whether all replicas of it are known to train the same positions.
+    """The slots of one model, and whether all its replicas are known to train the same positions.
 
-    Gradients are averaged entry by entry, so entry i must be the same weight everywhere.
+    Gradients are averaged entry by entry, so entry i must be the same weight in every process.
     """
 
     def __init__(self, slots: Sequence[Replicated]) -> None:
@@ -48,10 +48,10 @@ class Replicas:
         return Replicas, (self.slots,)
 
     def compare(self) -> None:
-        """Compare with the other processes, once: in a forward that trains, for every one of them is in that then.
+        """Compare with the other processes, once, in a training forward: every process takes part in that one.
 
         Raises:
-            ValueError: in all processes, if any of them trains other positions; the message names where.
+            ValueError: in all processes, if any of them trains other positions; the message names the parameter.
         """
         ddp = DistributedDataParallel._active_ddp_module
         if ddp is None or self.compared or not torch.is_grad_enabled():
@@ -70,17 +70,17 @@ class Replicas:
 
 
 def before_forward(model: nn.Module, *_: Any) -> None:
-    """A hook of the whole model: in the first batch, some processes may pass a selected layer by, and others not."""
+    """A hook of the whole model: in the first batch, some processes may skip a selected layer that others run."""
     if DistributedDataParallel._active_ddp_module is None or torch.compiler.is_compiling():
         return
     replicas: Replicas = model.__dict__[REPLICAS]
     for slot in () if replicas.compared else replicas.slots:
-        slot.replicas = replicas  # in a copy of the model each slot has one of its own
+        slot.replicas = replicas  # in a copy of the model each slot has its own
     replicas.compare()
 
 
 def check_while_tracing(key: str) -> bool:
-    """What a forward checks, once: when torch.compile traces it."""
+    """The checks of a forward, done once, when torch.compile traces it."""
     replicas = KNOWN[key]
     for slot in replicas.slots:
         slot.check_compiled()
@@ -88,12 +88,12 @@ def check_while_tracing(key: str) -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result does, after an import of torch._dynamo that takes as long as that of torch.
+# As torch.compiler.assume_constant_result, without its slow import of torch._dynamo.
 check_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fingerprint(index: Index) -> str:
-    """128 bits of an Index."""
+    """A 128-bit hash of an Index."""
     head = f"{list(index.shape)} {index.rows} {index.positions.dtype}".encode()
     raw = index.positions.cpu().numpy().tobytes()
     return hashlib.blake2b(raw, digest_size=16, key=hashlib.sha256(head).digest()).hexdigest()

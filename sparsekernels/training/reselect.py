@@ -1,4 +1,4 @@
-"""Change what a model under train_only trains. All is worked out, and refused if need be, before anything changes."""
+"""Change the selection of a model under train_only. Everything is computed and checked before anything changes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _Turn:
 
     name: str
     slot: Slot | None  # before
-    index: Index | None  # afterwards, with values and originals; None if it is not trained any more
+    index: Index | None  # afterwards, with values and originals; None if it is no longer trained
     values: nn.Parameter | None
     originals: Tensor | None
     dropped: IndexedValues | None  # positions that leave, and their originals
-    left: IndexedValues | None  # what stays behind from earlier calls
+    left: IndexedValues | None  # positions left by earlier calls
 
     @property
     def changed(self) -> bool:
@@ -42,7 +42,7 @@ def reselect(
     optimizer: torch.optim.Optimizer | None,
     restore: bool,
 ) -> tuple[dict[str, Slot], dict[str, Left]]:
-    """See `SparseModel.reselect`. Returns the slots, and what was left, of afterwards."""
+    """See `SparseModel.reselect`. Returns the new slots and the new entries of `left`."""
     if torch.is_inference_mode_enabled():
         raise ValueError("reselect makes Parameters to train; call it outside torch.inference_mode()")
     weights = selection.check(found.model)
@@ -75,7 +75,7 @@ def reselect(
             ],
             indexed=False,
         )
-    # From here on nothing is refused any more.
+    # From here on nothing raises.
     for slot in slots.values():
         slot.refresh_()
     if regroup is not None:

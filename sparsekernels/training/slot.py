@@ -1,4 +1,4 @@
-"""The compact values of one selected tensor, and where they belong."""
+"""The compact values of one selected tensor, and their positions in its weight."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Holders = list[tuple[nn.Module, str]]
 
 
 class CompactParameter(nn.Parameter):
-    """The values of a Slot. Saved as a plain Parameter; the copy of its slot finds it again, and calls it this."""
+    """The values of a Slot. Pickled as a plain Parameter; its unpickled Slot finds it and restores the class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
 
 
 def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -> None:
-    """Warn, once for each, of compact Parameters that a step left as they are because they never had a gradient.
+    """Warn, once per parameter, of compact Parameters that were not stepped because they never had a gradient.
 
     Raises:
-        ValueError: another Parameter has taken the place of one of them, so that it will never have one again.
+        ValueError: the model now has another Parameter in place of one of them, so this one gets no gradient again.
     """
     found = []
     for p in parameters:
@@ -45,8 +45,8 @@ def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -
             continue
         if slot.values is not p:
             raise ValueError(
-                f"{slot.label!r}: the optimizer steps a Parameter that the model holds no more, after "
-                "load_state_dict(assign=True), say; make a new optimizer of SparseModel.parameters()"
+                f"{slot.label!r}: the optimizer steps a Parameter that the model no longer holds, for example "
+                "after load_state_dict(assign=True); make a new optimizer of SparseModel.parameters()"
             )
         slot.trained |= p.grad is not None
         if slot.warned or p.grad is not None or ((slot.trained or states.get(p)) and p.requires_grad):
@@ -56,40 +56,40 @@ def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -
     if found:
         warn(
             f"sparsekernels: selected, but without a gradient in this step, so not trained: {listed(found)}. Either "
-            "the loss does not depend on them; or another module than their own reads them, as in Mamba: leave them "
+            "the loss does not depend on them; or a module other than their own reads them, as in Mamba: leave them "
             "out of the selection; or something froze their compact parameters, as peft.get_peft_model does: call "
             "requires_grad_(True) on SparseModel.parameters()."
         )
 
 
 def is_private(values: Tensor) -> bool:
-    """Whether no other tensor uses the memory of the values, so that each change of them has a new version."""
+    """Whether no other tensor uses the memory of the values, so that each change of them increments their version."""
     storage = values.untyped_storage()
     shared = torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor, and `storage` itself
     return storage.nbytes() == values.nbytes and not shared
 
 
 def compact_copy(weight: Tensor, index: Index) -> tuple[CompactParameter, Tensor]:
-    """Values to train, fp32 (fp64 for fp64), and the originals in the dtype of the weight."""
+    """Values to train, in fp32 (fp64 for fp64), and the originals in the dtype of the weight."""
     originals = gather(weight.detach(), index.to(weight.device))
     compute_dtype = torch.promote_types(originals.dtype, torch.float32)
     return CompactParameter(originals.to(compute_dtype, copy=True)), originals
 
 
 class Slot:
-    """One selected tensor: where its values belong, and what was there before.
+    """One selected tensor: the positions of its values, and the weights they replaced.
 
-    Tied weights share one slot: `holders` are all modules that hold the weight, the first of them owns the values.
-    `label` is the name that it was selected by. Positions and originals are no buffers: nothing that broadcasts, casts
-    or empties the buffers of a model may change them.
+    Tied weights share one slot: `holders` are all modules that hold the weight; the first of them owns the values.
+    `label` is the name it was selected by. Positions and originals are not buffers: code that broadcasts, casts or
+    clears the buffers of a model must not change them.
 
     Attributes:
-        written: version of the values that the weight holds. address: where the values were then, in memory of their
-            own; -1 if they share it, or have none.
-        pending: whether a gradient came since. An optimizer that follows may change values without a new version, as
-            `values.data.copy_(...)` of DeepSpeed does.
-        replicas: shared by all slots of a model. trained: whether a step saw a gradient. warned: whether one without
-            was reported.
+        written: version of the values that the weight has. address: data pointer of the values at that time if they own
+            their memory; -1 if they share it or have none.
+        pending: whether a gradient arrived since. The optimizer step that follows may change values without a new
+            version, as DeepSpeed's `values.data.copy_(...)` does.
+        replicas: shared by all slots of a model. trained: whether a step saw a gradient. warned: whether a step without
+            one was reported.
     """
 
     shape: torch.Size
@@ -118,7 +118,7 @@ class Slot:
 
     @property
     def positions(self) -> Tensor:
-        """Those of the index, where the weight is now."""
+        """The positions, on the device of the weight."""
         device = self.weight.device
         if self._positions.device != device:
             moved = self._positions.to(device)
@@ -133,19 +133,19 @@ class Slot:
 
     @property
     def originals(self) -> Tensor:
-        """What the weight held before, in the dtype that it had then, where the weight is now."""
+        """The original weights at the positions, in their original dtype, on the device of the weight."""
         if self._originals.is_meta:
             raise ValueError(
-                f"{self.label!r} was on the meta device when train_only was called, so nobody knows what it held "
-                "before; merge() gives the model back as it is; next time load the weights first, then call train_only"
+                f"{self.label!r} was on the meta device when train_only was called, so its original weights are "
+                "unknown; merge() gives the model back as it is; next time load the weights first, then call train_only"
             )
         return self._originals.to(self.weight.device)
 
     def register(self, index: Index, values: CompactParameter, originals: Tensor) -> None:
-        """Put the values on the owner, in place of those that are there; keep positions and originals."""
+        """Put the values on the owner, replacing those that are there; keep positions and originals."""
         before = self.owner._parameters.get(self.name + VALUES)
         if before is not None:
-            before.__dict__.pop(SLOT, None)  # whoever still steps it writes no weight any more
+            before.__dict__.pop(SLOT, None)  # an optimizer that still steps it no longer writes the weight
         self.shape, self.rows, self._positions, self._originals = index.shape, index.rows, index.positions, originals
         self.owner.register_parameter(self.name + VALUES, values)
         self.link(values)
@@ -153,33 +153,33 @@ class Slot:
         self._remember(values)
 
     def _remember(self, values: Tensor) -> None:
-        """Memory that nobody else uses is looked at again only after a backward, or when the values left it."""
+        """Memory that nothing else uses is checked again only after a backward, or when the values moved."""
         self.address = values.data_ptr() if values.data_ptr() != 0 and is_private(values) else -1
 
     def link(self, values: nn.Parameter) -> None:
-        """How SparseAdamW finds the weight. A plain Parameter would take the slot, and the model, along into files."""
+        """Let SparseAdamW find the weight. A plain Parameter would pickle the slot, and the model with it."""
         if type(values) is nn.Parameter:
             values.__class__ = CompactParameter
         values.__dict__[SLOT] = self
 
     def unregister(self) -> None:
-        """Take the values off again. An optimizer that outlives this finds nothing to write any more."""
+        """Remove the values from the owner. An optimizer that outlives this no longer writes the weight."""
         values = self.owner._parameters.pop(self.name + VALUES, None)
         if values is not None:
             values.__dict__.pop(SLOT, None)
 
     def sync_(self) -> tuple[nn.Parameter, Tensor]:
-        """Write the values into the weight, if they changed since the last time; return them and their positions.
+        """Write the values into the weight if they changed since the last call; return values and positions.
 
         Raises:
-            ValueError: the model was sharded since, or its replicas train other positions.
+            ValueError: the model was sharded meanwhile, or its replicas train other positions.
         """
         for module, _ in self.holders:
             if SHARDED in module.__dict__:
                 refuse_sharded(repr(self.label))
         if torch.compiler.is_compiling():
             check_while_tracing(self.replicas.key)
-            return self.values, self.positions  # SparseAdamW writes; a version number is no part of a graph
+            return self.values, self.positions  # SparseAdamW writes; a version number is not part of a graph
         if DistributedDataParallel._active_ddp_module is not None:
             self.replicas.compare()
         values: Any = self.owner._parameters[self.name + VALUES]
@@ -192,18 +192,18 @@ class Slot:
         if values._version != self.written:
             self.write_(values)
             self.written, self.pending = values._version, False
-        elif self.pending and torch._C._current_graph_task_id() == -1:  # not while a backward computes this again
+        elif self.pending and torch._C._current_graph_task_id() == -1:  # not while a backward recomputes this
             if values.is_cpu:
                 self.refresh_()
             else:
-                # To compare would wait for the device. Most likely it changes nothing, so no graph is told of it.
+                # Comparing would wait for the device. Most likely this changes nothing, so autograd is not told.
                 with _unsafe_preserve_version_counter(self.weight):
                     self.write_(values)
             self.pending = False
         return values, self._positions
 
     def check_supported(self) -> None:
-        """Raise ValueError if the weight or its values were sharded, or replaced by tensors of another kind."""
+        """Raise ValueError if the weight or its values were sharded, or replaced by an unsupported kind of tensor."""
         for module, _ in self.holders:
             if SHARDED in module.__dict__:
                 refuse_sharded(repr(self.label))
@@ -211,12 +211,12 @@ class Slot:
             refuse_unsupported(repr(self.label), tensor)
 
     def _adopt(self, values: nn.Parameter) -> None:
-        """Another Parameter took the place of the values: of a copied model, or by load_state_dict(assign=True)."""
+        """Another Parameter replaced the values: in a copied model, or by load_state_dict(assign=True)."""
         self.check_supported()
         self.link(values)
 
     def check_compiled(self) -> None:
-        """Raise ValueError if the values may change without a new version: a compiled forward writes none of them."""
+        """Raise ValueError if the values can change without a new version: a compiled forward would not notice."""
         if self.values.data_ptr() != self.address and not (self.values.is_meta or is_private(self.values)):
             raise ValueError(
                 f"{self.label!r}: its compact values share memory with other tensors, as in the flat buffer of "
@@ -224,7 +224,7 @@ class Slot:
             )
 
     def refresh_(self) -> None:
-        """Write the values into the weight wherever the two differ, whatever their versions say."""
+        """Write the values into the weight wherever the two differ, whatever their versions are."""
         self.check_supported()
         values = self.values
         if values.is_meta:
@@ -238,10 +238,10 @@ class Slot:
         scatter_(self.weight.detach(), self.index, values.detach())
 
     def loaded(self, weight: Tensor) -> Tensor:
-        """The values that go with a weight which is about to be loaded.
+        """The values that belong to a weight about to be loaded.
 
-        A value that rounds to the loaded weight stays: it says more than the weight does, and may have come from the
-        state of an optimizer a moment ago.
+        A current value that rounds to the loaded weight is kept: it is more precise than the weight, and may just have
+        been loaded from an optimizer's state.
         """
         values = self.values.detach()
         index = Index.unchecked(self._positions.to(weight.device), self.shape, self.rows)
@@ -256,8 +256,8 @@ class Slot:
         return torch.where(same, values, found)
 
     def __reduce__(self) -> Any:
-        # The values go first, so that the copy of a model knows its slots before anything is run. Their versions count
-        # from their own beginning. A part of a model is copied without the rest.
+        # The values go first, so that the copy of a model has its slots before anything runs. A copy's version
+        # starts at 0. A submodule may be copied without the rest of the model.
         state = {**self.__dict__, "written": -1, "address": -1, "replicas": None}
         return _linked, (self.owner._parameters.get(self.name + VALUES),), state
 
@@ -275,7 +275,7 @@ def _linked(values: nn.Parameter | None) -> Slot:
 
 @dataclass(frozen=True, eq=False)
 class Left:
-    """Positions of a weight that were trained, are not any more, and stay as they are; and what was there before."""
+    """Positions of a weight that are no longer trained but keep their values; with the original weights."""
 
     owner: nn.Module
     name: str
@@ -290,7 +290,7 @@ class Left:
 
     @property
     def part(self) -> IndexedValues:
-        """Positions and originals where the weight is now."""
+        """Positions and originals, on the device of the weight."""
         return self.index.to(self.weight.device), self.originals.to(self.weight.device)
 
     def restore_(self) -> None:

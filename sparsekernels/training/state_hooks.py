@@ -18,22 +18,22 @@ LOADING = "_sparse_loading"  # where it keeps the errors of the load_state_dict 
 
 
 def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """The weights that are about to be saved hold the values."""
+    """Write the values into the weights before these are saved."""
     for slot in slots_of(module).values():
         slot.sync_()
 
 
 def after_save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """The values have no key of their own."""
+    """Remove the values from the state_dict: they have no key of their own."""
     for attribute in slots_of(module):
         state_dict.pop(prefix + attribute + VALUES, None)
 
 
 def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Loaded weights bring the values along, so that the two never disagree."""
+    """Load the values along with their weights, so that the two never differ."""
     for attribute, slot in slots_of(module).items():
         weight = state_dict.get(prefix + attribute)
-        found = slot.values.detach()  # should the weight not fit, torch reports it
+        found = slot.values.detach()  # if the weight does not fit, torch reports it
         if weight is not None and weight.shape == slot.shape:
             found = slot.loaded(weight)
         if slot.owner is module:
@@ -44,7 +44,7 @@ def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
 
 
 def keep(model: nn.Module) -> None:
-    """Note which parameters the model has now; what is added to it later, as an adapter is, may change."""
+    """Record which parameters the model has now; ones added later, such as an adapter's, may change."""
     for part in model.modules():
         part.__dict__[KEPT] = [name for name, p in part._parameters.items() if p is not None and not p.is_meta]
 
@@ -59,10 +59,10 @@ def before_loading(
     ___: Any,
     errors: list[str],
 ) -> None:
-    """Raise ValueError, before anything is loaded, if frozen weights outside of the selection would change.
+    """Raise ValueError, before anything is loaded, if frozen weights outside the selection would change.
 
-    They would be in no delta, and restore() would not give back the model as it was found. The first part of the model
-    that a load comes to checks all that is in it; each load has a list of errors of its own.
+    delta() would miss them, and restore() would not give back the model as it was found. The first module that a load
+    reaches checks all modules inside it; each load has its own list of errors, by which it is recognised.
     """
     if module.__dict__.pop(LOADING, None) is errors:
         return
@@ -79,7 +79,7 @@ def before_loading(
             if metadata.get("assign_to_params_buffers") and loaded.dtype != parameter.dtype:
                 raise ValueError(
                     f"load_state_dict(assign=True) would make {name!r} {loaded.dtype}, and it is {parameter.dtype}; "
-                    "load without assign, or restore() the model, load, and train_only again"
+                    "load without assign; or restore() the model, load, and call train_only again"
                 )
             if loaded.shape != parameter.shape or loaded.is_meta or parameter.is_meta:
                 continue  # torch reports the first; there is nothing to compare in the others
@@ -88,9 +88,9 @@ def before_loading(
                 raise ValueError(
                     f"the state_dict changes {count:,} weights of {name!r} that are not selected, so delta() would "
                     "miss them and restore() would not be the base: it was trained with another selection or from "
-                    "another base, or is an average of state_dicts, or the model itself changes them. Sparsify with "
-                    "the selection that it was trained with (keep Selection.save beside each checkpoint), or "
-                    "restore() the model, load, and train_only again"
+                    "another base, or is an average of state_dicts, or the model itself changes them. Call "
+                    "train_only with the selection it was trained with (save the Selection with each checkpoint); "
+                    "or restore() the model, load, and call train_only again"
                 )
 
 
@@ -107,7 +107,7 @@ def _known(module: nn.Module) -> dict[int, list[Index]]:
 
 
 def _changed(weight: Tensor, loaded: Tensor, known: list[Index]) -> int:
-    """How many weights would get other bits, beside those at known positions."""
+    """The number of weights that would get other bits, except those at known positions."""
     if any(index.numel == weight.numel() for index in known):
         return 0
     loaded = loaded.to(weight.device, weight.dtype)

@@ -23,11 +23,11 @@ from .reselect import reselect
 from .slot import SLOT, Left, Slot, compact_copy, warn_untrained
 from .state_hooks import LEFT
 
-STEP_HOOKS: set[int] = set()  # what this package has among torch's global optimizer hooks: none, or one
+STEP_HOOKS: set[int] = set()  # this package's global torch optimizer hooks: none or one
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step of any torch optimizer the weights hold its result, whoever reads them next."""
+    """After a step of any torch optimizer, write its result into the weights, so that every reader sees it."""
     if getattr(optimizer, "writes_weights", False):
         return
     for group in optimizer.param_groups:
@@ -40,16 +40,26 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 class SparseModel:
-    """What `train_only` returns: the compact Parameters of a model, and the way back.
+    """The handle returned by `train_only`: the compact Parameters of a model, and how to undo it.
 
-    The model stays the object it was; use it as before. Its `parameters()` now hold the compact Parameters beside the
-    frozen weights, its `state_dict()` and `save_pretrained` hold plain, current weights and nothing else. As a context
-    manager it restores the model on leaving.
+    Use the model as before. Its `parameters()` now include the compact Parameters beside the frozen weights; its
+    `state_dict()` and `save_pretrained` contain plain, current weights and nothing else. As a context manager it
+    restores the model on exit.
 
     Attributes:
-        model: the model. selection: what is trained.
+        model: the model.
+        selection: what is trained.
         slots: parameter name -> Slot, in the order of the selection.
-        left: parameter name -> what `reselect(restore=False)` left as it was trained, with its originals.
+        left: parameter name -> positions that `reselect(restore=False)` left at their trained values, with originals.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> tuned = sk.train_only(model, sk.Selection({"weight": sk.Index(torch.tensor([0, 5]), (3, 4))}))
+        >>> [(name, values.shape) for name, values in tuned.named_parameters()], tuned.selection
+        ([('weight', torch.Size([2]))], Selection(2 elements of 1 tensors))
+        >>> model = tuned.restore()  # or tuned.merge(), to keep the trained weights
     """
 
     def __init__(self, model: nn.Module, slots: dict[str, Slot], found: Installation) -> None:
@@ -64,25 +74,33 @@ class SparseModel:
         return Selection({name: slot.index for name, slot in self.slots.items()})
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name of the weight, its compact Parameter): [K] for elements, [R, *row] for rows; fp32 (fp64 for fp64)."""
+        """(name of the weight, compact Parameter) pairs: [K] for elements, [R, *row] for rows; fp32 (fp64 for fp64)."""
         self.check_in_use()
         for name, slot in self.slots.items():
             slot.check_supported()
             yield name, slot.values
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The compact Parameters: what an optimizer takes."""
+        """The compact Parameters, to pass to an optimizer."""
         for _, values in self.named_parameters():
             yield values
 
     def sync_(self) -> None:
         """Write changed values into the weights now.
 
-        Needed where values were changed through `.data`, which torch does not count, other than between a backward and
-        the next forward; and where they were changed by hand and a weight is then read directly or by a compiled
-        forward. Else steps of torch optimizers, forward, state_dict, save_pretrained and delta do it by themselves.
+        Steps of torch optimizers, forward, state_dict, save_pretrained and delta do this themselves. Call it after
+        changing values through `.data` (which torch does not track) at any time other than between a backward and the
+        next forward, and after changing values by hand before the weight is read directly or by a compiled forward.
 
-        Every value is compared with its weight, whether or not torch counted a change of it.
+        Compares every value with its weight, whether or not torch recorded a change.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> tuned = sk.train_only(model, sk.Selection({"bias": sk.Index.full((1,))}))
+            >>> _ = next(tuned.parameters()).data.fill_(7.0)
+            >>> tuned.sync_()
+            >>> model.bias.data
+            tensor([7.])
         """
         self.check_in_use()
         for slot in self.slots.values():
@@ -91,34 +109,41 @@ class SparseModel:
     def reselect(
         self, selection: Selection, optimizer: torch.optim.Optimizer | None = None, *, restore: bool = True
     ) -> None:
-        """Train `selection` from now on, in place of what was trained so far.
+        """Train `selection` from now on, instead of what was trained so far.
 
-        Positions kept keep their values; positions that come in start from the current weight. With `optimizer`, the
-        one that steps `parameters()`, positions kept keep their moments too, and those that come in start without:
-        under SparseAdamW at step count 0, one count per position where they differ, so that each has its own bias
-        correction; under any other with the step count of the tensor. An untouched index changes nothing for its
-        tensor.
+        Positions kept keep their values; new positions start from the current weight. With `optimizer`, the one that
+        steps `parameters()`, positions kept also keep their moments; new ones start without. Under SparseAdamW new
+        positions start at step count 0 (the count becomes per-position where it differs), so each has its own bias
+        correction; under other optimizers they use the step count of the tensor. A tensor whose Index does not change
+        is not touched.
 
-        Call it between a step and the next backward. Changed tensors get new compact Parameters, without a gradient:
-        ask `parameters()` again, and wrap again in DistributedDataParallel. In the optimizer they take the places of
-        the old ones, in the order of the selection; a tensor that comes in joins the first group that holds one of this
-        model (or, failing that, the first group without indices), a tensor that leaves takes its state along.
+        Call it between a step and the next backward. Changed tensors get new compact Parameters without a gradient:
+        call `parameters()` again, and wrap the model in DistributedDataParallel again. In the optimizer they replace
+        the old ones, in the order of the selection. A new tensor joins the first group that has a tensor of this model
+        (or else the first group without indices); the state of a tensor that leaves is dropped.
+
+        To resume from a checkpoint in a new process, call train_only on the base model and repeat the calls of
+        `reselect` before loading; if none of them had restore=False, one call with the last selection is enough.
 
         Args:
             selection: as for `train_only`.
-            optimizer: brought along; without it, make a new one.
-            restore: positions that leave get back the weights of before the training, so that `delta()` stays as large
-                as the selection. False: they stay as they are; `restore()` and `delta()` go on knowing them, for 4 B
-                and an original a position. Positions that an earlier call left stay, whatever this one says.
-
-        To go on from a checkpoint in a new process, call train_only on the base and repeat the calls of `reselect`
-        before you load, or, if none of them had restore=False, call it with the last selection.
+            optimizer: changed along with the model; if None, make a new one.
+            restore: reset positions that leave to their original weights, so that `delta()` stays as large as the
+                selection. False: keep their trained values; `restore()` and `delta()` still cover them, at a cost of 4
+                B and an original per position. Positions left by an earlier call stay left in either case.
 
         Raises:
-            ValueError: as `train_only`; the optimizer does not hold the compact Parameters, or keeps state that is not
-                shaped like them; rows of which some elements are kept and others are not, where per-position step
-                counts matter. Nothing has changed then.
+            ValueError: as `train_only`; the optimizer does not hold the compact Parameters, or has state of another
+                shape; a row is kept in part where per-position step counts are used. Nothing has changed then.
             TypeError: not an optimizer. RuntimeError: the model was given back.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 3)
+            >>> tuned = sk.train_only(model, sk.Selection.random(model, density=0.5))
+            >>> optimizer = sk.SparseAdamW(tuned.parameters())
+            >>> tuned.reselect(sk.Selection({"weight": sk.Index(torch.tensor([2, 3]), (3, 4))}), optimizer)
+            >>> tuned.selection
+            Selection(2 elements of 1 tensors)
         """
         self.check_in_use()
         assert self._found is not None
@@ -126,7 +151,13 @@ class SparseModel:
         self.leave(left)
 
     def delta(self) -> Delta:
-        """The trained weights as a file to ship; see `Delta`."""
+        """Return the trained weights as a `Delta`, the file to ship. The model is not changed.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 3)
+            >>> sk.train_only(model, sk.Selection.random(model, density=0.5, names="weight")).delta()
+            Delta(7 values in 1 tensors, 56 bytes)
+        """
         self.check_in_use()
         self.sync_()
         return Delta.from_slots(self.model, self.slots, self.left)
@@ -152,7 +183,7 @@ class SparseModel:
     def check_in_use(self) -> None:
         """Raise RuntimeError if the model was given back."""
         if self._found is None:
-            raise RuntimeError("the model was given back by restore() or merge(); ask for deltas and parameters before")
+            raise RuntimeError("the model was given back by restore() or merge(); get deltas and parameters first")
 
     def _leave(self) -> None:
         assert self._found is not None
@@ -180,21 +211,33 @@ class SparseModel:
 def train_only(model: nn.Module, selection: Selection) -> SparseModel:
     """Freeze `model` and give it one compact trainable Parameter for each selected tensor.
 
+    Unselected weights keep their bits; the forward does not change.
+
     Args:
         model: any module; changed in place as `SparseModel` describes, undone by `restore()`.
-        selection: what to train, by parameter name. Positions move to the device of their parameter.
+        selection: what to train, by parameter name. Positions are moved to the device of their parameter.
 
     Returns:
-        SparseModel. `SparseModel.parameters()` go to any torch optimizer: SparseAdamW writes the weights in the pass
-        that steps the values, after any other they are written by a hook on its step.
+        SparseModel. Pass `SparseModel.parameters()` to any torch optimizer. SparseAdamW writes the weights in the same
+        pass that steps the values; after a step of any other optimizer a hook writes them.
 
-    Memory, for K selected elements: values and their gradient 4 B each, positions 4 B (int64 past 2^31 elements),
-    originals in the dtype of the weight.
+    Memory: for K selected elements, 4 B each for values, gradient and positions (8 B for positions past 2^31 elements),
+    and the originals in the dtype of the weight.
 
     Raises:
         ValueError: names or shapes that do not fit the model, two names of one tied weight, weights that are not
-            contiguous or not floating point, an Embedding with max_norm, the out_proj of nn.MultiheadAttention, or a
-            model that is already trains a selection. The model is unchanged then.
+            contiguous or not floating point, an Embedding with max_norm, the out_proj of nn.MultiheadAttention, a model
+            that is already under train_only, or a call inside torch.inference_mode(). The model is unchanged then.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> tuned = sk.train_only(model, sk.Selection.random(model, density=0.25))
+        >>> optimizer = sk.SparseAdamW(tuned.parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> tuned.delta().save("delta.safetensors")
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("train_only makes Parameters to train; call it outside torch.inference_mode()")
@@ -209,7 +252,7 @@ def train_only(model: nn.Module, selection: Selection) -> SparseModel:
             parameter.requires_grad_(False)
             parameter.grad = None
         for name, weight in weights.items():
-            # What the meta device takes it does not give back, and the weight may come from there later.
+            # Positions moved to the meta device would be lost, and the weight may be materialised later.
             index = selection[name] if weight.is_meta else selection[name].to(weight.device)
             slots[name] = Slot(name, holders[name], found.replicas)
             found.give(slots[name], index, *compact_copy(weight, index))

@@ -38,7 +38,7 @@ def attach(
     lora_rank: int = 0,
     lora_scale: float = 1.0,
 ) -> Gates:
-    """Freeze a model, put stochastic gates on its projections, and train those, to have a smaller model at the end.
+    """Freeze a model and add stochastic gates to its projections; training them ends in a smaller model.
 
         gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=len(loader))
         optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
@@ -48,50 +48,58 @@ def attach(
             optimizer.step(); optimizer.zero_grad(); gates.step()
         gates.compress().save_pretrained(folder)
 
-    What trains: gates, low-rank factors if asked for, biases and norms of the blocks, and the head. If you clip
-    gradients, clip those of the other parameters: the penalty moves all gates at once, and its gradient is large. An
-    operation that changes the output of a gated layer in place raises in backward, for the output is kept.
+    Trained are the gates, low-rank factors if requested, biases and norms of the blocks, and the head. If you clip
+    gradients, clip those of the other parameters only: the penalty moves all gates at once, and its gradient is large.
+    An in-place operation on the output of a gated layer raises in backward, because the output is saved.
 
-    A layer whose weight or bias is also used outside its module's forward, as by a Mamba mixer, cannot be cut. Whether
-    one is shows in the first step, up to the first `Gates.step`: it is then left as it is, without gates, and no longer
-    counted in the share; if `targets` names it, `step` raises. Uses in eval mode or under no_grad, or in later steps
-    only, are not seen.
+    A layer whose weight or bias is also used outside its module's forward, as by a Mamba mixer, cannot be cut. That is
+    detected up to the first `Gates.step`: the layer is then left ungated and no longer counted in the share; if
+    `targets` names it, `step` raises. Uses in eval mode, under no_grad, or only in later steps are not detected.
 
     Args:
         model: any torch model; changed in place, undone by `restore()`.
-        pruning_ratio: share of the parameters of the targets (weights and biases) that is to be removed, in (0, 1).
-        total_steps: optimizer steps that the training will have; gates close between 10 % and 50 % of them, and are
-            fixed from 80 % on.
-        kind: "stg", clamp(mu + 0.5 + noise * normal, 0, 1); "finegates", the same of mu = tanh(l); "hard_concrete".
+        pruning_ratio: share of the parameters of the targets (weights and biases) to remove, in (0, 1).
+        total_steps: number of optimizer steps of the whole training; gates close between 10 % and 50 % of them, and are
+            frozen from 80 % on.
+        kind: "stg", clamp(mu + 0.5 + noise * normal, 0, 1); "finegates", the same with mu = tanh(l); "hard_concrete".
         noise: sigma of the first two, temperature of the last; None: 0.5, 0.5, 2/3.
         granularity: "row+column", gates on all rows and columns of the targets; "head", a gate on each attention head,
             or on each key/value head with its query heads; "mlp", one on each neuron; "head+mlp".
         targets: patterns (as in `fnmatch`) of names of weights; None: attention and MLP projections in numbered blocks.
-        head: patterns of parameters that train densely; None: classifier, score, pooler and the like.
-        lora_rank: r of low-rank factors B A added to every target, within its gates; 0: none.
-        lora_scale: what B A is multiplied by.
+        head: patterns of parameters to train densely; None: classifier, score, pooler and the like.
+        lora_rank: r of low-rank factors B A added to every target, inside its gates; 0: none.
+        lora_scale: factor of B A.
 
     Returns:
-        Gates.
+        Gates, the handle of the gated model.
 
-    Determinism: noise comes from torch's generator, an integer for each layer and forward, so `torch.manual_seed` makes
-    it reproducible, and checkpointing repeats it.
-    Cost: a forward and a backward by the input of each layer, no weight gradient; each makes a copy of the weight, one
-    layer at a time. Kept for backward: a layer's input, and its output.
+    Numerics: noise comes from torch's generator, one integer per layer and forward: `torch.manual_seed` makes it
+    reproducible, and checkpointing repeats it.
+    Cost: a forward, and a backward by the input of each layer without weight gradient; each copies the weight, one
+        layer
+    at a time. Saved for backward: a layer's input and its output.
 
     Raises:
-        ValueError: arguments out of range; targets that are no weights of Linear or Conv1D modules; heads or neurons of
-            a model whose structure is unknown; more asked for than such gates can remove. The model is unchanged then.
+        ValueError: arguments out of range; targets that are not weights of Linear or Conv1D modules; heads or neurons
+            of a model whose structure is unknown; a pruning_ratio that these gates cannot reach; a model that has
+            gates, was compressed, or is under train_only. The model is unchanged then.
 
     Source: FineGates (Svirsky et al., arXiv 2412.12951), its code for which parameters train; STG (Yamada et al., arXiv
-    1810.04247); hard concrete (Louizos et al., arXiv 1712.01312). Ours: one noise for sampling and P(open), gates that
-    rest where noise hardly reaches them, norms that train, what closes when (see `Gates.penalty`), and sizes that are
-    multiples of 8 in the end (see `Gates.freeze`).
+    1810.04247); hard concrete (Louizos et al., arXiv 1712.01312). Ours: one noise for sampling and P(open), limits of
+    the logits at which noise rarely changes a gate, norms that train, which gates close when (see `Gates.penalty`), and
+    sizes rounded to multiples of 8 (see `Gates.freeze`).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+        >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=100)
+        >>> [(name, p.shape) for name, p in gates.named_parameters() if name.startswith("0.gates")]
+        [('0.gates.rows', torch.Size([32])), ('0.gates.columns', torch.Size([16]))]
+        >>> model = gates.restore()
     """
     if not 0 < pruning_ratio < 1:
         raise ValueError(f"pruning_ratio must lie in (0, 1), the share to remove, got {pruning_ratio}")
     if total_steps < 10:
-        raise ValueError(f"total_steps must be at least 10, the optimizer steps of all the training, got {total_steps}")
+        raise ValueError(f"total_steps must be at least 10, the steps of the whole training, got {total_steps}")
     if kind not in NOISES:
         raise ValueError(f"kind must be one of {', '.join(map(repr, NOISES))}, got {kind!r}")
     noise = NOISES[kind] if noise is None else noise
@@ -104,11 +112,11 @@ def attach(
     refuse_train_only(model)
     refuse_unsupported_of(model)
     if any(isinstance(module, LayerGates) for module in model.modules()):
-        raise ValueError("the model has gates already; call restore() or compress() on its Gates first")
+        raise ValueError("the model already has gates; call restore() or compress() on its Gates first")
     if is_compressed(model):
-        raise ValueError("the model is compressed already: its cuts could not be saved along with new ones")
+        raise ValueError("the model is already compressed: its cuts could not be saved together with new ones")
     if hasattr(model, "cuts"):
-        raise ValueError("the model has an attribute `cuts` of its own, which compress() would replace; rename it")
+        raise ValueError("the model has an attribute `cuts` of its own, which compress() would overwrite; rename it")
     planner = _planner(model, targets)
     names = planner.names
     places = _Places(model, planner)
@@ -119,7 +127,7 @@ def attach(
     dense = set(matching(parameters, head, "head") if head is not None else default_head(model))
     gating = Gating(kind, noise, probing=True, watching=True)
     if len({p.device for p in parameters.values()}) > 1:
-        raise ValueError("the model lies on several devices; gates need it on one")
+        raise ValueError("the model is on several devices; gates need it on one")
     _check_reach(planner, vectors, pruning_ratio)
 
     train = {
@@ -152,7 +160,7 @@ def attach(
 
 
 def _planner(model: nn.Module, targets: Iterable[str] | None) -> Planner:
-    """Of the modules whose weights are meant, those left out that cannot be cut."""
+    """A planner of the modules whose weights are targets, except those that cannot be cut."""
     parameters = dict(model.named_parameters())
     chosen = matching(parameters, targets, "targets") if targets is not None else default_targets(model)
     names = []
@@ -161,7 +169,7 @@ def _planner(model: nn.Module, targets: Iterable[str] | None) -> Planner:
         if attribute == "weight" and kind_of(model.get_submodule(module)) in ("linear", "conv1d"):
             names.append(module)
         elif targets is not None:
-            raise ValueError(f"targets: {name!r} is no weight of a plain Linear or Conv1D; leave it out")
+            raise ValueError(f"targets: {name!r} is not the weight of a plain Linear or Conv1D; leave it out")
     planner = Planner(model, names)
     uncut = bool(planner.uncut)
     if uncut and targets is not None:
@@ -171,13 +179,13 @@ def _planner(model: nn.Module, targets: Iterable[str] | None) -> Planner:
         )
     planner.only_cuttable()
     if not planner.names:
-        why = "all of them share weights, have hooks, or are read by others" if uncut else "name the weights yourself"
+        why = "all of them share weights, have hooks, or are read by other modules" if uncut else "pass targets"
         raise ValueError(f"targets: the model has no Linear or Conv1D in numbered blocks that can be cut; {why}")
     return planner
 
 
 class _Places:
-    """Where gates may be: sizes of the layers, and the heads and neurons all of whose layers are among them."""
+    """Where gates can be: sizes of the layers, and the heads and neurons whose layers are all targets."""
 
     def __init__(self, model: nn.Module, planner: Planner) -> None:
         self.sizes = {name: weight_size(model.get_submodule(name)) for name in planner.names}
@@ -185,7 +193,7 @@ class _Places:
         self.attentions, self.mlps = planner.attentions, planner.mlps
 
     def vectors(self, granularity: str) -> list[Vector]:
-        """Which gates there are, one vector after another."""
+        """The vectors of gates, one after another."""
         wanted: list[tuple[str, str, int, int]] = []
         if granularity == "row+column":
             for name, (m, n) in self.sizes.items():
@@ -193,7 +201,7 @@ class _Places:
         for part, there in (("head", self.attentions), ("mlp", self.mlps)):
             if part in granularity and not there:
                 raise ValueError(
-                    f'granularity {granularity!r}: the targets hold no {part} of a known structure; take "row+column"'
+                    f'granularity {granularity!r}: the targets have no {part} of a known structure; use "row+column"'
                 )
         if "head" in granularity:
             wanted += [(a.output, "columns", a.groups, a.query_rows) for a in self.attentions]
@@ -206,7 +214,7 @@ class _Places:
         return vectors
 
     def elements(self, vectors: list[Vector]) -> Tensor:
-        """[gates]: how many parameters go with each gate, if it alone is closed."""
+        """[gates]: the number of parameters removed with each gate, if only that one is closed."""
         rows = {name: torch.full((m,), float(n + self.biases[name])) for name, (m, n) in self.sizes.items()}
         columns = {name: torch.full((n,), float(m)) for name, (m, n) in self.sizes.items()}
         found = {"rows": {k: x.clone() for k, x in rows.items()}, "columns": {k: x.clone() for k, x in columns.items()}}
@@ -216,7 +224,7 @@ class _Places:
             out = columns[a.output].view(a.groups, -1, a.kv_rows)
             heads[a.output] = torch.stack([x.flatten(1).sum(1) for x in (q, k, v, out)]).sum(0)
             found["rows"][a.value.module][a.value.places] = (v + out.sum(1)).flatten()
-            if out.shape[1] == 1:  # else a dimension of the value has other readers
+            if out.shape[1] == 1:  # else other columns read the same dimension of the value
                 found["columns"][a.output] = (v + out[:, 0]).flatten()
                 if not a.rotary:
                     for part in (a.query, a.key):

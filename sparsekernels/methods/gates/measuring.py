@@ -1,4 +1,4 @@
-"""What a backward left behind, by which gates are judged: their gradients, and where there were none."""
+"""The gradients by which gates are judged, collected after a backward."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def take_gradients(
     """Gradients by the values of gates since the last call, which are cleared; over all processes, on the CPU.
 
     Returns:
-        gradients ([gates], fp32): the mean over processes. reached ([vectors], bool): whether a backward came to the
-        gates of the vector, in any of them. outside ([layers], bool): whether the weight or bias of a layer that has
-        gates was used outside its module's forward, in any of them.
+        gradients ([gates], fp32): the mean over processes. reached ([vectors], bool): whether a backward reached the
+            gates
+        of the vector, in any process. outside ([layers], bool): whether the weight or bias of a gated layer was used
+        outside its module's forward, in any process.
     """
     gradients, reached = [], []
     for vector in vectors:

@@ -1,4 +1,4 @@
-"""What `Gates` is made of: vectors of gates, their penalty, and parameters as they were found."""
+"""The parts of `Gates`: vectors of gates, their penalty, and the original state of parameters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...nn.gated import Gating
 from ...ops import gate_probabilities
 
-# By kind: the logit of a gate that is open, beyond which none goes; of one that is shut, likewise; learning rate. There
-# a gate rests: the default noise moves it in less than one draw of 500 (finegates, whose tanh ends at 1: more often).
+# By kind: the largest logit, of an open gate; the smallest, of a shut one; the learning rate. At either limit the
+# default noise changes a gate in less than one draw of 500 (finegates, whose tanh is below 1: more often).
 OPEN = {"stg": 2.0, "finegates": 1.5, "hard_concrete": 8.0}
 SHUT = {"stg": -2.0, "finegates": -1.5, "hard_concrete": -8.0}
 RATES = {"stg": 0.1, "finegates": 0.08, "hard_concrete": 0.4}
@@ -31,7 +31,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Original:
-    """A parameter as it was found: whether it was trained, and its value if it is trained now."""
+    """The original state of a parameter: whether it was trained, and its value if it is trained now."""
 
     parameter: nn.Parameter
     trained: bool
@@ -46,7 +46,7 @@ class Original:
 
 
 class Wrong(torch.autograd.Function):
-    """Sum over gates of |weight| times the probability of the state that the weight's sign is against."""
+    """Sum over gates of |weight| times the probability of the state that the weight's sign penalises."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, gating: Gating, *logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sizes that products like: what is left of each dimension of a layer is to be a multiple of a few."""
+"""Round what remains of each dimension of a layer to a multiple of 8, for efficient matrix products."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 from ...structure.architectures import Attention, Mlp, OutputSlice
 from .parts import Vector
 
-MULTIPLE = 8  # 16 bytes of bf16, which GPUs want rows to be aligned to; products on CPUs like it, too
+MULTIPLE = 8  # 16 bytes of bf16, the alignment of rows that fast GEMMs need; helps on CPUs, too
 
-Array = npt.NDArray[Any]  # and not of torch: a search rounds a dozen times, every dimension takes a dozen calls
+Array = npt.NDArray[Any]  # not torch: a search rounds a dozen times, with a dozen calls per dimension
 
 
 @dataclass(frozen=True, eq=False)
 class Dimension:
-    """Rows or columns of layers that stand or fall together, or alone: units, of which a number is left.
+    """Rows or columns of layers that are removed together, or alone: units, some of which remain.
 
     Attributes:
-        gates ([gates of a unit, units]): a unit is there if all of its gates are open.
-        spread: or if the first is, and any of the others.
-        heads ([units]): which head a unit is of, where heads without units go as a whole.
-        within: (another dimension, groups of its units, groups of these): a unit is there only if the other one has any
-            of its group.
+        gates ([gates of a unit, units]): a unit is alive if all of its gates are open.
+        spread: instead, a unit is alive if its first gate is open, and any of the others.
+        heads ([units]): the head of each unit, if heads without units are removed as a whole.
+        within: (another dimension, groups of its units, groups of these): a unit is alive only if the other dimension
+            has an alive unit of the same group.
     """
 
     gates: Array
@@ -37,7 +37,7 @@ class Dimension:
     within: tuple[Dimension, Array, Array] | None = None
 
     def alive(self, is_open: Array) -> Array:
-        """[units], of a mask [gates] of those that are open."""
+        """[units], for a mask [gates] of open gates."""
         found = is_open[self.gates]
         alive: Array = found[0] & found[1:].any(0) if self.spread else np.logical_and.reduce(found)
         return alive if self.within is None else np.logical_and(alive, self._possible(is_open))
@@ -49,14 +49,14 @@ class Dimension:
         return _met(theirs[other.alive(is_open)], own)
 
     def round(self, is_open: Array, rank: Array) -> None:
-        """Open gates, in place, until a multiple of units, or all, are there; those of largest rank [units] first."""
+        """Open gates, in place, until a multiple of units, or all, are alive; those of largest rank [units] first."""
         alive = self.alive(is_open)
         missing = -int(np.count_nonzero(alive)) % _multiple(len(alive))
         if missing == 0:
             return
         candidates = ~alive & self._possible(is_open)
         turns = [candidates]
-        if self.heads is not None:  # a head that is gone stays so as long as others lack something
+        if self.heads is not None:  # removed heads return only after the units of the others
             living = _met(self.heads[alive], self.heads)
             turns = [candidates & living, candidates & ~living]
         for some in turns:
@@ -67,7 +67,7 @@ class Dimension:
 
 
 class Dimensions:
-    """All dimensions of the layers that have gates on single rows or columns; whole heads are of good sizes."""
+    """All dimensions of the layers with gates on single rows or columns; whole heads have suitable sizes already."""
 
     def __init__(self, vectors: Iterable[Vector], attentions: Iterable[Attention], mlps: Iterable[Mlp]) -> None:
         self.all: list[Dimension] = []
@@ -107,9 +107,9 @@ class Dimensions:
         self.all.append(Dimension(key[None], within=(values, head, head)))
 
     def rounding(self, order: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function from a mask [gates] to one with more open: each dimension has a multiple, or all, of its units.
+        """A function that opens gates of a mask [gates] until each dimension keeps a multiple, or all, of its units.
 
-        Those open that are last in `order` [gates]; of a unit the gate counts that comes first in it.
+        Gates that are last in `order` [gates] are opened; of a unit, the gate that is first in it counts.
         """
         ranks = [order.numpy()[dimension.gates].min(0) for dimension in self.all]
 
@@ -123,12 +123,12 @@ class Dimensions:
 
 
 def _met(groups: Array, own: Array) -> Array:
-    """Which of `own` are among the groups; numbers of a few."""
+    """Which of `own` are among the groups, which are small integers."""
     found = np.zeros(int(own.max()) + 1, np.bool_)
     found[groups] = True
     return found[own]
 
 
 def _multiple(width: int) -> int:
-    """A power of two; smaller where it were more than a sixteenth of all."""
+    """A power of two up to 8; smaller if it were more than a sixteenth of the width."""
     return min(MULTIPLE, 1 << max(0, (width // 16).bit_length() - 1))

@@ -1,4 +1,4 @@
-"""A compressed model in a folder, and back."""
+"""Save a compressed model to a folder, and load it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ PLAN = {
 
 
 def mark_compressed(model: nn.Module, cuts: Cuts) -> None:
-    """Give a model that was cut its `cuts` and its `save_pretrained`."""
-    # Beside what nn.Module registers, and over the method of its class, which knows nothing of cuts.
+    """Give a model that was cut its `cuts` and its own `save_pretrained`."""
+    # Not registered with nn.Module; hides the method of its class, which ignores cuts.
     model.__dict__.update(cuts=cuts, save_pretrained=SavePretrained(model))
 
 
 def is_compressed(model: nn.Module) -> bool:
-    """Whether `compress` or `load` returned it."""
+    """Whether it came from `compress` or `load`."""
     return isinstance(model.__dict__.get("cuts"), Cuts)
 
 
@@ -55,20 +55,20 @@ class SavePretrained:
         push_to_hub: bool = False,
         **_: Any,
     ) -> None:
-        """Write the model into a folder, for `load`, over one that is there; other files in the folder stay.
+        """Write the model to a folder, for `load`, replacing one that is there; other files in the folder are kept.
 
-        All that `load` reads lies in model.safetensors: weights, cuts and configuration. So one rename replaces the
-        old model by the new one, on any POSIX file system, and whatever stops a save leaves either of them whole.
-        config.json, of models that have a config, is a copy for tools that look into such folders.
+        Everything `load` reads is in model.safetensors: weights, cuts and configuration. So one rename replaces the old
+        model by the new one, on any POSIX file system, and a save that is interrupted leaves either of them whole.
+        config.json, for models that have a config, is a copy for tools that look into such folders.
 
         Args:
-            save_directory: the folder, made if it is not there.
+            save_directory: the folder, created if it does not exist.
             is_main_process: False: write nothing.
-            state_dict: of the model, if it has to be gathered first; transformers' Trainer gives one. None: its own.
-            push_to_hub: True is refused, with ValueError: upload the folder with huggingface_hub. Other arguments of
-                transformers' save_pretrained are taken and change nothing: it is always one safetensors file.
+            state_dict: of the model, if it has to be gathered first, as by transformers' Trainer. None: its own.
+            push_to_hub: True raises ValueError: upload the folder with huggingface_hub. Other arguments of
+                transformers' save_pretrained are accepted and ignored: the result is always one safetensors file.
 
-        Cost: a checksum of every byte, and a flush to the disk. No copy of tensors on the CPU that are contiguous.
+        Cost: a checksum of every byte, and a flush to the disk. Contiguous tensors on the CPU are not copied.
         """
         if push_to_hub:
             raise ValueError("push_to_hub=True is not supported; upload the folder with huggingface_hub.upload_folder")
@@ -95,22 +95,37 @@ class SavePretrained:
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load a compressed model that its `save_pretrained` wrote; in eval mode if it is made here.
+    """Load a compressed model that its `save_pretrained` wrote.
 
     Args:
-        folder: where it lies.
-        model: one of the original architecture, cut in place and filled; its weights do not matter. None: made from
-            the configuration in the file, which transformers models have.
+        folder: the folder.
+        model: one of the original architecture, cut in place and filled; its weights do not matter. None: made from the
+            configuration in the file, which transformers models have.
+
+    Returns:
+        The model, with `cuts` and `save_pretrained` as `Gates.compress` adds them; in eval mode if it was made here.
 
     Raises:
-        FileNotFoundError: no such folder or file. ValueError: a damaged file, one of something else, or a model of
-            another architecture or on the meta device; the model is unchanged then, for all is checked first.
+        FileNotFoundError: no such folder or file.
+        ValueError: the file is damaged or of another kind, has no configuration and no model was passed, or the model
+            has another architecture or is on the meta device. The model is unchanged then: everything is checked first.
+
+    Source: ours.
+
+    Example:
+        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+        >>> gates = sk.methods.gates.attach(make(), pruning_ratio=0.3, total_steps=100)
+        >>> small = gates.compress()  # warns: after 0 of 100 steps nothing is removed
+        >>> small.save_pretrained("small")
+        >>> loaded = sk.methods.gates.load("small", make())
+        >>> torch.equal(loaded[0].weight, small[0].weight)
+        True
     """
     path = Path(folder) / WEIGHTS
     tensors, metadata = load_tensors(path, KIND)
     plan = described(path, metadata.get("plan"), PLAN)
     if metadata.get("checksum") != checksum(tensors, metadata["plan"]):
-        raise ValueError(f"{path} is damaged: its checksum is that of other contents")
+        raise ValueError(f"{path} is damaged: its checksum does not match")
     with reading(path):
         cuts = _cuts(plan, tensors)
         state = {name: x for name, x in tensors.items() if not name.startswith(CUT.partition("{")[0])}
@@ -118,7 +133,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         model = _made(path, plan["config"]).eval()
     elif any(p.is_meta for p in model.parameters()):
-        raise ValueError("model is on the meta device, which holds no weights; call to_empty(device=...) on it first")
+        raise ValueError("model is on the meta device, which has no weights; call to_empty(device=...) on it first")
     prepared = prepare_cut(model, cuts)
     _check_fits(path, state, prepared)
     prepared.install()
@@ -130,20 +145,20 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def checksum(tensors: Mapping[str, Tensor], plan: str) -> str:
-    """CRC-32 of all that a file holds: names, dtypes, shapes and bytes of tensors, and the plan."""
+    """CRC-32 of the file's contents: names, dtypes, shapes and bytes of tensors, and the plan."""
 
     def of(item: tuple[str, Tensor]) -> str:
         name, x = item
-        data: Any = x.reshape(-1).view(torch.uint8).numpy()  # flat first: of a scalar there is no view
+        data: Any = x.reshape(-1).view(torch.uint8).numpy()  # flat first: a scalar has no such view
         return f"{name} {x.dtype} {list(x.shape)} {zlib.crc32(data)}"
 
-    with ThreadPoolExecutor() as pool:  # it holds no lock while it reads
+    with ThreadPoolExecutor() as pool:  # zlib releases the GIL
         lines = list(pool.map(of, sorted(tensors.items())))
     return f"{zlib.crc32(json.dumps([plan, *lines]).encode()):08x}"
 
 
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors on the CPU, those that are one only once, and the other names of these."""
+    """Tensors on the CPU, identical ones only once, and the other names of these."""
     names: dict[tuple[Any, ...], str] = {}
     shared = {}
     for name, x in state.items():
@@ -165,7 +180,7 @@ def _place(x: Tensor) -> tuple[Any, ...]:
 
 
 def _config(model: nn.Module) -> str | None:
-    """The text of config.json, of a model that has a config of transformers."""
+    """The text of config.json, for a model that has a config of transformers."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return None
@@ -185,36 +200,36 @@ def _cuts(plan: Any, tensors: Mapping[str, Tensor]) -> Cuts:
         modules[name] = Cut(**{side: tensors[names[side]] if side in names else None for side in SIDES}, shape=(m, n))
     for name in tensors:
         if name.startswith(CUT.partition("{")[0]) and name not in expected:
-            raise ValueError(f"it should not hold {name!r}")
+            raise ValueError(f"it should not contain {name!r}")
     if not 0 <= plan["removed"] <= plan["total"]:
         raise ValueError(f"{plan['removed']} of {plan['total']} parameters removed")
     return Cuts(modules, plan["attributes"], plan["total"], plan["removed"])
 
 
 def _check_fits(path: Path, state: Mapping[str, Tensor], prepared: PreparedCut) -> None:
-    """Raise ValueError unless the tensors of a file are what the model will hold, once it is cut."""
+    """Raise ValueError unless the tensors of a file are those of the model after the cut."""
     expected = prepared.state_dict()
     check_names(path, state, expected)
     places: dict[tuple[Any, ...], str] = {}
     for name, own in expected.items():
         x = state[name]
         if x.shape != own.shape:
-            raise ValueError(f"{name!r} is {list(x.shape)} in {path}, and would be {list(own.shape)} in the model")
+            raise ValueError(f"{name!r} is {list(x.shape)} in {path}, the model needs {list(own.shape)}")
         if x.dtype != own.dtype and not (x.is_floating_point() and own.is_floating_point()):
             raise ValueError(f"{name!r} is {x.dtype} in {path}, {own.dtype} in the model")
         first = places.setdefault(_place(own), name) if own.numel() else name
         if state[first] is not x and not torch.equal(state[first], x):
-            raise ValueError(f"{first!r} and {name!r} are one tensor in the model, and two in {path}")
+            raise ValueError(f"{first!r} and {name!r} are one tensor in the model, two in {path}")
     for module, made in prepared.made.items():
         for name, positions in made.named_buffers(prefix=module):
             if not torch.equal(positions.cpu(), state[name]):
-                raise ValueError(f"{path} is damaged: {name!r} is not what the cuts make of it")
+                raise ValueError(f"{path} is damaged: {name!r} does not match the cuts")
 
 
 def _made(path: Path, config: str | None) -> nn.Module:
-    """A model as the configuration describes it, with any weights."""
+    """A model from the configuration, with arbitrary weights."""
     if config is None:
-        raise ValueError(f"{path} holds no configuration: give load() a model of the original architecture")
+        raise ValueError(f"{path} holds no configuration: pass load() a model of the original architecture")
     import transformers
 
     try:
@@ -223,8 +238,8 @@ def _made(path: Path, config: str | None) -> nn.Module:
         settings = transformers.CONFIG_MAPPING[about["model_type"]].from_dict(about)
         made: Any = getattr(transformers, architecture)
         return made._from_config(settings, dtype=settings.dtype or torch.float32)  # type: ignore[no-any-return]
-    except Exception as error:  # transformers raises what it likes of a configuration
+    except Exception as error:  # transformers may raise anything
         raise ValueError(
-            f"the configuration in {path} makes no model of transformers, give load() one: {type(error).__name__} "
+            f"the configuration in {path} makes no model of transformers, pass load() one: {type(error).__name__} "
             f"{error}"
         ) from error

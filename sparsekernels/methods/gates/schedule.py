@@ -1,4 +1,4 @@
-"""Which gates close, and when: importance, the share to be removed by now, and the threshold that removes it."""
+"""Which gates close, and when: importance, the share to be removed at each step, and the threshold that removes it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DECAY = 0.97  # of the running mean of squared gradients, a step
+DECAY = 0.97  # of the running mean of squared gradients, per step
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Shares of the training steps: nothing closes before `begin`, all is asked for by `end`, gates rest from `freeze`.
+    """Shares of the training steps: nothing closes before `begin`, everything by `end`, gates are frozen from `freeze`.
 
-    In between the share that is asked for grows as 1 - (1 - t)^3 (Zhu and Gupta, arXiv 1710.01878): fast while there is
-    much that does no harm.
+    In between, the wanted share grows as 1 - (1 - t)^3 (Zhu and Gupta, arXiv 1710.01878): fast while there are many
+    gates that do no harm.
     """
 
     total_steps: int
@@ -32,20 +32,20 @@ class Schedule:
         return self.pruning_ratio * (1 - (1 - min(1.0, max(0.0, t))) ** 3)
 
     def freezes(self, step: int) -> bool:
-        """Whether gates become fixed after `step` steps."""
+        """Whether gates are frozen after `step` steps."""
         return step >= self.freeze * self.total_steps
 
 
 class Importance:
-    """What closing each gate would cost the loss, an element that it saves: g^2 / elements, g the gradient by the gate.
+    """The cost in loss of closing each gate, per element saved: g^2 / elements, with g the gradient by the gate.
 
-    The mean of g^2 over batches is, but for a factor, the diagonal of the Fisher information of the gates; half of it
-    is the second-order estimate of what closing one adds to the loss. It is taken over the steps in which the gate was
+    The mean of g^2 over batches is, up to a factor, the diagonal of the Fisher information of the gates; half of it is
+    the second-order estimate of the loss that closing one adds. It is averaged over the steps in which the gate was
     drawn open, and kept while it is closed.
     """
 
     def __init__(self, elements: Tensor) -> None:
-        self.elements = elements  # [gates]: what goes with each gate, if nothing else does
+        self.elements = elements  # [gates]: parameters removed with each gate, if it alone is closed
         self.squares = torch.full_like(elements, torch.inf)  # until a backward has reached the gate
         self.seen = torch.zeros_like(elements)
 
@@ -58,19 +58,19 @@ class Importance:
         self.seen = torch.where(drawn, self.seen * DECAY + (1 - DECAY), self.seen)
 
     def values(self) -> Tensor:
-        """[gates]; infinite for those never measured, 0 for those whose gradients all were."""
+        """[gates]; infinite for those never measured, 0 for those whose gradients were all 0."""
         return self.squares / self.seen.clamp_min(1e-30) / self.elements
 
 
 def closing_order(scores: Tensor, layers: Tensor, first: Tensor | None = None) -> Tensor:
     """The gates in the order in which they close: by score, those never measured last.
 
-    Gates with equal scores are interleaved over layers: at any point every layer has closed the same share of those
-    that it has, in their order within it, so that no tie decides over a whole layer. Ours.
+    Gates with equal scores are interleaved over layers: at any point every layer has closed the same share of them, in
+    their order within the layer, so that a tie never decides over a whole layer. Ours.
 
     Args:
         scores ([gates], >= 0): infinite if never measured.
-        layers ([gates], integers): what each gate belongs to.
+        layers ([gates], integers): the layer of each gate.
         first ([gates], bool): those that close before all other measured ones.
     """
     score, layer = scores.numpy(), layers.numpy()
@@ -86,13 +86,13 @@ def closing_order(scores: Tensor, layers: Tensor, first: Tensor | None = None) -
 
 
 def threshold(scores: Tensor, order: Tensor, removed: Callable[[Tensor], float], share: float) -> tuple[float, Tensor]:
-    """Close as few gates as remove the share, in this order; those never measured stay open in any case.
+    """Close as few gates as needed to remove the share, in this order; those never measured stay open in any case.
 
     Args:
         scores ([gates], >= 0).
-        order ([gates]): as `closing_order` gives it.
-        removed: of a mask of open gates, the share of the elements that goes; grows as gates close.
-        share: that is to go, at least.
+        order ([gates]): from `closing_order`.
+        removed: function from a mask of open gates to the share of the elements removed; grows as gates close.
+        share: minimum share to remove.
 
     Returns:
         The threshold: the score of the first gate that stays open, infinite if none does or if the share is out of

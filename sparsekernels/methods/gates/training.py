@@ -1,4 +1,4 @@
-"""A model under gates: its penalty and schedule in training, and the smaller model at the end."""
+"""A model with gates: its penalty and schedule during training, and the smaller model at the end."""
 
 from __future__ import annotations
 
@@ -23,16 +23,27 @@ EVERY = 10  # steps between two updates of the threshold
 
 
 class Gates:
-    """What `attach` returns: the gates of a model, what else trains, and the ways out.
+    """The handle returned by `attach`: the gates of a model, what else trains, and how to undo or finish.
 
-    The model stays the object it was; train it as before, with the penalty added to the loss and `step()` called after
-    the optimizer's. As a context manager it gives the model back on leaving, unless that was compressed.
+    Train the model as before, with `penalty()` added to the loss and `step()` called after the optimizer's. As a
+    context manager it restores the model on exit, unless it was compressed.
 
     Attributes:
-        model: the model. schedule: when which share is to be gone.
-        steps: how often `step` was called. threshold: gates of lower importance
-            close; it rises as training goes on.
+        model: the model.
+        schedule: which share is to be removed when.
+        steps: number of calls of `step`.
+        threshold: gates of lower importance close; it rises during training.
         frozen: whether gates are fixed.
+
+    Source: ours; see `attach` for the papers.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+        >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=10)
+        >>> for _ in range(10):
+        ...     (model(torch.randn(8, 16)).square().mean() + gates.penalty()).backward()
+        ...     gates.step()  # after optimizer.step(); optimizer.zero_grad()
+        >>> model = gates.compress()
     """
 
     def __init__(
@@ -63,7 +74,7 @@ class Gates:
     # Training.
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All that trains: gates, low-rank factors, and the model's biases, norms and head."""
+        """Everything that trains: gates, low-rank factors, and the model's biases, norms and head."""
         self._check_in_use()
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -77,15 +88,24 @@ class Gates:
     def param_groups(
         self, lr: float = 1e-3, *, gate_lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Groups for AdamW, one for each rate.
+        """Make parameter groups for AdamW, one per learning rate.
 
         Args:
-            lr: of biases and norms; `lora_A` has half of it, `lora_B` four times it (LoRA+, Hayou et al., arXiv
+            lr: of biases and norms; `lora_A` gets half of it, `lora_B` four times it (LoRA+, Hayou et al., arXiv
                 2402.12354).
-            gate_lr: of the gates, whose logits have a way of 4 (stg) to go; None: 0.1, finegates 0.08, hard_concrete
-                0.4.
+            gate_lr: of the gates, whose logits move by up to 4 (stg); None: 0.1, finegates 0.08, hard_concrete 0.4.
             head_lr: of the task head; None: lr.
-            weight_decay: of low-rank factors and of matrices in the head; all else has none.
+            weight_decay: of low-rank factors and of matrices in the head; everything else has none.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+            >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=100)
+            >>> [(group["lr"], len(group["params"])) for group in gates.param_groups(lr=1e-3)]
+            [(0.001, 2), (0.1, 4)]
+            >>> len(dict(gates.named_parameters())), len(list(gates.parameters()))
+            (6, 6)
+            >>> sorted(gates.open_gates()), gates.removed()
+            (['0', '2'], 0.0)
         """
         rate = RATES[self._gating.kind] if gate_lr is None else gate_lr
         found: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -102,13 +122,13 @@ class Gates:
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in found.items()]
 
     def penalty(self) -> Tensor:
-        """What to add to the loss of each batch: 0 before the first gate is to close, and after they are frozen.
+        """Return the term to add to each batch's loss; 0 before the first gate is to close, and once gates are frozen.
 
-        A gate with importance s is to close if s is below the threshold, unless it makes a size a multiple of 8, and to
-        stay open if it is above. The penalty is the sum of |(threshold - s) / (threshold + s)| times the probability of
-        the opposite, over all gates: nearly 0 once gates are where they should be. Ours; papers have the sum of P(open)
-        times a constant lambda. `step` raises the threshold until the gates below it make up the share that is wanted
-        by then.
+        A gate of importance s is to close if s is below the threshold (unless it makes a size a multiple of 8), and to
+        stay open if s is above. The penalty is the sum over all gates of |(threshold - s) / (threshold + s)| times the
+        probability of the opposite: nearly 0 once gates are where they should be. Ours; the papers use the sum of
+        P(open) times a constant lambda. `step` raises the threshold until the gates below it make up the share wanted
+        at that step.
         """
         self._check_in_use()
         logits = self._logits()
@@ -121,21 +141,21 @@ class Gates:
     def step(self) -> None:
         """Advance the schedule by one step; call it after each `optimizer.step()`.
 
-        It updates importance from the gates' gradients, clamps logits to their range, sets the threshold every 10 steps
-        so that the share wanted by now is removed, counted as `compress` counts, and freezes the gates in the end.
-        Gates that no gradient ever reached stay open: their importance is unknown.
+        Updates importance from the gates' gradients, clamps logits to their range, every 10 steps sets the threshold so
+        that the wanted share is removed (counted as `compress` does), and freezes the gates in the end. Gates that no
+        gradient ever reached stay open: their importance is unknown.
 
         Raises:
             ValueError: a layer that `targets` names is also used outside its module's forward. Nothing has changed.
             RuntimeError: no gradient reached any gate since the last step, as in eval mode or without backward: nothing
-                has changed then. Or the share that is wanted by now is out of reach without gates that no gradient ever
-                reached: the step counts, and gates close as before it.
+                has changed then. Or the wanted share is out of reach without gates that no gradient ever reached: the
+                step counts, and no more gates close.
         """
         self._check_in_use()
         if self.frozen:
             self.steps += 1
             for logits, fixed in zip(self._logits(), self._fixed, strict=True):
-                logits.copy_(fixed)  # an optimizer's momentum goes on for a while
+                logits.copy_(fixed)  # an optimizer's momentum continues
             return
         self._importance.add(self._take_gradients())
         self.steps += 1
@@ -149,20 +169,29 @@ class Gates:
             if wanted > 0:
                 scores = self._importance.values()
                 self.threshold, stays = self._choose(scores, None, wanted)
-                # Of two that are infinite the quotient is NaN, and its limit 1.
+                # If both are infinite the quotient is NaN; its limit is 1.
                 share = ((self.threshold - scores) / (self.threshold + scores).clamp_min(1e-38)).abs().nan_to_num(1.0)
                 self._weights = torch.where(stays, -share, share)
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Fix the gates: as many as remove the share that was asked are shut, all others stay as open as they are.
+        """Fix the gates: shut as many as remove `pruning_ratio`; the others stay as open as they are.
 
-        Those that are shut already come first, then those of least importance; what is shut beyond that share opens
-        again, and so does what makes the sizes that are left multiples of 8, or of less where there were fewer than
-        128. Noise ends, and gates train no more. `step` does it in time; what else trains goes on adapting to it.
+        Gates that are shut already come first, then those of least importance. Gates shut beyond that share open again,
+        and so do those that make the remaining sizes multiples of 8 (or of less, for sizes that were below 128). Noise
+        ends, and gates no longer train. `step` calls this in time; the other parameters go on training and adapt to it.
 
         Raises:
             RuntimeError: the share is out of reach without gates that no gradient ever reached. Nothing has changed.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+            >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=100)
+            >>> model(torch.randn(8, 16)).square().mean().backward()
+            >>> gates.step()
+            >>> gates.freeze()
+            >>> gates.removed() >= 0.3
+            True
         """
         self._check_in_use()
         closed = torch.cat([gate_values(x, kind=self._gating.kind, noise=1.0)[0] for x in self._logits()]).cpu() == 0
@@ -187,18 +216,19 @@ class Gates:
             found.setdefault(vector.layer, {})[vector.side] = values.cpu()
         return found
 
-    # The ways out.
+    # Undo or finish.
 
     @torch.no_grad()
     def compress(self) -> nn.Module:
-        """Cut closed gates out, fold the others into the weights: the model, changed in place, is smaller and plain.
+        """Cut closed gates out and fold the others into the weights: the model, in place, becomes smaller and plain.
 
-        Returns it, with two attributes more, which copies and pickles of it keep. `cuts` says where it was cut:
-        `cuts.removed` of `cuts.total` parameters of the gated layers are gone. `save_pretrained(folder)`, in place of
-        that of transformers if there is one, writes a folder for `load`.
+        Returns the model with two more attributes, which copies and pickles of it keep. `cuts` describes the cut:
+        `cuts.removed` of `cuts.total` parameters of the gated layers are gone. `save_pretrained(folder)`, which
+        replaces that of transformers if there is one, writes a folder for `load`.
 
-        Neurons and heads go as a whole; rows and columns that go by themselves leave a `PrunedLinear`. In evaluation
-        the outputs are those of the gated model, but for rounding. Gates that are not frozen are taken as they are.
+        Neurons and heads are removed as a whole; single rows and columns leave a `PrunedLinear`. In eval mode the
+        outputs are those of the gated model up to rounding. Gates that are not frozen are taken as they are, with a
+        warning.
 
         Memory: the smaller layers beside the original ones, until all are made. The model is unchanged if that fails.
         """
@@ -250,10 +280,18 @@ class Gates:
     ) -> None:
         self.restore()
 
-    # Stopping and going on.
+    # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on by itself beside the model's state_dict, which holds the gates: steps, importance, threshold."""
+        """Return the state to save beside the model's state_dict (which has the gates): steps, importance, threshold.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+            >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=100)
+            >>> torch.save(gates.state_dict(), "gates.pt")
+            >>> gates.load_state_dict(torch.load("gates.pt"))
+            >>> model = gates.restore()
+        """
         return {
             "steps": self.steps,
             "frozen": self.frozen,
@@ -265,16 +303,19 @@ class Gates:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there.
+        """Resume from a state.
+
+        Args:
+            state: of `state_dict()`; not changed.
 
         Raises:
             ValueError: the state is of other gates. Nothing has changed then.
         """
         self._check_in_use()
         if set(state) != set(self.state_dict()) or state["squares"].shape != self._importance.squares.shape:
-            raise ValueError(f"state is not a state_dict() of {len(self._importance.squares)} gates, as the model has")
+            raise ValueError(f"state is not a state_dict() of {len(self._importance.squares)} gates, as in the model")
         if self.frozen and not state["frozen"]:
-            raise ValueError("state is of gates that are not frozen, these are; attach() anew and load into that")
+            raise ValueError("state is of gates that are not frozen, but these are; attach() again and load into that")
         if not set(state["left_out"]) <= set(self._layers):
             raise ValueError("state is of other gates: it leaves out layers that these do not have")
         self._check_left_out(state["left_out"])
@@ -289,7 +330,7 @@ class Gates:
 
     def _check_in_use(self) -> None:
         if not self._layers:
-            raise RuntimeError("the model has no gates any more: it was compressed or restored; attach() anew")
+            raise RuntimeError("the model no longer has gates: it was compressed or restored; attach() again")
 
     def _logits(self) -> list[Tensor]:
         self._check_in_use()
@@ -302,7 +343,7 @@ class Gates:
         return torch.cat(values).cpu() > 0
 
     def _masks(self, is_open: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """By layer, which rows and columns are open."""
+        """By layer, the masks of open rows and of open columns."""
         found: dict[str, dict[str, Tensor]] = {"rows": {}, "columns": {}}
         for vector in self._vectors:
             mask = is_open[vector.start : vector.start + vector.count]
@@ -325,13 +366,13 @@ class Gates:
             unknown = {self._vectors[i].layer for i in self._vector_of[scores.isinf()].unique()}
             raise RuntimeError(
                 f"no gradient has reached the gates of {len(unknown)} layers, {min(unknown)!r} among them; the others "
-                f"can remove {reach:.1%}, and {share:.1%} are to be gone by now: restore(), and attach() with targets "
-                "that every training step runs"
+                f"can remove {reach:.1%} of the wanted {share:.1%}: restore(), and attach() with targets that every "
+                "training step runs"
             )
         return found, stays
 
     def _take_gradients(self) -> Tensor:
-        """[gates], on the CPU: gradients by the values of gates since the last call; what `Importance.add` takes."""
+        """[gates], on the CPU: gradients by the values of gates since the last call, for `Importance.add`."""
         gradients, reached, outside = take_gradients(self._layers, self._vectors, self._logits()[0].device)
         left_out = [name for name, each in zip(self._layers, outside, strict=True) if each]
         self._check_left_out(left_out)
@@ -344,12 +385,12 @@ class Gates:
     def _check_left_out(self, names: Sequence[str]) -> None:
         if names and (self._named or self._left_out.union(names) == set(self._layers)):
             raise ValueError(
-                f"targets: {names[0]!r} is also used outside its module's forward, where no gate reaches and a smaller "
-                "weight would not fit; restore(), and attach() without it"
+                f"targets: {names[0]!r} is also used outside its module's forward, where gates have no effect and a "
+                "smaller weight would not fit; restore(), and attach() without it"
             )
 
     def _leave_out(self, names: Sequence[str]) -> None:
-        """Let layers compute what they would without gates, as if they never had been targets."""
+        """Let layers compute as they would without gates, as if they had never been targets."""
         self._left_out.update(names)
         self._planner.leave_out(names)
         for name in names:

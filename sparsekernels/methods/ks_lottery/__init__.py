@@ -1,4 +1,4 @@
-"""KS-Lottery: embedding rows chosen by exact Kolmogorov-Smirnov tests, and how they are tuned and certified."""
+"""KS-Lottery: embedding rows selected by exact Kolmogorov-Smirnov tests, and how they are tuned and certified."""
 
 from .certifying import Certificate, certificate, predictions
 from .selecting import by_frequency, by_shift, select

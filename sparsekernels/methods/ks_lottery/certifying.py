@@ -1,4 +1,4 @@
-"""Agreement of two models, and the bound that it gives."""
+"""Agreement of two models' predictions, and the bound that KS-Lottery certifies."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from ...scoring.losses import IGNORED, PerSampleLoss, batch_size, rows_of, to_de
 
 @dataclass(frozen=True)
 class Certificate:
-    """How far predictions of a partially tuned model agree with those of the embed-tuned one.
+    """How far the predictions of a partially tuned model agree with those of the embed-tuned one.
 
     Attributes:
-        agreement: the share of equal predictions. count: how many there are.
+        agreement: the share of equal predictions.
         lower: one-sided lower confidence limit of it (Clopper-Pearson) at confidence 1 - alpha.
-        bound: 1 - alpha, what the paper certifies.
-        holds: whether `lower` reaches the bound.
+        count: number of predictions.
+        bound: 1 - alpha, which the paper certifies.
+
+    Source: KS-Lottery (Yuan et al., arXiv 2402.02801); the confidence limit is ours.
+
+    Example:
+        >>> a = torch.arange(100)
+        >>> found = sk.methods.ks_lottery.certificate(a, a.clamp(max=98), alpha=0.05)
+        >>> found.agreement, found.bound, found.holds
+        (0.99, 0.95, True)
     """
 
     agreement: float
@@ -31,24 +39,29 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
+        """Whether `lower` reaches the bound."""
         return self.lower >= self.bound
 
 
 def certificate(predicted: Tensor, reference: Tensor, alpha: float = 0.05) -> Certificate:
-    """Measure the agreement of two models, and set it beside the bound that KS-Lottery certifies.
+    """Measure the agreement of two models' predictions, and compare it with the bound that KS-Lottery certifies.
 
     Args:
-        predicted, reference: predictions at the same places, of equal shape, as `predictions` returns them.
-        alpha: the level of the ticket's test, and of the confidence limit, in (0, 1).
+        predicted, reference: predictions for the same positions, of equal shape, from `predictions`. Not changed.
+        alpha: level of the ticket's test, and of the confidence limit, in (0, 1).
 
     Returns:
-        Certificate. It speaks of agreement with the embed-tuned model, not of the quality of either. The limit takes
-        predictions as independent; tokens of one text are not, so pass one a text where that matters.
+        Certificate. It is about agreement with the embed-tuned model, not about the quality of either. The limit
+        assumes independent predictions; tokens of one text are not, so pass one per text where that matters.
 
     Raises:
         ValueError: alpha out of range, shapes that differ, or no predictions.
 
-    Source: the bound is the paper's, as quoted by others. Ours: measuring it.
+    Source: the bound is that of KS-Lottery (Yuan et al., arXiv 2402.02801), as quoted by others. Ours: measuring it.
+
+    Example:
+        >>> sk.methods.ks_lottery.certificate(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5]))
+        Certificate(agreement=0.75, lower=0.248..., count=4, bound=0.95)
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
@@ -65,19 +78,30 @@ def certificate(predicted: Tensor, reference: Tensor, alpha: float = 0.05) -> Ce
 
 
 def predictions(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, shift: bool | None = None) -> Tensor:
-    """What the model predicts, with the given text before it, at every labelled position of the batches.
+    """Return the model's prediction at every labelled position of the batches, given the text before it.
 
     Args:
-        model: a Hugging Face model with logits; run in eval mode, left as it was.
-        batches: mappings of tensors with integer labels, of tokens or of samples; those of -100 are left out.
-        shift: whether a token is to predict the label of the next one. Default: what the model's own loss tells.
+        model: a Hugging Face model with logits; run in eval mode, not changed.
+        batches: mappings of tensors with integer labels, of tokens or of samples; those of -100 are skipped.
+        shift: whether each token predicts the label of the next one. Default: detected from the model's own loss.
 
     Returns:
         int64 on the CPU: the class of the largest logit for each label, in their order.
 
     Raises:
-        ValueError: batches without labels, none that count, labels that are no classes, or a loss that does not tell
-            whether labels are shifted.
+        ValueError: batches without labels, only labels of -100, labels that are not classes, or a loss from which the
+            shift cannot be detected.
+
+    Source: ours.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class Model(torch.nn.Embedding):
+        ...     def forward(self, input_ids, labels):
+        ...         return SimpleNamespace(logits=super().forward(input_ids))
+        >>> batch = {"input_ids": torch.tensor([[2, 0, 1]]), "labels": torch.tensor([[2, 0, 1]])}
+        >>> sk.methods.ks_lottery.predictions(Model.from_pretrained(torch.eye(3)), [batch], shift=False)
+        tensor([2, 0, 1])
     """
     found = []
     device = next(model.parameters()).device
@@ -95,7 +119,7 @@ def predictions(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, shift
                 shift = _shift(model, rows_of(here, counting[:1], size))
             logits: Tensor = model(**here).logits
             if logits.dim() != labels.dim() + 1 or logits.shape[-1] < 2:
-                shapes = f"{list(labels.shape)} are no classes for logits {list(logits.shape)}"
+                shapes = f"{list(labels.shape)} are not classes for logits {list(logits.shape)}"
                 raise ValueError(f"batches: the labels of batch {number}, {shapes}")
             if logits.dim() == 3 and shift:
                 logits, labels = logits[:, :-1], labels[:, 1:]
@@ -112,5 +136,5 @@ def _shift(model: nn.Module, sample: Mapping[str, Any]) -> bool:
     try:
         rule.check(model, sample)
     except ValueError as error:
-        raise ValueError(f"batches do not tell whether labels are shifted by one token; pass shift ({error})") from None
+        raise ValueError(f"batches: cannot tell if labels are shifted by one token; pass shift ({error})") from None
     return bool(rule.shift)

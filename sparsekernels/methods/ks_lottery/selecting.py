@@ -1,4 +1,4 @@
-"""KS-Lottery: train the embedding rows whose distribution a tuning changes (Yuan et al., arXiv 2402.02801)."""
+"""KS-Lottery: train the embedding rows whose distribution tuning changes (Yuan et al., arXiv 2402.02801)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tables(NamedTuple):
     after: Tensor
 
     def parts(self, dtype: torch.dtype) -> Iterable[tuple[Tensor, Tensor]]:
-        """Both, some rows at a time."""
+        """Both, a few rows at a time."""
         rows = max(1, CHUNK // self.before.shape[1])
         for x, y in zip(self.before.split(rows), self.after.split(rows), strict=True):
             yield x.to(dtype), y.to(dtype)
@@ -48,41 +48,51 @@ def select(
     fallback_density: float = 0.02,
     name: str | None = None,
 ) -> Selection:
-    """Select the rows of an embedding table that a two-sample Kolmogorov-Smirnov test tells from what they were.
+    """Select the rows of an embedding table whose distribution changed, by an exact two-sample KS test per row.
 
-    For each row: the D numbers before and the D numbers after are two samples; the test is two-sided and exact. The
-    winning ticket is the rows with p < alpha. Where there are none, as after tuning at a small rate (the narrower the
-    table, the larger a change must be), it is the rows of smallest p-value, up to a size, and a warning says so.
+    For each row, the D numbers before and the D numbers after are the two samples; the test is two-sided. The winning
+    ticket is the rows with p < alpha. If there are none, as after tuning at a small learning rate (a narrower table
+    needs a larger change), it is the rows of smallest p-value, up to a given size, with a warning.
 
     Args:
-        before: the table before tuning, [V, D]; a model, whose input embedding is meant; or the SparseModel that
-            `embed_tune` returns, which holds both states: then leave `after` out. Of a SparseModel, or of the model
-            that it trains, this is what the rows were before.
-        after: the table after tuning, the same three ways; of a SparseModel its fp32 values, before they are rounded.
+        before: the table before tuning, [V, D]; or a model, for its input embedding; or the SparseModel from
+            `embed_tune`, which has both states: then omit `after`. For a SparseModel, or the model that it trains,
+            these are the rows before training.
+        after: the table after tuning, in one of the same three forms; for a SparseModel its fp32 values, before
+            rounding.
         alpha: rows with a p-value below it are selected, in (0, 1).
-        correction: how p-values are adjusted for the V tests made at once: "bonferroni", "bh" (Benjamini-Hochberg), or
-            None, as in the paper: then alpha * V rows would be selected by chance, were the samples independent.
-        fallback_density: size of the ticket where no row has p < alpha, a share of all rows in [0, 1]:
-            k = min(int(fallback_density * V) + 1, V), of rows with equal p-values those that moved further, and none
+        correction: adjustment of p-values for V simultaneous tests: "bonferroni", "bh" (Benjamini-Hochberg), or None,
+            as in the paper: then alpha * V rows would be selected by chance if the samples were independent.
+        fallback_density: size of the ticket if no row has p < alpha, a share of all rows in [0, 1]:
+            k = min(int(fallback_density * V) + 1, V); of rows with equal p-values those that moved further, and no row
             that did not change. 0 is the paper's rule: the ticket may be empty.
-        name: the parameter that the Selection names. Needed where both tables are tensors; elsewhere the default is the
+        name: the parameter that the Selection names. Required if both tables are tensors; otherwise the default is the
             table that the SparseModel trains, or the model's input embedding.
 
     Returns:
-        Selection of rows, empty if no row changed. `.report` holds "pvalues" and "statistics", float64 [V] on the CPU,
-        "adjusted" under a correction, and "significant", the number of rows with p < alpha: 0 tells that the ticket is
-        one by size.
+        Selection of rows, empty if no row changed. `.report` has "pvalues" and "statistics", float64 [V] on the CPU,
+        "adjusted" under a correction, and "significant", the number of rows with p < alpha; if that is 0, the ticket
+        was chosen by size.
 
     A row that was not trained, or only permuted, has statistic 0 and p-value 1. The test compares distributions, not
     positions: see `by_shift` for those.
 
     Raises:
-        ValueError: alpha, correction or fallback_density is none of the above, tables that are empty or do not fit each
-            other, NaN (the row is named). RuntimeError: the SparseModel was restored or merged.
+        ValueError: alpha, correction or fallback_density is invalid, tables are empty or do not fit each other, or have
+            NaN (the message names the row). RuntimeError: the SparseModel was restored or merged.
 
-    Cost: one pass over both tables, and what `sparsekernels.ops.ks_2samp` costs.
+    Numerics: p-values in fp64, exact. Deterministic.
+    Cost: one pass over both tables, and that of `sparsekernels.ops.ks_2samp`.
 
     Source: test and alpha are the paper's, as quoted by others. Ours: corrections, through scipy, and a ticket by size.
+
+    Example:
+        >>> before = torch.randn(10, 64)
+        >>> after = before.clone()
+        >>> after[3] += 2
+        >>> ticket = sk.methods.ks_lottery.select(before, after, name="embed.weight")
+        >>> ticket["embed.weight"].positions, ticket.report["significant"]
+        (tensor([3], dtype=torch.int32), 1)
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
@@ -114,25 +124,32 @@ def select(
 
 
 def _least_alike(tables: Tables, statistics: Tensor, k: int) -> Tensor:
-    """The k rows of largest statistic, ties to those that moved further, ascending; none that did not change."""
+    """The k rows of largest statistic, ties to those that moved further, ascending; no row that did not change."""
     order = _shifts(tables).argsort(descending=True, stable=True)
     order = order[statistics[order].argsort(descending=True, stable=True)][:k]
     return order[statistics[order] > 0].sort().values
 
 
 def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | None = None) -> Selection:
-    """Select the k rows of an embedding table that moved furthest, by L2 norm: a baseline beside `select`.
+    """Select the k rows of an embedding table that moved furthest, by L2 norm: a baseline for `select`.
 
     Args:
         before, after, name: as in `select`.
-        k: between 1 and V. Ties go to the lower row; rows that did not move fill up what is missing.
+        k: number of rows, in [1, V]. Ties go to the lower row; rows that did not move fill the rest.
 
     Returns:
-        Selection of k rows. `.report["shifts"]`: fp32 (fp64 for fp64) [V] on the CPU.
+        Selection of k rows. `.report["shifts"]`: fp32 (fp64 for fp64) [V] on the CPU. Deterministic.
 
     Raises:
-        ValueError: k out of range, tables that are empty or do not fit each other, NaN (the row is named).
+        ValueError: k out of range, tables that are empty or do not fit each other, NaN (the message names the row).
             RuntimeError: the SparseModel was restored or merged.
+
+    Source: ours.
+
+    Example:
+        >>> before, after = torch.zeros(4, 3), torch.tensor([[0.0], [2.0], [0.0], [-1.0]]).expand(4, 3)
+        >>> sk.methods.ks_lottery.by_shift(before, after, k=2, name="embed.weight")["embed.weight"].positions
+        tensor([1, 3], dtype=torch.int32)
     """
     tables = tables_of(before, after, name)
     shifts = _shifts(tables)
@@ -143,20 +160,28 @@ def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | N
 def by_frequency(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, k: int, embedding: str | None = None
 ) -> Selection:
-    """Select the k rows of the input embedding whose tokens are the most frequent: a baseline beside `select`.
+    """Select the k rows of the input embedding with the most frequent tokens: a baseline for `select`.
 
     Args:
-        model: gives name and shape of the table.
-        batches: mappings with integer "input_ids" and, where there is padding, "attention_mask" of the same shape.
-        k: between 1 and V. Ties go to the lower row; rows of tokens that never occur fill up what is missing.
+        model: gives name and shape of the table; not changed.
+        batches: mappings with integer "input_ids" and, if there is padding, "attention_mask" of the same shape.
+        k: number of rows, in [1, V]. Ties go to the lower row; rows of tokens that never occur fill the rest.
         embedding: name of the table; default: the model's input embedding.
 
     Returns:
-        Selection of k rows. `.report["counts"]`: int64 [V] on the CPU.
+        Selection of k rows. `.report["counts"]`: int64 [V] on the CPU. Deterministic.
 
     Raises:
-        ValueError: k out of range, no tokens, a batch without input_ids or with a mask of another shape, or ids that
-            the table does not have.
+        ValueError: k out of range, no tokens, a batch without input_ids or with a mask of another shape, or ids outside
+            the table.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4))
+        >>> batches = [{"input_ids": torch.tensor([[5, 5, 2, 1, 2, 5]])}]
+        >>> sk.methods.ks_lottery.by_frequency(model, batches, k=2, embedding="0.weight")["0.weight"].positions
+        tensor([2, 5], dtype=torch.int32)
     """
     name = embedding_weight(model, embedding)
     shape = model.get_parameter(name).shape
@@ -183,7 +208,7 @@ def tables_of(before: Table, after: Table | None, name: str | None) -> Tables:
     """Both states of the table, checked to fit each other."""
     if after is None:
         if not isinstance(before, SparseModel):
-            raise ValueError("after is missing; only the SparseModel of embed_tune holds both tables by itself")
+            raise ValueError("after is missing; only the SparseModel of embed_tune has both tables")
         after = before
     for source in (before, after):
         if isinstance(source, SparseModel):
@@ -191,7 +216,7 @@ def tables_of(before: Table, after: Table | None, name: str | None) -> Tables:
     if name is None:
         name = _name(before, after)
     x, y = _table(before, name, "before"), _table(after, name, "after")
-    # Of a table that a SparseModel trains in place, the model itself knows what it was, and what it is in fp32.
+    # A table that a SparseModel trains in place has its state before and its fp32 values in the SparseModel.
     if isinstance(after, SparseModel) and _same_memory(x, after.model.get_parameter(name)):
         x = _slot(after, name, "after").originals
     if isinstance(before, SparseModel) and _same_memory(y, before.model.get_parameter(name)):
@@ -199,7 +224,7 @@ def tables_of(before: Table, after: Table | None, name: str | None) -> Tables:
     for table, argument in ((x, "before"), (y, "after")):
         if table.dim() != 2 or not table.is_floating_point() or not table.numel():
             raise ValueError(
-                f"{argument} must be a floating-point table [V, D] with numbers in it, got {table.dtype} "
+                f"{argument} must be a floating-point table [V, D] that is not empty, got {table.dtype} "
                 f"{list(table.shape)}"
             )
     if x.shape != y.shape or x.device != y.device:
@@ -208,7 +233,7 @@ def tables_of(before: Table, after: Table | None, name: str | None) -> Tables:
             f"{list(y.shape)} on {y.device}"
         )
     if _same_memory(x, y):
-        raise ValueError("before and after are one table in memory; clone it before it is tuned")
+        raise ValueError("before and after are the same memory; clone the table before tuning")
     return Tables(name, x, y)
 
 
@@ -220,7 +245,7 @@ def _name(before: Table, after: Table) -> str:
     for source in (before, after):
         if isinstance(source, nn.Module):
             return embedding_weight(source, argument="name")
-    raise ValueError("name is missing: which parameter are these tables of?")
+    raise ValueError("name is missing; pass the name of the tables' parameter")
 
 
 def _table(source: Table, name: str, argument: str) -> Tensor:
@@ -249,12 +274,12 @@ def _same_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def _common(tables: Tables) -> torch.dtype:
-    """fp32 at least where the two differ: what training left of a bf16 table is no bf16 any more."""
+    """The wider dtype of the two: after training, a bf16 table has fp32 values."""
     return torch.promote_types(tables.before.dtype, tables.after.dtype)
 
 
 def _shifts(tables: Tables) -> Tensor:
-    """How far each row moved, [V] on the CPU."""
+    """L2 distance that each row moved, [V] on the CPU."""
     compute_dtype = torch.promote_types(_common(tables), torch.float32)
     return torch.cat([(y - x).norm(dim=1) for x, y in tables.parts(compute_dtype)]).cpu()
 

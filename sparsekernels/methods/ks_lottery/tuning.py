@@ -1,4 +1,4 @@
-"""What KS-Lottery tunes and moves: the whole input embedding, or the rows of a ticket, and how well the two agree."""
+"""The three tunings of KS-Lottery: the whole input embedding, the rows of a ticket, and a transfer without training."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def embed_tune(
 ) -> SparseModel:
     """Train every row of the input embedding and no other parameter.
 
-    The rows train as fp32 values, whatever the dtype of the table: `select` reads those. Without weight decay, so
-    that rows of tokens that never occur stay as they are. A tied table trains through the output layer too, which
-    gives every row a gradient.
+    The rows train as fp32 values, whatever the dtype of the table; `select` reads those. There is no weight decay, so
+    rows of tokens that never occur do not change. A tied table trains through the output layer too, which gives every
+    row a gradient.
 
     Args:
-        model: any torch model, in train mode during training and in its own mode after. Buffers that a forward in train
-            mode updates (BatchNorm) are updated, and stay so.
-        batches: batches in Hugging Face form (mappings of tensors with labels), or whatever `loss` takes; gone through
-            once an epoch: a list or a DataLoader.
+        model: any torch model; in train mode during training, in its own mode afterwards. Buffers that a forward in
+            train mode updates (BatchNorm) are updated, and stay so.
+        batches: batches in Hugging Face form (mappings of tensors with labels), or whatever `loss` accepts; iterated
+            once per epoch: a list or a DataLoader.
         lr: of SparseAdamW, constant.
-        epochs: times to go through the batches.
+        epochs: number of passes over the batches.
         embedding: name of the table; default: the model's input embedding.
         loss: function of (model, batch); default `model(**batch).loss`.
         max_grad_norm: clip the gradient to this norm; default: no clipping.
@@ -55,13 +55,23 @@ def embed_tune(
         SparseModel: pass it to `select`, then `restore()` the parameters, bit for bit, or `merge()`.
 
     Raises:
-        ValueError: numbers out of range, batches that are empty or can be gone through once only, no embedding to be
-            found, a loss that is missing, no scalar with a gradient, or not finite. The parameters are then as before.
+        ValueError: numbers out of range, batches that are empty or can be iterated only once, no embedding found, a
+            loss that is missing, is not a scalar with a gradient, or is not finite. The parameters are unchanged then.
 
-    Cost: AdamW over the table: 16 B an element, and one fp32 gradient of the table. For loops of your own,
-    `train_only(model, Selection({name: Index.full(shape)}))` is all that this does.
+    Cost: AdamW over the table: 16 B per element, and one fp32 gradient of the table. For your own training loop,
+    `train_only(model, Selection({name: Index.full(shape)}))` is the equivalent.
 
-    Source: the paper, as quoted by others (embedding only; lr, epochs). Ours: no decay, constant rate.
+    Source: KS-Lottery (Yuan et al., arXiv 2402.02801), as quoted by others (embedding only; lr, epochs). Ours: no
+        decay,
+    constant rate.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+        >>> options = {"embedding": "0.weight", "loss": lambda model, ids: model(ids).square().mean(), "lr": 0.1}
+        >>> tuned = sk.methods.ks_lottery.embed_tune(model, [torch.tensor([[1, 2, 3], [3, 4, 3]])], **options)
+        >>> tuned.selection["0.weight"]
+        Index(6 rows of [6, 4])
+        >>> model = tuned.restore()
     """
     name = embedding_weight(model, embedding)
     selection = Selection({name: Index.full(model.get_parameter(name).shape)})
@@ -79,17 +89,29 @@ def partial_tune(
     max_grad_norm: float | None = None,
     progress: bool = True,
 ) -> SparseModel:
-    """Train what is selected, the rows of a ticket, and no other parameter, from the model as it is.
+    """Train the selected weights, such as the rows of a ticket, and no other parameter.
 
-    Args, and the errors they raise, are those of `embed_tune`; an empty selection is refused.
+    Args:
+        model, batches, lr, epochs, loss, max_grad_norm, progress: as in `embed_tune`.
+        selection: what to train, by parameter name.
 
     Returns:
         SparseModel: `delta()` is the file to ship.
 
-    Source: the paper, as quoted by others (lr, epochs). Ours: no decay, constant rate.
+    Raises:
+        ValueError: an empty selection, and as `embed_tune`.
+
+    Source: KS-Lottery (Yuan et al., arXiv 2402.02801), as quoted by others (lr, epochs). Ours: no decay, constant rate.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+        >>> ticket = sk.Selection({"0.weight": sk.Index(torch.tensor([3]), (6, 4), rows=True)})
+        >>> loss = lambda model, ids: model(ids).square().mean()
+        >>> sk.methods.ks_lottery.partial_tune(model, ticket, [torch.tensor([[1, 2, 3]])], loss=loss).delta()
+        Delta(4 values in 1 tensors, 20 bytes)
     """
     if not selection.numel:
-        raise ValueError("selection is empty: there is nothing to tune; raise alpha, or choose rows by_shift")
+        raise ValueError("selection is empty: there is nothing to tune; raise alpha, or select rows with by_shift")
     return _tune(model, selection, batches, "partial tuning", lr, epochs, loss, max_grad_norm, progress)
 
 
@@ -97,24 +119,32 @@ def partial_transfer(tuned: SparseModel, selection: Selection) -> Delta:
     """Copy the selected rows out of an embed-tuned model, without any training.
 
     Args:
-        tuned: what `embed_tune` returned, not yet restored.
-        selection: rows of its embedding, as `select` returns them.
+        tuned: from `embed_tune`, not yet restored; not changed.
+        selection: rows of its embedding, as from `select`.
 
     Returns:
-        Delta, to be applied to the model once it is restored: `tuned.restore(); delta.apply(tuned.model)`.
+        Delta, to apply to the model after it is restored: `tuned.restore(); delta.apply(tuned.model)`.
 
     Raises:
-        ValueError: the selection is empty, or of something else than rows of the embedding. RuntimeError: `tuned` was
-            restored or merged.
+        ValueError: the selection is empty, or is not of rows of the embedding. RuntimeError: `tuned` was restored or
+            merged.
 
-    Source: the definition is ours; the paper's could not be read.
+    Source: the definition is ours; the paper's was not available.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+        >>> loss = lambda model, ids: model(ids).square().mean()
+        >>> options = {"embedding": "0.weight", "loss": loss}
+        >>> tuned = sk.methods.ks_lottery.embed_tune(model, [torch.tensor([[1, 2, 3]])], **options)
+        >>> ticket = sk.Selection({"0.weight": sk.Index(torch.tensor([3]), (6, 4), rows=True)})
+        >>> delta = sk.methods.ks_lottery.partial_transfer(tuned, ticket)
     """
     if len(selection) != 1:
-        raise ValueError(f"selection must be of rows of one table, got {len(selection)} tensors")
+        raise ValueError(f"selection must be rows of one table, got {len(selection)} tensors")
     ((name, index),) = selection.items()
     _, before, after = tables_of(tuned, None, name)
     if not index.rows or index.shape != before.shape:
-        raise ValueError(f"selection must be of rows of {name!r}, {list(before.shape)}, got {index}")
+        raise ValueError(f"selection must be rows of {name!r}, {list(before.shape)}, got {index}")
     here = index.to(before.device)
     return Delta({name: TensorDelta.of(here, gather(after, here).to(before.dtype), gather(before, here))})
 
@@ -135,7 +165,7 @@ def _tune(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
     if isinstance(batches, Iterator):
-        raise ValueError("batches is an iterator, which one epoch uses up; pass a list or a DataLoader")
+        raise ValueError("batches is an iterator, which the first epoch exhausts; pass a list or a DataLoader")
     modes = [(module, module.training) for module in model.modules()]
     tuned = train_only(model, selection)
     try:
@@ -172,5 +202,5 @@ def _tune(
 def _length(batches: Iterable[Any], epochs: int) -> int | None:
     try:
         return len(batches) * epochs  # type: ignore[arg-type]
-    except TypeError:  # a DataLoader has a length that may not be known
+    except TypeError:  # the length of a DataLoader may be unknown
         return None

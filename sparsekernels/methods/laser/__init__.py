@@ -1,4 +1,4 @@
-"""LASER: weights of lower rank, found by gradients of their singular values, or by trying them all."""
+"""LASER: weights of lower rank, found by gradients of their singular values, or by exhaustive search."""
 
 from .adapting import adapt, search
 from .decompositions import Decompositions

@@ -1,4 +1,4 @@
-"""Find what to reduce: from one backward and a few trials, or by trying everything."""
+"""Find which matrices to reduce: from one backward and a few evaluations, or by exhaustive search."""
 
 from __future__ import annotations
 
@@ -38,36 +38,47 @@ def adapt(
     factored: bool = True,
     progress: bool = True,
 ) -> Reduced:
-    """Reduce the matrices that a model is better without, found by a few backwards over the same few samples.
+    """Reduce the rank of matrices where that improves the model, found by a few backwards over the same samples.
 
     In each round: rank all matrices by one backward; evaluate the `num_candidates` best reductions; keep the best of
-    those if the model is better with it than without, and go on from there, else stop. With more than one way to group
-    rows, a second backward ranks these for the matrices that are best as a whole.
+    them if it improves the model, and start the next round, else stop. With more than one way to group rows, a second
+    backward ranks these for the matrices that are best as a whole.
 
     Args:
         model: any torch model; changed in place, undone by `Reduced.revert()`.
-        samples: batches in Hugging Face form (mappings of tensors with labels), some 100 samples in all.
+        samples: batches in Hugging Face form (mappings of tensors with labels), about 100 samples in all.
         evaluate: function of the model, in eval mode and without gradients; larger is better. Default: minus the mean
             loss over the samples.
         rhos, names, blocks, clusters, score, loss: as in `rank`.
-        num_candidates: reductions that are evaluated in a round. max_matrices: the most matrices that are reduced.
-        factored: as in `reduce`. progress: show progress bars.
+        num_candidates: number of reductions to evaluate per round.
+        max_matrices: maximum number of matrices to reduce.
+        factored: as in `reduce`.
+        progress: show progress bars.
 
     Returns:
-        Reduced. `.plan` holds what was kept, with its predicted and measured gain; it may be empty. `.report` holds
-        "backwards", "evaluations": how often the samples were gone through;
-        "before", "after": what `evaluate` gave; "candidates": for each round its reductions, with their measured gains;
-        "ranking": of the first round, all reductions with predicted scores.
+        Reduced. `.plan` is the reductions that were kept, with predicted and measured gain; it may be empty. `.report`
+        has "backwards" and "evaluations", the number of passes over the samples; "before" and "after", the values of
+        `evaluate`; "candidates", for each round its reductions with measured gains; "ranking", all reductions of the
+        first round with predicted scores.
 
     Cost: `max_matrices` times that of `rank` and `num_candidates` evaluations; the decompositions of all matrices are
-    held, see `Decompositions`. Reductions that make `evaluate` infinite or NaN gain minus infinity.
+        kept
+    in memory, see `Decompositions`. Reductions that make `evaluate` infinite or NaN gain minus infinity. Deterministic
+    on the CPU.
 
     Raises:
-        ValueError: as `rank`, an evaluate that is not finite for the model as it is, numbers below 1. The model is
-        unchanged then.
+        ValueError: as `rank`, an evaluate that is not finite for the unchanged model, numbers below 1. The model is
+            unchanged then.
 
-    Source: Sreeram et al. (arXiv 2510.20800), as far as it could be read: one backward ranks, candidates are evaluated
-    on the same samples. Ours: the scores, `num_candidates`, greedy composition with a new ranking in each round.
+    Source: Sreeram et al. (arXiv 2510.20800), as far as available: one backward ranks, candidates are evaluated on the
+    same samples. Ours: the scores, `num_candidates`, greedy composition with a new ranking in each round.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        >>> loss = lambda model, batch: model(batch["x"]).square().mean()
+        >>> reduced = sk.methods.laser.adapt(model, [{"x": torch.randn(16, 8)}], loss=loss, max_matrices=1)
+        >>> len(reduced.plan), reduced.report["after"] > reduced.report["before"]
+        (1, True)
     """
     if num_candidates < 1 or max_matrices < 1:
         raise ValueError(f"num_candidates and max_matrices must be at least 1, got {num_candidates} and {max_matrices}")
@@ -93,7 +104,7 @@ def adapt(
             except NoGradient:
                 if first is None:
                     raise
-                break  # what was reduced cuts the others off
+                break  # the other matrices no longer affect the loss
             first = first or ranking
             candidates = list(ranking) if 1 in blocks else []
             if splits or clusters:
@@ -101,13 +112,13 @@ def adapt(
                 backwards += 1
                 try:
                     again = rank_matrices(model, batches, chosen, rhos, splits, clusters, *options)
-                except NoGradient:  # in these, the best: all else is predicted to make the model worse
+                except NoGradient:  # in the best ones; all others are predicted to make the model worse
                     if not candidates:
                         break
                 else:
                     candidates = sorted([*candidates, *again], key=lambda reduction: -(reduction.predicted or 0.0))
             if not candidates:
-                raise ValueError("blocks and clusters leave nothing to try: no matrix has so many rows")
+                raise ValueError("blocks and clusters: no matrix has that many rows")
             measured = [trial.measure(reduction, best) for reduction in candidates[:num_candidates]]
             history.append(measured)
             kept = max(measured, key=lambda reduction: _gain(reduction))
@@ -140,23 +151,30 @@ def search(
     factored: bool = True,
     progress: bool = True,
 ) -> Reduced:
-    """Reduce the matrices that a model is better without, found by evaluating every one of them at every rho.
+    """Reduce the rank of matrices where that improves the model, found by evaluating every matrix at every rho.
 
-    The original, exhaustive search: each reduction is evaluated by itself; then, from the best one on, each is added if
-    it makes the model better still, until `max_matrices` matrices are reduced.
+    The original, exhaustive search: each reduction is evaluated separately; then, starting with the best, each is added
+    if it improves the model further, up to `max_matrices` matrices.
 
     Args:
         model, rhos, names, max_matrices, factored, progress: as in `adapt`.
-        evaluate: as in `adapt`, over data of its own; it is called len(rhos) times for every matrix, and more.
+        evaluate: as in `adapt`, over data of its own; called at least len(rhos) times per matrix.
 
     Returns:
-        Reduced, as from `adapt`; `.report` holds "evaluations", "before", "after" and "candidates", all reductions with
+        Reduced, as from `adapt`; `.report` has "evaluations", "before", "after" and "candidates", all reductions with
         their measured gains.
 
     Raises:
         ValueError: as `adapt`. The model is unchanged then.
 
     Source: LASER (Sharma et al., arXiv 2312.13558). Each decomposition is computed once for all rhos.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        >>> x = torch.randn(16, 8)
+        >>> reduced = sk.methods.laser.search(model, lambda model: -float(model(x).square().mean()), rhos=(0.5, 0.1))
+        >>> len(reduced.report["candidates"]), reduced.report["after"] > reduced.report["before"]
+        (4, True)
     """
     if max_matrices < 1:
         raise ValueError(f"max_matrices must be at least 1, got {max_matrices}")
@@ -204,9 +222,9 @@ def _minus_loss(batches: Sequence[Batch], loss: Loss | None) -> Evaluate:
 
 
 class _Trial:
-    """Evaluates a model with reductions put in for a moment; within, what was kept is in, on leaving it is out again.
+    """Evaluates a model with reductions applied temporarily; kept ones stay applied until the context is left.
 
-    The tensors inside of parameters are exchanged: the originals are never written, and count as unchanged.
+    The tensors inside parameters are exchanged: the originals are never written, and their versions do not change.
     """
 
     def __init__(self, model: nn.Module, found: Mapping[str, Matrix], evaluate: Evaluate) -> None:
@@ -223,14 +241,14 @@ class _Trial:
         return found
 
     def start(self) -> float:
-        """The value of the model as it is. Raises ValueError if it is not finite."""
+        """The value of the unchanged model. Raises ValueError if it is not finite."""
         found = self.value()
         if not math.isfinite(found):
             raise ValueError(f"evaluate must return a finite number for the model as it is, got {found}")
         return found
 
     def measure(self, reduction: Reduction, before: float) -> Reduction:
-        """The reduction, with what it gains over `before`; minus infinity where that is no finite number."""
+        """The reduction, with its gain over `before`; minus infinity if that is not finite."""
         with self._with(reduction):
             gain = self.value() - before
         return replace(reduction, measured=gain if math.isfinite(gain) else -math.inf)

@@ -1,4 +1,4 @@
-"""What stands in for a weight: approximations written in its place, or modules that store their factors."""
+"""Replacements of a weight: an approximation written in place, or modules that store its factors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Dense:
 
 
 class Factored:
-    """Modules that hold one weight, replaced; `places` are all (parent, name of the child) of each."""
+    """Replaces the modules that hold one weight; `places` are all (parent, name of the child) of each."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ def put(model: nn.Module, work: Sequence[tuple[Matrix, Sequence[Piece]]], factor
 
 
 def _layers(model: nn.Module, parameter: nn.Parameter, work: Sequence[tuple[Matrix, Sequence[Piece]]]) -> Any:
-    """Modules with this weight, their places, their replacements; None if that cannot be, or does not store less."""
+    """Modules with this weight, their places, their replacements; None if impossible, or if it does not store less."""
     modules = []
     for module in model.modules():
         for attribute, own in module._parameters.items():
@@ -102,7 +102,7 @@ def _layers(model: nn.Module, parameter: nn.Parameter, work: Sequence[tuple[Matr
         for module in modules
     ]
     if not all(places) or any(_reads_weight(*place) for mine in places for place in mine):
-        return None  # the model itself; or the dense weight would be multiplied out by every forward
+        return None  # the model itself; or every forward would compute the dense weight
     weight = parameter.detach().T if kind_of(modules[0]) == "conv1d" else parameter.detach()
     if len({kind_of(module) for module in modules}) > 1:
         return None
@@ -127,7 +127,7 @@ def _replaceable(module: nn.Module) -> bool:
 
 
 def _reads_weight(parent: nn.Module, name: str) -> bool:
-    """Whether the forward of the parent asks for the child's weight, as that of T5 does for its dtype."""
+    """Whether the parent's forward reads the child's weight, as T5's does for its dtype."""
     try:
         return f"self.{name}.weight" in inspect.getsource(type(parent).forward)
     except (OSError, TypeError):
@@ -137,7 +137,7 @@ def _reads_weight(parent: nn.Module, name: str) -> bool:
 def _blocks(
     weight: Tensor, parameter: nn.Parameter, work: Sequence[tuple[Matrix, Sequence[Piece]]]
 ) -> tuple[list[Block], Tensor | None]:
-    """The rows of the weight in blocks: those that were reduced, and those that were not, in one of its own."""
+    """The rows of the weight in blocks: those that were reduced, and the rest in one of their own."""
 
     def like(x: Tensor) -> nn.Parameter:
         return nn.Parameter(x.to(parameter.dtype), parameter.requires_grad)

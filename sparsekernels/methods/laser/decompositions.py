@@ -1,4 +1,4 @@
-"""Decompositions of a model's weights, kept from one use to the next."""
+"""A cache of decompositions of a model's weights."""
 
 from __future__ import annotations
 
@@ -54,23 +54,36 @@ class _Held:
 
 
 class Decompositions:
-    """Singular triplets of matrices, whole or by groups of rows, each computed once.
+    """A cache of singular triplets of matrices, whole or by groups of rows, each computed once.
 
-    They are computed anew for a weight that was changed in place, moved or replaced since; other changes made through
-    `.data` go unnoticed. In fp32 (fp64 for fp64), all triplets of a square weight take 8 B an element. `clear()`
-    forgets all.
+    Those of a weight that was changed in place, moved or replaced are recomputed; changes through `.data` are not
+    noticed. In fp32 (fp64 for fp64); all triplets of a square weight take 8 B per element.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> cache = sk.methods.laser.Decompositions()
+        >>> plan = [sk.methods.laser.Reduction("0.weight", rho=0.5)]
+        >>> model = sk.methods.laser.reduce(model, plan, decompositions=cache).revert()
+        >>> reduced = sk.methods.laser.reduce(model, plan, decompositions=cache)  # nothing is decomposed again
+        >>> cache.clear()
     """
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, Split], _Held] = {}
 
     def clear(self) -> None:
+        """Remove all entries."""
         self._held.clear()
 
     def of(
         self, model: nn.Module, wanted: Iterable[tuple[Matrix, Split]], rho: float
     ) -> dict[tuple[Matrix, Split], list[Factors]]:
-        """The parts of each matrix under each split, with triplets for ranks up to `rho` at least."""
+        """The parts of each matrix under each split, with triplets for ranks up to `rho` at least.
+
+        Raises ValueError for a matrix with NaN or infinity.
+        """
         wanted = list(wanted)
         new: dict[tuple[str, Split], _Held] = {}
         missing: dict[tuple[int, int, int], list[tuple[_Held, Tensor, Tensor | None]]] = defaultdict(list)
@@ -80,7 +93,7 @@ class Decompositions:
                 continue
             weight = matrix.read(parameter)
             if not bool(weight.isfinite().all()):
-                raise ValueError(f"{matrix.label!r} holds NaN or infinity, so it has no singular values")
+                raise ValueError(f"{matrix.label!r} has NaN or infinity, so it has no singular values")
             held = new[matrix.label, split] = _Held(weakref.ref(parameter), parameter._version, [])
             for rows in _groups(weight, split):
                 part = weight if rows is None else weight[rows.to(weight.device)]
@@ -92,7 +105,10 @@ class Decompositions:
         return {(matrix, split): self._held[matrix.label, split].parts for matrix, split in wanted}
 
     def pieces(self, model: nn.Module, matrix: Matrix, split: Split, rho: float) -> list[Piece]:
-        """The best approximation of a matrix, or of each group of its rows, by a share rho of its triplets."""
+        """The best approximation of a matrix, or of each group of its rows, by a share rho of its triplets.
+
+        Raises ValueError for more groups than rows, and as `of`.
+        """
         if split.blocks > matrix.shape[0]:
             raise ValueError(f"blocks: {matrix.label!r} has {matrix.shape[0]} rows, got {split.blocks}")
         parts = self.of(model, [(matrix, split)], rho)[matrix, split]

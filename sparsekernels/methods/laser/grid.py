@@ -14,9 +14,20 @@ from .ranking import Reduction
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The best gain of each matrix: `values` [layers, kinds], fp32, NaN where there is none.
+    """The best gain of each matrix by layer and kind. Of matrices that share both (experts), the best one counts.
 
-    Of matrices that share a layer and a kind (experts) the best one counts.
+    Attributes:
+        layers: numbers of the layers, ascending.
+        kinds: kinds of matrices, as in `Matrix.kind`.
+        values ([layers, kinds], fp32): gains, NaN where there is none.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> gains = [sk.methods.laser.Reduction("0.weight", rho=0.5, predicted=0.25)]
+        >>> sk.methods.laser.grid(gains, sk.matrices(model))
+        Grid(layers=[0], kinds=['weight'], values=tensor([[0.2500]]))
     """
 
     layers: list[int]
@@ -25,15 +36,27 @@ class Grid:
 
 
 def grid(reductions: Iterable[Reduction], matrices: Mapping[str, Matrix], *, measured: bool = False) -> Grid:
-    """Arrange the best reduction of each matrix by layer and kind.
+    """Arrange the best gain of each matrix by layer and kind.
 
     Args:
-        reductions: of `rank`, or the "candidates" of `search`. Those of matrices outside of layers are left out.
+        reductions: of `rank`, or the "candidates" of `search`. Those of matrices outside numbered layers are skipped.
         matrices: label -> Matrix, as `Ranking.matrices` or `sk.matrices(model)`.
-        measured: take what was measured instead of what was predicted.
+        measured: use measured instead of predicted gains.
+
+    Returns:
+        Grid, a table of gains.
 
     Raises:
-        ValueError: a reduction without such a number, or of a matrix that is not among `matrices`; none in a layer.
+        ValueError: a reduction without such a gain, or of a matrix that is not in `matrices`; none in a numbered layer.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> gains = [sk.methods.laser.Reduction(f"{i}.weight", rho=0.5, measured=float(i)) for i in range(2)]
+        >>> sk.methods.laser.grid(gains, sk.matrices(model), measured=True).values
+        tensor([[0.],
+                [1.]])
     """
     found: dict[tuple[int, str], float] = {}
     for reduction in reductions:
@@ -41,13 +64,13 @@ def grid(reductions: Iterable[Reduction], matrices: Mapping[str, Matrix], *, mea
         if value is None:
             raise ValueError(f"reductions: {reduction} has no {'measured' if measured else 'predicted'} gain")
         if reduction.matrix not in matrices:
-            raise ValueError(f"matrices holds no {reduction.matrix!r}")
+            raise ValueError(f"matrices has no {reduction.matrix!r}")
         matrix = matrices[reduction.matrix]
         if matrix.layer is not None:
             place = matrix.layer, matrix.kind
             found[place] = max(value, found.get(place, value))
     if not found:
-        raise ValueError("reductions holds no matrix that lies in a numbered layer")
+        raise ValueError("reductions: no matrix is in a numbered layer")
     layers = sorted({layer for layer, _ in found})
     kinds = [kind for kind in dict.fromkeys(m.kind for m in matrices.values()) if any(k == kind for _, k in found)]
     values = torch.tensor([[found.get((layer, kind), float("nan")) for kind in kinds] for layer in layers])

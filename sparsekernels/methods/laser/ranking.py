@@ -21,14 +21,24 @@ RHOS = (0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01)
 
 @dataclass(frozen=True)
 class Reduction:
-    """One matrix replaced by its best approximation of lower rank.
+    """One matrix to replace by its best approximation of lower rank.
 
-    Attributes:
+    Args:
         matrix: its label, as in `sk.matrices(model)`.
-        rho: the share of its singular triplets that is kept: rank floor(rho * min(M, N)).
-        blocks: into how many groups its rows are split, each reduced on its own, to rank floor(rho * min(M', N)).
+        rho: the share of its singular triplets to keep: rank floor(rho * min(M, N)).
+        blocks: number of groups of its rows, each reduced separately, to rank floor(rho * min(M', N)).
         clustered: whether the groups are clusters of rows (k-subspaces) instead of consecutive blocks.
-        predicted: the score that `rank` gave it. measured: what it gained where it was tried, in the units of that.
+        predicted: the score that `rank` gave it.
+        measured: its gain where it was evaluated, in the units of `evaluate`.
+
+    Raises:
+        ValueError: rho outside [0, 1], blocks below 1, or clusters with one block.
+
+    Source: LASER (Sharma et al., arXiv 2312.13558); groups of rows, Sreeram et al. (arXiv 2510.20800).
+
+    Example:
+        >>> print(sk.methods.laser.Reduction("h.0.mlp.c_fc.weight", rho=0.1, blocks=4))
+        h.0.mlp.c_fc.weight, rho 0.1, 4 blocks
     """
 
     matrix: str
@@ -48,6 +58,7 @@ class Reduction:
 
     @property
     def split(self) -> Split:
+        """How the rows are grouped; clusters are made for this rho."""
         return Split(self.blocks, self.clustered, self.rho if self.clustered else None)
 
     def __str__(self) -> str:
@@ -57,11 +68,23 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What `rank` found; goes over its reductions, the best first.
+    """The result of `rank`: iterates over its reductions, the best first.
 
     Attributes:
-        reductions: sorted by predicted score. score: which one. loss: mean loss over the samples, unreduced.
-        matrices: label -> Matrix. decompositions: for further calls of `rank` and for `reduce`.
+        reductions: sorted by predicted score, descending.
+        score: which score, "second_order" or "first_order".
+        loss: mean loss of the unreduced model over the samples.
+        matrices: label -> Matrix.
+        decompositions: to pass to further calls of `rank` and to `reduce`.
+
+    Source: ours; see `rank`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        >>> loss = lambda model, batch: model(batch["x"]).square().mean()
+        >>> ranking = sk.methods.laser.rank(model, [{"x": torch.randn(16, 8)}], rhos=(0.5, 0.1), loss=loss)
+        >>> len(ranking), sorted(reduction.matrix for reduction in ranking.best())
+        (4, ['0.weight', '2.weight'])
     """
 
     reductions: list[Reduction]
@@ -101,43 +124,50 @@ def rank(
     decompositions: Decompositions | None = None,
     progress: bool = True,
 ) -> Ranking:
-    """Predict what reducing each matrix to each rank would do to the loss, from one backward over the samples.
+    """Predict the effect on the loss of reducing each matrix to each rank, from one backward; the model is not changed.
 
-    The model is left as it was. No weight gradient of a Linear or Conv1D is formed, if it runs by its own forward.
+    No weight gradient of a Linear or Conv1D is formed, if it runs its own forward.
 
     Args:
-        model: any torch model; one under train_only must be restored first.
-        samples: batches in Hugging Face form (mappings of tensors with labels), some 100 samples in all.
+        model: any torch model, not under train_only.
+        samples: batches in Hugging Face form (mappings of tensors with labels), about 100 samples in all.
         rhos: shares of the triplets to keep, in [0, 1].
         names: patterns (as in `fnmatch`) of matrices or parameters, see `sk.matrices`. Default: projections of
-            attention and MLP in numbered blocks; those of fused projections and of experts one by one.
-        blocks: into how many consecutive blocks to split the rows; 1 is the matrix as a whole.
-        clusters: the same for clusters of rows. They are found anew for each rho, which takes long: name few matrices.
-        score: by which reductions are ranked. With G the mean gradient, d_i = u_i^T G v_i, and the sum over all
-            triplets that are cut off:
-            "first_order": of s_i d_i, which is <G, W - W_r>: the first-order fall of the mean loss;
-            "second_order": that, less half the mean over samples b of <G_b, W - W_r>^2: the second-order fall, with the
-            empirical Fisher matrix for the Hessian. It penalises steps that go too far.
+            attention and MLP in numbered blocks; those of fused projections and of experts separately.
+        blocks: numbers of consecutive blocks to split the rows into; 1 is the whole matrix.
+        clusters: the same for clusters of rows. They are computed for each rho, which is slow: name few matrices.
+        score: how reductions are ranked. With G the mean gradient, d_i = u_i^T G v_i, and sums over all triplets that
+            are cut off: "first_order": sum of s_i d_i, which is <G, W - W_r>: the first-order decrease of the mean
+            loss; "second_order": that, minus half the mean over samples b of <G_b, W - W_r>^2: the second-order
+            decrease, with the empirical Fisher matrix as Hessian. It penalises large changes.
         loss: function of (model, batch) that returns the mean loss of a batch. Default: the model's own.
-        decompositions: of an earlier ranking of this model; those of weights that have not changed are used again.
+        decompositions: of an earlier ranking of this model; those of unchanged weights are reused.
         progress: show a progress bar.
 
     Returns:
-        Ranking of len(rhos) * (len(blocks) + len(clusters)) reductions for each matrix that has as many rows.
+        Ranking of len(rhos) * (len(blocks) + len(clusters)) reductions for each matrix that has enough rows.
 
     Numerics: triplets of a repeated singular value are scored as one. Deterministic on the CPU.
-    Cost: the decompositions (kept), then that of `singular_value_gradients`, per sample for "second_order": models with
-    experts in one tensor, say, run sample by sample then, as do batches of texts with unequal numbers of labels. With
-    small rho only so many triplets are computed, by a randomised method, see `factorize`.
+    Cost: the decompositions (kept), plus that of `singular_value_gradients`, per sample for "second_order": then models
+    with experts in one tensor and batches of texts with unequal numbers of labels run sample by sample. With small rho
+    only the triplets needed are computed, by a randomised method, see `factorize`.
 
     Raises:
         ValueError: numbers out of range, an unknown score, names that match nothing, weights that are not finite, a
-            loss whose gradient is zero in all matrices, as that of a contrastive loss of one sample is, and all that
+            loss whose gradient is zero in all matrices (as for a contrastive loss of one sample), and all that
             `singular_value_gradients` raises.
 
     Source: scoring matrices by the gradients of their singular values, from about 100 samples, is the idea of Sreeram
-    et al. (arXiv 2510.20800); splitting rows too. Sign and aggregation could not be read: the scores are ours, and so
-    are the default rhos.
+        et
+    al. (arXiv 2510.20800); so is splitting rows. Sign and aggregation were not available: the scores and the default
+    rhos are ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        >>> loss = lambda model, batch: model(batch["x"]).square().mean()
+        >>> ranking = sk.methods.laser.rank(model, [{"x": torch.randn(16, 8)}], loss=loss)
+        >>> len(ranking), ranking.score
+        (16, 'second_order')
     """
     check_options(rhos, blocks, clusters, score)
     found, cache = targets(model, names), decompositions or Decompositions()
@@ -165,7 +195,7 @@ def rank_matrices(
     cache: Decompositions,
     progress: bool,
 ) -> Ranking:
-    """As `rank`, of matrices that were found before."""
+    """As `rank`, for matrices that were already found."""
     wanted = {
         label: [Split(k, False) for k in blocks if k <= matrix.shape[0]]
         + [Split(k, True, rho) for k in clusters for rho in rhos if k <= matrix.shape[0]]
@@ -194,25 +224,25 @@ def rank_matrices(
 
 
 def _flat(score: Score) -> str:
-    message = "samples: the gradient of the loss is zero in all of the matrices, so nothing tells one from another"
+    message = "samples: the gradient of the loss is zero in all of the matrices, so they cannot be ranked"
     if score == "second_order":
         return (
-            f'{message}; "second_order" takes the loss of each sample alone: pass score="first_order" if the loss '
+            f'{message}; "second_order" uses the loss of each sample alone: pass score="first_order" if the loss '
             "compares samples"
         )
     return f"{message}; a loss that compares samples needs several in a batch"
 
 
 def targets(model: nn.Module, names: Iterable[str] | None) -> dict[str, Matrix]:
-    """The matrices that are meant. Raises ValueError if there are none."""
+    """The matrices that `names` stands for. Raises ValueError if there are none."""
     found = matrices(model, names)
     if not found:
-        raise ValueError("names: the model has no projections in numbered blocks; say which matrices are meant")
+        raise ValueError("names: the model has no projections in numbered blocks; pass names")
     return found
 
 
 def _scores(score: Score, parts: Sequence[tuple[Factors, Tensor]], inner: Tensor, rhos: Sequence[float]) -> list[float]:
-    """For each rho, over all parts of a matrix, for what is cut off. Derivatives are [R], or [samples, R]."""
+    """For each rho, the score of what is cut off, over all parts of a matrix. Derivatives are [R], or [samples, R]."""
     whole = all(part.complete for part, _ in parts)
     found = torch.zeros(*inner.shape, len(rhos), dtype=inner.dtype, device=inner.device)
     for part, values in parts:

@@ -1,4 +1,4 @@
-"""Put low-rank approximations in the place of weights, factored where that is smaller, and take them out again."""
+"""Replace weights by low-rank approximations, factored where that is smaller, and revert that."""
 
 from __future__ import annotations
 
@@ -28,12 +28,23 @@ SCHEMA = {"matrix": str, "rho": (int, float), "blocks": int, "clustered": bool, 
 
 
 class Reduced:
-    """A model with reduced weights, and the way back. As a context manager it reverts on leaving.
+    """A model with reduced weights, and how to undo that. As a context manager it reverts on exit.
 
     Attributes:
-        model: the model. plan: what was reduced. report: of `adapt` and `search`, how it was found; else empty.
-        parameters_saved: elements that the replaced weights had, less those of their factors; 0 once these are out
-            again.
+        model: the model.
+        plan: the reductions that were made.
+        report: of `adapt` and `search`, how they were found; else empty.
+        parameters_saved: number of elements of the replaced weights minus that of their factors; 0 after `revert` or
+            `merge`.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> reduced = sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)])
+        >>> reduced.parameters_saved, type(model[0]).__name__
+        (32, 'LowRankLinear')
+        >>> model = reduced.revert()  # or merge(), or discard_originals()
     """
 
     def __init__(self, model: nn.Module, prepared: Prepared, changes: list[Replacement]) -> None:
@@ -45,10 +56,10 @@ class Reduced:
         self._changes = changes
 
     def revert(self) -> nn.Module:
-        """Put the original weights and modules back, bit for bit; nothing happens the second time. Returns the model.
+        """Restore the original weights and modules, bit for bit; a second call does nothing. Returns the model.
 
-        A module that was factored comes back on the device and in the dtype that its factors have by then. Biases, and
-        whatever else was not reduced, stay as they are.
+        A module that was factored returns on the device and in the dtype that its factors have now. Biases, and
+        everything else that was not reduced, are left as they are.
         """
         for change in reversed(self._changes):
             change.revert()
@@ -58,7 +69,13 @@ class Reduced:
     def merge(self) -> nn.Module:
         """Keep the reduced weights, with factors multiplied out into the original modules. Returns the model.
 
-        What was trained since counts. The originals are overwritten, so there is no way back.
+        Training since then is included. The originals are overwritten, so this cannot be undone.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+            >>> model = sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)]).merge()
+            >>> int(torch.linalg.matrix_rank(model[0].weight))
+            2
         """
         for change in self._changes:
             change.merge()
@@ -66,12 +83,12 @@ class Reduced:
         return self.model
 
     def discard_originals(self) -> nn.Module:
-        """Keep the model as it is, factors and all, and free the originals: no way back. Returns the model."""
+        """Keep the model as it is, with factors, and free the originals; this cannot be undone. Returns the model."""
         self._changes = []
         return self.model
 
     def _leave(self) -> None:
-        """After `discard_originals` there is nothing to leave."""
+        """After `discard_originals` there is nothing to do."""
         if self._changes:
             self.parameters_saved = 0
         self._changes = []
@@ -79,7 +96,13 @@ class Reduced:
     def save(self, path: str | Path) -> None:
         """Write the approximations to a safetensors file, atomically, for `load`: as they were made, before training.
 
-        The file holds fp32 factors, whatever the dtype of the model, so that loading gives the same bits.
+        The file contains fp32 factors, whatever the dtype of the model, so that loading gives the same bits.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+            >>> reduced = sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)])
+            >>> reduced.save("reductions.safetensors")
+            >>> model = reduced.discard_originals()
         """
         tensors: dict[str, Tensor] = {}
         names = []
@@ -111,24 +134,31 @@ def reduce(
 
     Args:
         model: any torch model; changed in place, undone by `Reduced.revert()`.
-        plan: reductions, as `rank` returns them or made by hand; a matrix may occur once.
+        plan: reductions, from `rank` or made by hand; each matrix at most once.
         factored: replace a Linear or Conv1D by a `LowRankLinear` where that stores less. Parts of a fused projection
             are factored beside dense rows. Everything else is written dense, in place: experts, tables, modules with
             hooks, of a subclass, that share their weight with another kind of module, or whose weight is read by the
-            forward of their parent (`wo` of T5). Code elsewhere that reads `.weight` gets the product, computed anew.
+            forward of their parent (`wo` of T5). Code elsewhere that reads `.weight` gets the product, computed at each
+            access.
         decompositions: of a ranking of this model.
 
     Returns:
-        Reduced.
+        Reduced, the handle that reverts it.
 
-    Numerics: decomposed and multiplied in fp32 (fp64 for fp64), rounded once to the dtype of the weight.
-    Memory: the originals stay, until `commit()` or `merge()`.
+    Numerics: decomposed and multiplied in fp32 (fp64 for fp64), rounded once to the dtype of the weight. Deterministic.
+    Memory: the originals are kept, until `discard_originals()` or `merge()`.
 
     Raises:
-        ValueError: an unknown matrix, one that occurs twice, numbers out of range, a weight that is not finite, a
-            model under train_only. The model is unchanged then.
+        ValueError: an unknown matrix, one that occurs twice, numbers out of range, a weight that is not finite, a model
+            under train_only. The model is unchanged then.
 
-    Source: LASER (Sharma et al., arXiv 2312.13558); by rows, Sreeram et al. (arXiv 2510.20800).
+    Source: LASER (Sharma et al., arXiv 2312.13558); groups of rows, Sreeram et al. (arXiv 2510.20800).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> with sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)]):
+        ...     print(model[0])
+        LowRankLinear(in_features=8, out_features=8, ranks=[2], bias=True, stores 32 for 64 elements)
     """
     plan = list(plan)
     cache = Decompositions() if decompositions is None else decompositions
@@ -139,11 +169,27 @@ def reduce(
 
 
 def load(model: nn.Module, path: str | Path, *, factored: bool = True) -> Reduced:
-    """Reduce a model as a file of `Reduced.save` says; nothing is decomposed.
+    """Reduce a model by the approximations in a file of `Reduced.save`; nothing is decomposed.
+
+    Args:
+        model: any torch model with these matrices; changed in place, undone by `Reduced.revert()`.
+        path: the file.
+        factored: as in `reduce`.
+
+    Returns:
+        Reduced, as from `reduce`.
 
     Raises:
-        FileNotFoundError; ValueError for a file that is damaged or something else, or made for another model. The model
-        is unchanged then.
+        FileNotFoundError: no such file. ValueError: the file is damaged, of another kind, or made for another model.
+            The model is unchanged then.
+
+    Source: ours.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> with sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)]) as reduced:
+        ...     reduced.save("reductions.safetensors")
+        >>> model = sk.methods.laser.load(model, "reductions.safetensors").discard_originals()
     """
     tensors, metadata = load_tensors(path, "reductions")
     entries = described(path, metadata.get("reductions"), [{**SCHEMA, "pieces": int}])
@@ -169,17 +215,17 @@ def _resolved(model: nn.Module, plan: Sequence[Reduction]) -> list[Matrix]:
     labels = [reduction.matrix for reduction in plan]
     twice = next((label for label, count in Counter(labels).items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"plan reduces {twice!r} twice; a matrix may occur once")
+        raise ValueError(f"plan reduces {twice!r} twice; list each matrix once")
     found = matrices(model, labels)
     for label in labels:
         if label not in found:
             meant = "; ".join(map(repr, list(matrices(model, [label]))[:3]))
-            raise ValueError(f"plan: {label!r} is no label of a matrix; it stands for {meant}")
+            raise ValueError(f"plan: {label!r} is not the label of a matrix; it stands for {meant}")
     return [found[label] for label in labels]
 
 
 def _check_pieces(path: str | Path, matrix: Matrix, mine: Sequence[Piece]) -> None:
-    """Raise ValueError unless the pieces make a matrix together, and that has the shape of this one."""
+    """Raise ValueError unless the pieces together make a matrix of this one's shape."""
     for piece in mine:
         alike = piece.up.dtype == piece.down.dtype == mine[0].up.dtype and piece.up.dtype in FACTORS
         if not alike or piece.up.dim() != 2 or piece.down.dim() != 2 or piece.up.shape[1] != len(piece.down):
@@ -192,10 +238,10 @@ def _check_pieces(path: str | Path, matrix: Matrix, mine: Sequence[Piece]) -> No
     if len(mine) == 1 and mine[0].rows is None:
         return
     rows = [piece.rows for piece in mine if piece.rows is not None and piece.rows.dtype == torch.int64]
-    # Sizes first: what follows takes memory for m rows.
+    # Sizes first: the checks below allocate m rows.
     fits = [r.shape for r in rows] == [piece.up.shape[:1] for piece in mine] and all(len(r) for r in rows)
     if not fits or not torch.equal(torch.cat(rows).sort().values, torch.arange(m)):
-        raise ValueError(f"{path} is damaged: rows of the pieces of {matrix.label!r} are not each row once")
+        raise ValueError(f"{path} is damaged: rows of the pieces of {matrix.label!r} are not a permutation")
 
 
 def _put(model: nn.Module, prepared: Prepared, factored: bool) -> Reduced:

@@ -1,1 +1,1 @@
-"""What several families of ops share: products, rounding. No op itself."""
+"""Code shared by several families of ops: argument handling, products, rounding. Not an op itself."""

@@ -1,4 +1,4 @@
-"""What public functions of several families do to their arguments."""
+"""Argument handling shared by the public functions of several families."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_floating(name: str, x: Tensor) -> None:
 
 
 def packed(x: Tensor) -> Tensor:
-    """Contiguous; and detached, for logits and weights may require grad."""
+    """Contiguous and detached: logits and weights may require grad."""
     return x.detach().contiguous()
 
 
@@ -24,5 +24,5 @@ def by_rows(x: Tensor) -> Tensor:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for half-precision activations, else their own."""
+    """fp32 for half-precision activations, else their own dtype."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and stochastic rounding in plain PyTorch; csrc/rules/{philox,round}.h are the same for C++ and CUDA."""
+"""Philox4x32-10 and stochastic rounding in plain PyTorch; csrc/rules/{philox,round}.h are the same in C++ and CUDA."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def rounded(x: Tensor, dtype: torch.dtype, rounding: Sequence[int | Tensor], pos
     """`x` in `dtype`: to nearest, or for bf16 and fp16 stochastically if `rounding` is (seed, step, stream);
     the step may be one for each element.
 
-    Up with a probability in proportion to how near the upper neighbour is, so that the mean is x. What is infinite, NaN
-    or out of range goes to nearest or stays finite, as in csrc/rules/round.h.
+    Rounds up with a probability proportional to the nearness of the upper neighbour, so that the mean is x. Infinity
+    and NaN are kept, and values out of range round to nearest or stay finite, as in csrc/rules/round.h.
     """
     if not rounding or dtype not in (torch.bfloat16, torch.float16) or x.dtype != torch.float32:
         return x.to(dtype)

@@ -1,4 +1,4 @@
-"""What Triton kernels of several families share."""
+"""Code shared by the Triton kernels of several families."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """The same memory as integers: moving bits needs no kernel for each dtype, and leaves a NaN as it is."""
+    """The same memory as integers: copying bits needs no kernel per dtype, and leaves NaN unchanged."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)

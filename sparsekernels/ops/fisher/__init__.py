@@ -1,4 +1,4 @@
-"""Squares of per-sample gradients, added up over samples (Fisher) or over weights (norms); none is ever stored."""
+"""Squares of per-sample gradients, summed over samples (Fisher) or over weights (norms); none is ever stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..common.arguments import accumulation_dtype, check_floating, packed
 
 
 def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor], *, backend: Backend | None = None) -> None:
-    """Add the square of each gradient to its total.
+    """Add the square of each gradient to its total, in place.
 
     Equivalent to `for total, grad in zip(totals, grads): total += grad.to(total.dtype).square()`.
 
@@ -21,14 +21,23 @@ def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor], *, backen
         totals (fp32; fp64 for fp64 gradients): contiguous; changed in place.
         grads (fp32, fp64, bf16 or fp16, all of one dtype, shapes as totals): not changed.
 
-    Numerics: squared in the dtype of totals. Deterministic. Cost: one read of grads, one read and write of totals.
+    Numerics: squared in the dtype of totals. Deterministic.
+    Cost: one read of grads, one read and write of totals.
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices or contiguity do not fit; nothing is written then.
+
+    Source: FISH (Sung et al., arXiv 2111.09839), section 3.1.
+
+    Example:
+        >>> total = torch.tensor([1.0, 1.0])
+        >>> sk.ops.fisher_squares_([total], [torch.tensor([2.0, 3.0])])
+        >>> total
+        tensor([ 5., 10.])
     """
     totals, grads = list(totals), list(grads)
     if len(totals) != len(grads):
-        raise ValueError(f"totals holds {len(totals)} tensors, grads {len(grads)}")
+        raise ValueError(f"totals has {len(totals)} tensors, grads {len(grads)}")
     for i, (total, grad) in enumerate(zip(totals, grads, strict=True)):
         _check_activation(f"grads[{i}]", grad, like=grads[0])
         _check_sum(f"totals[{i}]", total, grad.shape, grad)
@@ -46,29 +55,39 @@ def fisher_linear_(
     *,
     backend: Backend | None = None,
 ) -> None:
-    """Add the squared per-sample weight gradients of a Linear to `total`, and their sums over the weight to `norms`.
+    """Add a Linear's squared per-sample weight gradients to `total`, their sums over the weight to `norms`, in place.
 
     Equivalent to
-        g = torch.einsum("bsm,bsn->bmn", grad_output, input)[:, index]  # never exists: a tile of a sample at a time
+        g = torch.einsum("bsm,bsn->bmn", grad_output, input)[:, index]  # only a tile of a sample exists at a time
         total += g.square().sum(0); norms += g.square().flatten(1).sum(1)
 
     Args:
         grad_output ([B, S, M], fp32, fp64, bf16, fp16): gradient of the layer's output, of the sum of the per-sample
-            losses. A token whose row is all zeros counts as padding, whatever its input holds: ragged samples are
-            padded with zeros.
+            losses. A token whose row is all zeros counts as padding, whatever its input: pad ragged samples with zeros.
         input ([B, S, N], same dtype): the layer's input.
         total ([M, N], or index.compact_shape; fp32, fp64 for fp64 activations): changed in place; None: not wanted.
         norms ([B], dtype of total): changed in place; None: not wanted.
-        index: positions in the [M, N] weight; None for the whole of it.
+        index: positions in the [M, N] weight; None for all of it.
 
-    Numerics: products and squares in the dtype of total; norms are summed in fp64, but for runs of a few squares.
+    Numerics: products and squares in the dtype of total; norms are summed in fp64, except for runs of a few squares.
     Deterministic.
     Cost: 2*B*S*M*N operations, or 2*B*S*K where few elements are selected; one read and write of total for a chunk of
     about 1024 tokens on the CPU, for all of them on a GPU. Copies: of the chunk, packed; on a GPU, with elements
-    selected, both activations transposed, or an int32 map of M*N places.
+    selected, both activations transposed, or an int32 map of M*N entries.
 
     Raises:
         ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
+
+    Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
+        arXiv
+    1510.01799.
+
+    Example:
+        >>> grad_output, input = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]])
+        >>> total, norms = torch.zeros(1, 2), torch.zeros(2)
+        >>> sk.ops.fisher_linear_(grad_output, input, total, norms)
+        >>> total, norms
+        (tensor([[9., 4.]]), tensor([9., 4.]))
     """
     _check_activation("grad_output", grad_output, dims=3)
     _check_activation("input", input, like=grad_output, dims=3)
@@ -93,7 +112,7 @@ def fisher_embedding_(
     padding_idx: int | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """Add the squared per-sample gradients of an Embedding's table to `total`, their sums over it to `norms`.
+    """Add the squared per-sample gradients of an Embedding's table to `total`, their sums over it to `norms`, in place.
 
     Equivalent to
         g = torch.zeros(B, V, D)
@@ -105,15 +124,27 @@ def fisher_embedding_(
         ids ([B, S], int32 or int64): the looked-up rows, any order, with duplicates; in [0, V).
         total ([V, D], or index.compact_shape; fp32, fp64 for fp64 gradients): changed in place; None: not wanted.
         norms ([B], dtype of total): changed in place; None: not wanted.
-        index: positions in the [V, D] table; None for the whole of it.
+        index: positions in the [V, D] table; None for all of it.
         padding_idx: tokens with this id contribute nothing, as in `torch.nn.Embedding`.
 
     Numerics: tokens of one id are summed in their order, in the dtype of total; norms in fp64. Deterministic.
     Cost: a sort of the B*S ids, one read of grad_output, one read and write of a row of total for each id and sample.
 
     Raises:
-        ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then. An id outside of a total
-        of whole rows is found too, by the CPU kernel as a RuntimeError.
+        ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
+        RuntimeError: an id outside a total of whole rows (CPU kernel).
+
+    Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
+        arXiv
+    1510.01799.
+
+    Example:
+        >>> total, norms = torch.zeros(3, 1), torch.zeros(1)
+        >>> sk.ops.fisher_embedding_(torch.ones(1, 3, 1), torch.tensor([[2, 0, 2]]), total, norms)
+        >>> total, norms
+        (tensor([[1.],
+                [0.],
+                [4.]]), tensor([5.]))
     """
     _check_activation("grad_output", grad_output, dims=3)
     if ids.shape != grad_output.shape[:2] or ids.dtype not in (torch.int32, torch.int64):
@@ -141,7 +172,7 @@ def fisher_vector_(
     *,
     backend: Backend | None = None,
 ) -> None:
-    """Add the squared per-sample gradients of a bias, or of a norm's weight, to `total`, their sums to `norms`.
+    """Add the squared per-sample gradients of a bias or a norm's weight to `total`, their sums to `norms`, in place.
 
     Equivalent to
         g = (grad_output * input).sum(1)[:, index]  # [B, M]; input None stands for ones: a bias
@@ -149,15 +180,26 @@ def fisher_vector_(
 
     Args:
         grad_output ([B, S, M], fp32, fp64, bf16, fp16): of the output, of the sum of the per-sample losses.
-        input ([B, S, M], same dtype): for the weight of a norm, what it multiplies; None for a bias.
+        input ([B, S, M], same dtype): for the weight of a norm, its factor; None for a bias.
         total ([M], or [K] with an index; fp32, fp64 for fp64 activations): changed in place; None: not wanted.
         norms ([B], dtype of total): changed in place; None: not wanted.
-        index: positions in the [M] parameter; None for the whole of it.
+        index: positions in the [M] parameter; None for all of it.
 
-    Numerics: summed over tokens in the dtype of total; norms in fp64. Deterministic. Cost: one read of the activations.
+    Numerics: summed over tokens in the dtype of total; norms in fp64. Deterministic.
+    Cost: one read of the activations.
 
     Raises:
         ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
+
+    Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
+        arXiv
+    1510.01799.
+
+    Example:
+        >>> total = torch.zeros(2)
+        >>> sk.ops.fisher_vector_(torch.tensor([[[1.0, 2.0], [1.0, 1.0]]]), total=total)  # of a bias
+        >>> total
+        tensor([4., 9.])
     """
     _check_activation("grad_output", grad_output, dims=3)
     if input is not None:
@@ -179,7 +221,7 @@ def _selected(index: Index | None) -> tuple[Tensor | None, bool]:
 
 
 def _bump(*sums: Tensor | None) -> None:
-    """Ops made by hand do not tell autograd that they write."""
+    """Ops defined by hand do not increment versions themselves."""
     torch.autograd.graph.increment_version([x for x in sums if x is not None])
 
 
@@ -201,14 +243,14 @@ def _check_sum(name: str, x: Tensor, shape: torch.Size, activation: Tensor) -> N
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, and autograd does not see this write; detach it")
+        raise ValueError(f"{name} requires grad, but autograd does not record this write; detach it")
 
 
 def _check_sums(
     activation: Tensor, shape: torch.Size, total: Tensor | None, norms: Tensor | None, index: Index | None
 ) -> None:
     if index is not None and index.shape != shape:
-        raise ValueError(f"the index was made for shape {list(index.shape)}, the activations make {list(shape)}")
+        raise ValueError(f"the index was made for shape {list(index.shape)}, the activations give {list(shape)}")
     if index is not None and index.positions.device != activation.device:
         raise ValueError(f"the index is on {index.positions.device}, the activations on {activation.device}")
     if total is not None:

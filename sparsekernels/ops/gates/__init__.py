@@ -1,7 +1,7 @@
 """Stochastic gates on rows and columns of frozen weights.
 
-A gate is max(0, min(1, s)) for a random s whose centre its logit moves. Draws are a function of (key, stream, number of
-the gate) alone: whoever has the key draws them again, on any device, and nothing about them is stored.
+A gate is max(0, min(1, s)) for a random s whose centre its logit moves. A draw depends only on (key, stream, number of
+the gate): it can be repeated from the key, on any device, so draws are never stored.
 """
 
 from __future__ import annotations
@@ -25,32 +25,40 @@ def gate_values(
     stream: int = 0,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a gate for each logit, and its derivative.
+    """Draw a gate for each logit, with its derivative; the logits are not changed.
 
-    Equivalent, with u0, u1 = uniform(0, 1) and without a key u0 = u1 = the centre, to
+    Equivalent, with u0, u1 = uniform(0, 1); without a key s is its centre, the same without the noise term
         stg:            s = logits + 0.5 + noise * sqrt(-2 * log(u0)) * cos(2 * pi * u1)
         finegates:      the same of tanh(logits)
-        hard_concrete:  s = 1.2 * sigmoid((log(u0) - log(1 - u0) + logits) / noise) - 0.1; no noise: sigmoid(logits)
+        hard_concrete:  s = 1.2 * sigmoid((log(u0) - log(1 - u0) + logits) / noise) - 0.1; no key: sigmoid(logits)
         values, slopes = s.clamp(0, 1), torch.where((s > 0) & (s < 1), ds_dlogits, 0)
 
     Args:
         logits ([n], fp32 or fp64): not changed. mu of stg, its artanh of finegates, log alpha of hard_concrete.
         kind: "stg", "finegates" or "hard_concrete".
         noise: > 0; sigma of the normal noise, or the temperature beta of hard_concrete.
-        key ([1], int64, on the device of logits): the key of Philox4x32-10; gate i takes the first two words of counter
+        key ([1], int64, on the device of logits): the key of Philox4x32-10; gate i uses the first two words of counter
             (i, stream), u = ((word >> 9) + 0.5) * 2**-23. None: no noise, as in evaluation.
         stream: in [0, 2**32); other streams give other draws under the same key.
 
     Returns:
         ([n], [n]), dtype of logits: values in [0, 1], and their derivatives by the logits, 0 where clamped.
 
-    Numerics: in the dtype of logits. Deterministic; other backends may differ in the last places of a value.
-    Cost: arithmetic, some 70 integer and 50 floating operations a gate.
-    Source: STG, Yamada et al., arXiv 1810.04247; FineGates, Svirsky et al., arXiv 2412.12951; L0, Louizos et al., arXiv
-    1712.01312, for hard_concrete.
+    Numerics: in the dtype of logits. Deterministic; backends may differ in the last digits of a value.
+    Cost: arithmetic, about 70 integer and 50 floating-point operations per gate.
 
     Raises:
         ValueError: kind, noise, stream, shapes, dtypes or devices do not fit.
+
+    Source: STG, Yamada et al., arXiv 1810.04247; FineGates, Svirsky et al., arXiv 2412.12951; L0, Louizos et al., arXiv
+    1712.01312, for hard_concrete.
+
+    Example:
+        >>> sk.ops.gate_values(torch.tensor([-1.0, 0.0, 1.0]), kind="stg", noise=0.5)
+        (tensor([0.0000, 0.5000, 1.0000]), tensor([0., 1., 0.]))
+        >>> drawn, _ = sk.ops.gate_values(torch.zeros(1000), kind="stg", noise=0.5, key=torch.tensor([7]))
+        >>> 0.45 < float(drawn.mean()) < 0.55
+        True
     """
     number = check_noise(kind, noise, key, stream, logits.device)
     check_logits("logits", logits)
@@ -61,7 +69,7 @@ def gate_values(
 def gate_probabilities(
     logits: Sequence[Tensor], *, kind: Kind, noise: float, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute the probability of each gate to be more than 0 under its noise, and its derivative, over a list.
+    """Compute the probability that each gate is above 0 under its noise, with its derivative, over a list.
 
     Equivalent to
         stg:            p = Phi((torch.cat(logits) + 0.5) / noise), Phi being the normal distribution function
@@ -69,22 +77,28 @@ def gate_probabilities(
         hard_concrete:  p = sigmoid(torch.cat(logits) - noise * log(0.1 / 1.1))
 
     Args:
-        logits (each [n], fp32 or fp64, all of one dtype): one vector at least; not changed.
+        logits (each [n], fp32 or fp64, all of one dtype): at least one vector; not changed.
         kind, noise: as in gate_values.
 
     Returns:
-        ([sum n], [sum n]), dtype of logits: probabilities, the vectors one after another, and dp/dlogits.
+        ([sum n], [sum n]), dtype of logits: probabilities, the vectors concatenated, and dp/dlogits.
 
-    Numerics: in the dtype of logits; absolute errors of a few units of 1. Deterministic.
+    Numerics: in the dtype of logits; absolute errors of a few units in the last place of 1. Deterministic.
     Cost: one read of logits, two writes of their size; one launch on the CPU, one for each vector on a GPU.
-    Source: as of gate_values; the sum of these is the L0 penalty of all three papers.
 
     Raises:
         ValueError: no logits, or kind, noise, shapes, dtypes or devices do not fit.
+
+    Source: as of gate_values; the sum of these is the L0 penalty of all three papers.
+
+    Example:
+        >>> p, slopes = sk.ops.gate_probabilities([torch.tensor([-0.5]), torch.zeros(2)], kind="stg", noise=0.5)
+        >>> p
+        tensor([0.5000, 0.8413, 0.8413])
     """
     logits = list(logits)
     if not logits:
-        raise ValueError("logits is empty: give at least one vector")
+        raise ValueError("logits is empty: pass at least one vector")
     number = check_noise(kind, noise, None, 0, logits[0].device)
     for i, each in enumerate(logits):
         check_logits(f"logits[{i}]", each)
@@ -111,30 +125,39 @@ def gated_weight(
     column_group: int = 1,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Multiply a weight and its bias by gates on rows and columns, drawn on the way; neither argument changes.
+    """Multiply a weight and its bias by gates on rows and columns, drawn in the same pass; neither is changed.
 
     Equivalent, with `gate = lambda logits, stream: gate_values(logits, ..., stream=stream)[0]`, to
         z_r, z_c = gate(rows, 0), gate(columns, 1).repeat_interleave(column_group)
         return (weight * z_r[:, None] * z_c).to(dtype), (bias * z_r).to(dtype)
 
     Args:
-        weight ([M, N], or [N, M] if transposed, as in Conv1D; fp32, fp64, bf16, fp16).
-        bias ([M], dtype of weight): multiplied by the gates of the rows. None: there is none.
+        weight ([M, N], or [N, M] if transposed, as in Conv1D; fp32, fp64, bf16, fp16): not changed.
+        bias ([M], dtype of weight): multiplied by the gates of the rows. None: no bias.
         rows ([M], fp32; fp64 for fp64 weights): logits of gates on outputs; None: not gated.
         columns ([N / column_group], likewise): logits of gates on inputs; None: not gated.
-        kind, noise, key: as in gate_values, of which rows are stream 0 and columns stream 1.
+        kind, noise, key: as in gate_values; rows use stream 0, columns stream 1.
         transposed: whether weight is stored as [N, M].
-        dtype: of the results, fp32, fp64, bf16 or fp16; None: that of weight. bf16 is what autocast would make of them.
-        column_group: neighbouring columns that share a gate.
+        dtype: of the results, fp32, fp64, bf16 or fp16; None: that of weight. Use bf16 for what autocast would cast to
+            bf16.
+        column_group: number of neighbouring columns that share a gate.
 
     Returns:
-        (shape of weight, [M] or None), in `dtype`, contiguous, in memory of their own.
+        (shape of weight, [M] or None), in `dtype`, contiguous, in new memory.
 
     Numerics: products in fp32 (fp64 for an fp64 weight), rounded once. Deterministic.
     Cost: one read of weight, one write of the result. Scratch: M + N gates on the CPU; none on a GPU.
 
     Raises:
         ValueError: kind, noise, shapes, groups, dtypes or devices do not fit.
+
+    Source: FineGates (Svirsky et al., arXiv 2412.12951); gating the weight instead of activations is ours.
+
+    Example:
+        >>> rows = torch.tensor([2.0, -2.0])  # the first open, the second shut
+        >>> sk.ops.gated_weight(torch.ones(2, 3), torch.ones(2), rows, kind="stg", noise=0.5)
+        (tensor([[1., 1., 1.],
+                [0., 0., 0.]]), tensor([1., 0.]))
     """
     number = check_noise(kind, noise, key, 0, weight.device)
     check_matrix("weight", weight)
@@ -173,30 +196,36 @@ def gate_gradient(
     """Compute the gradients of gates from the activations on their side of a Linear, and that of a gated bias.
 
     Equivalent, with `z, slopes = gate_values(logits, ...)`, to
-        of_values = (a * b).sum(0).unflatten(0, (-1, group)).sum(1) / z  # 0 where z is, whatever a and b hold
+        of_values = (a * b).sum(0).unflatten(0, (-1, group)).sum(1) / z  # 0 where z is, whatever a and b are
         gradient = slopes * of_values  # 0 where slopes are, likewise
         scaled_sum = z.repeat_interleave(group) * a.sum(0)  # 0 where z is
 
-    For y = F.linear(x, *gated_weight(...)): of the rows a, b = dy, y; of the columns a, b = x, dy @ W', with W' the
-    gated weight. Either product holds the gate as a factor, hence the division.
+    For y = F.linear(x, *gated_weight(...)): for the rows a, b = dy, y; for the columns a, b = x, dy @ W', with W' the
+    gated weight. Either product has the gate as a factor, hence the division.
 
     Args:
-        a ([T, W], fp32, fp64, bf16, fp16; W = n * group): not changed. Rows may lie further apart than W.
+        a ([T, W], fp32, fp64, bf16, fp16; W = n * group): not changed. The row stride may exceed W.
         b (like a): not changed.
         logits ([n], fp32 or fp64): of the gates; not changed.
-        kind, noise, key, stream: what the gates were drawn with.
-        group: neighbours that share a gate.
+        kind, noise, key, stream: those the gates were drawn with.
+        group: number of neighbours that share a gate.
 
     Returns:
         ([n], [n], [W]), dtype of logits: the gradient of the logits; that of the values of the gates, also where they
         are clamped at 1 (its square is their Fisher information); for a = dy, the gradient of the bias.
 
-    Numerics: products and sums of 64 tokens in fp32 (fp64 for fp64), those of them in fp64. Deterministic, no atomics.
-    Cost: one read of a and b; T/64 partial sums of both. Copies: of activations whose columns do not lie side by side.
-    Source: ours; the gates as of gate_values.
+    Numerics: products and sums of 64 tokens in fp32 (fp64 for fp64), sums of those in fp64. Deterministic, no atomics.
+    Cost: one read of a and b; T/64 partial sums of both. Copies: of activations whose columns are not contiguous.
 
     Raises:
         ValueError: kind, noise, stream, shapes, group, dtypes or devices do not fit.
+
+    Source: ours; the gates as of gate_values.
+
+    Example:
+        >>> dy, y, logits = torch.ones(4, 2), torch.ones(4, 2), torch.zeros(2)
+        >>> sk.ops.gate_gradient(dy, y, logits, kind="stg", noise=0.5)  # gates are 0.5
+        (tensor([8., 8.]), tensor([8., 8.]), tensor([2., 2.]))
     """
     number = check_noise(kind, noise, key, stream, a.device)
     check_matrix("a", a)

@@ -1,4 +1,4 @@
-"""What the public functions of this family refuse, once for all backends."""
+"""Argument checks of this family's public functions, done once for all backends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = get_args(Kind)
 
 
 def check_noise(kind: str, noise: float, key: Tensor | None, stream: int, device: torch.device) -> int:
-    """The number by which the ops know a kind."""
+    """Check the arguments of a draw; returns the ops' number of the kind."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if not 0 < noise < float("inf"):

@@ -1,4 +1,4 @@
-"""Inside Triton kernels: what one logit and two random words become; csrc/cpu/gate_rule.h is the same."""
+"""Draws of gates from logits and random words, for Triton kernels; csrc/cpu/gate_rule.h is the same."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def tanh(x):
 
 @triton.jit
 def uniform(word, like):
-    """A number from (0, 1), exact in fp32."""
+    """A number in (0, 1), exact in fp32."""
     return ((word >> 9).to(tl.int32).to(like.dtype) + 0.5) * 1.1920928955078125e-07
 
 
 @triton.jit
 def number_of(noise, IN_MEMORY: tl.constexpr):
-    """A float argument is fp32: gates in fp64 have theirs in memory."""
+    """A float argument is fp32: for gates in fp64 it is in memory."""
     if IN_MEMORY:
         return tl.load(noise)
     else:
@@ -102,7 +102,7 @@ def draw_gates(x, i, noise, key, stream, KIND: tl.constexpr):
 
 @triton.jit
 def open_gates(x, noise, KIND: tl.constexpr):
-    """The chance of gates to be more than 0, and its derivative."""
+    """The probability that gates are above 0, and its derivative."""
     if KIND == HARD_CONCRETE:
         share = sigmoid(x - noise * -2.3978952727983707)  # ln(0.1 / 1.1)
         return share, share * (1.0 - share)

@@ -10,7 +10,7 @@ from ..backend import Backend, select
 
 
 def gather(source: Tensor, index: Index, *, backend: Backend | None = None) -> Tensor:
-    """Read the selected elements or rows of `source` into a new compact tensor.
+    """Read the selected elements or rows of `source` into a new compact tensor; `source` is not changed.
 
     Equivalent to `source.reshape(-1)[index.positions]`, or `source[index.positions]` for rows.
 
@@ -21,28 +21,48 @@ def gather(source: Tensor, index: Index, *, backend: Backend | None = None) -> T
     Returns:
         (index.compact_shape, dtype of source).
 
-    Numerics: exact copies. Cost: reads K positions and one 64-byte line per scattered element, writes K * itemsize.
+    Numerics: exact copies. Deterministic.
+    Cost: reads K positions and one 64-byte line per scattered element, writes K * itemsize.
 
     Raises:
         ValueError: source has another shape or device than the index, or is not contiguous.
+
+    Source: ours.
+
+    Example:
+        >>> sk.ops.gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), sk.Index(torch.tensor([0, 3]), (2, 2)))
+        tensor([1., 4.])
     """
     _check("source", source, index)
     return select("gather", source.device.type, backend)(source, index.positions, index.rows)
 
 
 def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend | None = None) -> Tensor:
-    """Write `values` over the selected elements or rows of `target`; everything else keeps its bits.
+    """Overwrite the selected elements or rows of `target` with `values`; everything else keeps its bits.
 
     Equivalent to `target.view(-1)[index.positions] = values.to(target.dtype)`.
 
     Args:
         target (index.shape, floating): contiguous; changed in place.
-        values (index.compact_shape, floating): cast to the dtype of target, rounding to nearest even.
+        index: positions on the device of `target`.
+        values (index.compact_shape, floating): cast to the dtype of target, rounding to nearest even; not changed.
 
-    Returns: target. Cost: as `gather`, with each touched line read and written.
+    Returns:
+        target.
+
+    Numerics: rounded once. Deterministic.
+    Cost: as `gather`, with each touched line read and written.
 
     Raises:
-        ValueError: shapes, devices or contiguity do not fit; nothing is written then.
+        ValueError: shapes, devices or contiguity do not fit, or target requires grad; nothing is written then.
+
+    Source: ours.
+
+    Example:
+        >>> index = sk.Index(torch.tensor([0, 3]), (2, 2))
+        >>> sk.ops.scatter_(torch.zeros(2, 2), index, torch.tensor([1.0, 4.0]))
+        tensor([[1., 0.],
+                [0., 4.]])
     """
     _check("target", target, index)
     _check_values(values, target, index)
@@ -67,4 +87,4 @@ def _check_values(values: Tensor, target: Tensor, index: Index) -> None:
     if values.device != target.device:
         raise ValueError(f"values are on {values.device}, target on {target.device}")
     if target.requires_grad and torch.is_grad_enabled():
-        raise ValueError("target requires grad and autograd does not see this write; use torch.no_grad() or detach()")
+        raise ValueError("target requires grad, but autograd does not record this write; use no_grad() or detach()")

@@ -16,7 +16,7 @@ ALTERNATIVES = {"less": -1, "two-sided": 0, "greater": 1}
 
 
 class KsResult(NamedTuple):
-    """What `scipy.stats.ks_2samp` returns, with one entry for each row; see `ks_2samp`."""
+    """The result of `scipy.stats.ks_2samp`, with one entry for each row; see `ks_2samp`."""
 
     statistic: Tensor
     pvalue: Tensor
@@ -32,35 +32,47 @@ def ks_2samp(
     *,
     backend: Backend | None = None,
 ) -> KsResult:
-    """Test, row by row, whether two samples come from the same distribution.
+    """Test, row by row, whether two samples come from the same distribution (Kolmogorov-Smirnov).
 
-    Equivalent to `[scipy.stats.ks_2samp(a, b, alternative, method) for a, b in zip(x, y)]`, but that differences of
-    distribution functions are compared as integers: where scipy's rounding decides between equal ones, the first does.
+    Equivalent to `[scipy.stats.ks_2samp(a, b, alternative, method) for a, b in zip(x, y)]`, except that differences of
+    distribution functions are compared as integers: between equal ones the first is taken, where scipy's depends on
+    rounding.
 
     Args:
-        x ([R, N], fp32, fp64, bf16 or fp16): one sample a row; not changed. Infinities are numbers, -0.0 equals 0.0.
+        x ([R, N], fp32, fp64, bf16 or fp16): one sample per row; not changed. Infinities are numbers, -0.0 equals 0.0.
         y ([R, M], same dtype): the other samples; not changed.
-        alternative: "greater" asks how far x's distribution function exceeds y's, "less" how far it falls below,
-            "two-sided" takes the larger of the two.
-        method: "exact" p-values, "asymp"-totic ones, or "auto": exact while neither N nor M exceeds 10,000.
+        alternative: "greater" measures how far x's distribution function exceeds y's, "less" how far it falls below,
+            "two-sided" the larger of the two.
+        method: "exact" p-values, "asymp" for asymptotic ones, or "auto": exact if neither N nor M exceeds 10,000.
 
     Returns:
-        statistic (fp64), pvalue (fp64), statistic_location (dtype of x) and statistic_sign (int8), each [R]. Of values
-        where the difference is largest, the location is the lowest in x, or else in y. A row that holds NaN gets NaN,
-        and 0 for a sign; so do all rows, with a RuntimeWarning, if N or M is 0.
+        KsResult of statistic (fp64), pvalue (fp64), statistic_location (dtype of x) and statistic_sign (int8), each
+        [R]. If the difference is largest at several values, the location is the lowest of them in x, or else in y. A
+        row with NaN gets NaN, and sign 0; so do all rows, with a RuntimeWarning, if N or M is 0.
 
-    Numerics: statistics are integers divided by lcm(N, M). Exact p-values are as good down to 1e-300. They are given up
-    for asymptotic ones, with a RuntimeWarning, where N != M, and lcm(N, M) / gcd(N, M) exceeds 2^31 or, one-sided, the
-    number of paths C(N + M, N) overflows; scipy gives up in some more cases. Deterministic.
+    Numerics: statistics are integers divided by lcm(N, M). Exact p-values are accurate down to 1e-300. Asymptotic ones
+        are
+    returned instead, with a RuntimeWarning, if N != M and either lcm(N, M) / gcd(N, M) exceeds 2^31 or, one-sided, the
+    number of paths C(N + M, N) overflows; scipy does so in some more cases. Deterministic.
     Cost: R*(N + M) reads. On the CPU, four passes over samples in the cache and the sorting of a few buckets; values
-    spread over many magnitudes, or rows that are permuted, take up to eight times as long. In Triton one sort on the
-    chip for N + M <= 8192; longer rows and fp64 are sorted by torch. p-values are computed on the host, one for each
-    distinct statistic: from a table if N = M; else in (N + M)*min(N, M)*statistic steps, for up to 64 of them at once,
-    where scipy is faster if they are few.
+    spread over many magnitudes, or permuted rows, take up to eight times as long. In Triton one sort on the chip for
+    N + M <= 8192; longer rows and fp64 are sorted by torch. p-values are computed on the host, one for each distinct
+    statistic: from a table if N = M; else in (N + M)*min(N, M)*statistic steps, for up to 64 of them at once, where
+        scipy
+    is faster if they are few.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or alternative or method is unknown. RuntimeError: a backend
-            asked for by name is not there.
+        ValueError: shapes, dtypes or devices do not fit, or alternative or method is unknown.
+        RuntimeError: the named backend is not available.
+
+    Source: Hodges, The significance probability of the Smirnov two-sample test, 1958; as scipy.stats.ks_2samp defines
+        it.
+
+    Example:
+        >>> x = torch.arange(6.0).expand(2, 6)
+        >>> result = sk.ops.ks_2samp(x, torch.stack([x[0].flip(0), x[0] + 10]))
+        >>> result.statistic, result.pvalue
+        (tensor([0., 1.], dtype=torch.float64), tensor([1.0000, 0.0022], dtype=torch.float64))
     """
     _check(x, y)
     if alternative not in ALTERNATIVES:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-MOST_AUTO = 10_000  # method="auto" is exact for samples of at most so many
+MOST_AUTO = 10_000  # method="auto" is exact for samples up to this size
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

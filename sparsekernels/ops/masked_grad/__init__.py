@@ -1,4 +1,4 @@
-"""Weight gradients at selected positions only; the dense gradient never exists as a whole."""
+"""Weight gradients at selected positions only; the dense gradient is never formed as a whole."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ...index import Index
 from ..backend import Backend, in_full_precision, select
 from ..common.arguments import accumulation_dtype, check_floating
 
-# Past one element in so many a dense product, a block of rows at a time, is faster than one dot product for each
-# element (measured on two cores of Zen 4: 512 tokens, 2048 x 2048). An int, for torch.compile(dynamic=True) makes a
-# float an input of the graph, and fails where the backward of a second layer reads it.
+# Above one element in this many, a dense product, a block of rows at a time, is faster than one dot product for each
+# element (measured on two cores of Zen 4: 512 tokens, 2048 x 2048). An int, because torch.compile(dynamic=True)
+# turns a float into an input of the graph, and fails if the backward of a second layer reads it.
 DENSE_ABOVE_ONE_IN = 4
 
 
@@ -23,27 +23,37 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
 
     Args:
         grad_output ([T, M], fp32, fp64, bf16, fp16): gradient of the layer's output; leading dimensions are flattened.
-        input ([T, N], same dtype): the layer's input.
+            Not changed.
+        input ([T, N], same dtype): the layer's input; not changed.
         index: positions in the [M, N] weight.
 
     Returns:
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
-    Numerics: products accumulate in the dtype returned (rows: in the matmul's own), and where a GPU takes the dense
-    product as torch's matmul does, TF32 if that is allowed. Elements are deterministic.
-    Cost: elements: 2*T*K operations and a transposed copy of both inputs (on the CPU a block of tokens at a time).
-    Where many are selected, the dense product, a block of rows at a time, is cheaper: on the CPU past a quarter of all
-    elements, unless a backend is named or torch.compile traces; on a GPU past 1 of 256 (bf16, fp16) or of 32, or more
-    if tokens are few. Rows: a matmul with the selected columns of grad_output, 2*T*R*N operations, on every backend.
+    Numerics: products accumulate in the dtype returned (rows: in the matmul's own); if a GPU computes the dense
+        product,
+    as torch's matmul does, with TF32 if that is allowed. Elements are deterministic.
+    Cost: elements: 2*T*K operations and a transposed copy of both inputs (on the CPU a block of tokens at a time). If
+        many
+    are selected, the dense product, a block of rows at a time, is faster: on the CPU past a quarter of all elements,
+    unless a backend is named or torch.compile traces; on a GPU past 1 of 256 (bf16, fp16) or of 32, or more if tokens
+    are few. Rows: a matmul with the selected columns of grad_output, 2*T*R*N operations, on every backend.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
+
+    Source: ours.
+
+    Example:
+        >>> grad_output, input = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
+        >>> sk.ops.masked_grad_linear(grad_output, input, sk.Index(torch.tensor([0, 5]), (2, 3)))
+        tensor([ 3., 10.])
     """
     grad_output, input = grad_output.flatten(0, -2), input.flatten(0, -2)
     expected = torch.Size((grad_output.shape[1], input.shape[1]))
     if index.shape != expected or grad_output.shape[0] != input.shape[0]:
         raise ValueError(
-            f"grad_output {list(grad_output.shape)} and input {list(input.shape)} make a weight of {list(expected)}, "
+            f"grad_output {list(grad_output.shape)} and input {list(input.shape)} give a weight of {list(expected)}, "
             f"the index was made for {list(index.shape)}"
         )
     if grad_output.dtype != input.dtype:
@@ -54,7 +64,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
         with in_full_precision(input):
             return (selected.T @ input).to(accumulation_dtype(input.dtype))
     if backend is None and input.device.type == "cpu" and DENSE_ABOVE_ONE_IN * len(index) > index.shape.numel():
-        backend = None if torch.compiler.is_compiling() else "reference"  # which reads positions on the host
+        backend = None if torch.compiler.is_compiling() else "reference"  # it reads positions on the host
     run = select("masked_grad_linear", input.device.type, backend)
     return run(grad_output.contiguous(), input.contiguous(), index.positions)
 
@@ -67,7 +77,7 @@ def masked_grad_embedding(
     Equivalent to `zeros(V, D).index_add_(0, ids, grad_output)[index.positions]`, without the [V, D] table.
 
     Args:
-        grad_output ([T, D], fp32, fp64, bf16 or fp16): leading dimensions are flattened.
+        grad_output ([T, D], fp32, fp64, bf16 or fp16): leading dimensions are flattened. Not changed.
         ids ([T], int32 or int64): the looked-up rows, any order, with duplicates.
         index: positions in the [V, D] table.
         padding_idx: tokens with this id contribute nothing, as in `torch.nn.Embedding`.
@@ -76,10 +86,17 @@ def masked_grad_embedding(
         (index.compact_shape, fp32; fp64 for fp64 gradients).
 
     Numerics: duplicates are summed in the order of the tokens, in the dtype returned. Deterministic.
-    Cost: T lookups in the positions, and one read of grad_output for each token that hits a selected row.
+    Cost: T lookups in the positions, and one read of grad_output for each token of a selected row.
 
     Raises:
-        ValueError: shapes or devices do not fit each other.
+        ValueError: shapes, dtypes or devices do not fit each other.
+
+    Source: ours.
+
+    Example:
+        >>> ids, index = torch.tensor([4, 1, 4]), sk.Index(torch.tensor([4]), (5, 2), rows=True)
+        >>> sk.ops.masked_grad_embedding(torch.ones(3, 2), ids, index)
+        tensor([[2., 2.]])
     """
     grad_output, ids = grad_output.flatten(0, -2), ids.flatten()
     if len(index.shape) != 2 or grad_output.shape != (ids.shape[0], index.shape[1]):

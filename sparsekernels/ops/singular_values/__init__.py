@@ -1,4 +1,4 @@
-"""Gradients of singular values: what moving along each of them alone does to the loss, without any R x R product."""
+"""Gradients of singular values: the derivative of the loss by each of them alone, without any R x R product."""
 
 from __future__ import annotations
 
@@ -9,27 +9,34 @@ from ..common.arguments import accumulation_dtype, check_floating, packed
 
 
 def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend | None = None) -> Tensor:
-    """Compute the gradient of the singular values of weights, from the gradient of the weights.
+    """Compute the gradient of the singular values of weights from the gradient of the weights.
 
     Equivalent to `torch.diagonal(u.mT @ grad.to(u.dtype) @ v, dim1=-2, dim2=-1)`, without the R x R product.
 
     Args:
         grad ([L, M, N] or, of one matrix, [M, N]; fp32, fp64, bf16, fp16): gradient of the weights; not changed.
-        u ([L, M, R] or [M, R]; fp32, fp64 for an fp64 gradient): left singular vectors, one a column; not changed.
-        v ([L, N, R] or [N, R], dtype of u): right singular vectors; not changed. Of `torch.linalg.svd`'s Vh, pass
-            `Vh.mT`. R is any number of pairs, in any order; nothing is asked of them, not even that they have length 1.
+        u ([L, M, R] or [M, R]; fp32, fp64 for an fp64 gradient): left singular vectors, one per column; not changed.
+        v ([L, N, R] or [N, R], dtype of u): right singular vectors; not changed. For `torch.linalg.svd`'s Vh, pass
+            `Vh.mT`. R is any number of pairs, in any order; they need not be orthogonal or of length 1.
 
     Returns:
         ([L, R] or [R], dtype of u): sum over m, n of u[m, i] * grad[m, n] * v[n, i].
 
-    Numerics: products in the dtype of u, each summed over N, on a GPU by torch's matmul; sums over M in fp64, but for
+    Numerics: products in the dtype of u, each summed over N, on a GPU by torch's matmul; sums over M in fp64, except
+        for
     runs of eight on the CPU and of a block on a GPU. Deterministic.
     Cost: 2*L*M*N*R operations, one read of grad. Copies on the CPU: of v, packed, one matrix at a time or as many as
-    fit 16 MiB; on a GPU, one matrix at a time: `grad @ v`, and of grad in fp32, if it is in halves.
-    Source: Sreeram et al., Compress to Impress, arXiv 2510.20800.
+    fit 16 MiB; on a GPU, one matrix at a time: `grad @ v`, and of a half-precision grad in fp32.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
+
+    Source: Sreeram et al., Compress to Impress, arXiv 2510.20800.
+
+    Example:
+        >>> grad, eye = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.eye(2)
+        >>> sk.ops.singular_value_grad(grad, u=eye, v=eye)
+        tensor([1., 4.])
     """
     check_floating("grad", grad)
     if grad.dim() not in (2, 3):
@@ -52,36 +59,43 @@ def singular_value_grad_linear(
     per_sample: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Compute the gradient of the singular values of a Linear's weight, straight from its activations.
+    """Compute the gradient of the singular values of a Linear's weight directly from its activations.
 
     Equivalent to
         out = ((grad_output.to(u.dtype) @ u) * (input.to(u.dtype) @ v)).sum(1)  # [B, R]; neither factor is kept
         return out if per_sample else out.sum(0)
 
     Args:
-        grad_output ([B, S, M], fp32, fp64, bf16, fp16): gradient of the layer's output; ragged samples are padded with
-            zeros. Not changed. [T, M] without per_sample.
+        grad_output ([B, S, M], fp32, fp64, bf16, fp16): gradient of the layer's output; pad ragged samples with zeros.
+            Not changed. [T, M] without per_sample.
         input ([B, S, N] or [T, N], same dtype): the layer's input; not changed.
-        u ([M, R], fp32, fp64 for fp64 activations): left singular vectors of the weight, one a column; not changed.
-        v ([N, R], dtype of u): right singular vectors; not changed. Of `torch.linalg.svd`'s Vh, pass `Vh.T`.
-        per_sample: give each sample its own gradient. That needs grad_output of the sum of the per-sample losses.
+        u ([M, R], fp32, fp64 for fp64 activations): left singular vectors of the weight, one per column; not changed.
+        v ([N, R], dtype of u): right singular vectors; not changed. For `torch.linalg.svd`'s Vh, pass `Vh.T`.
+        per_sample: return each sample's own gradient; grad_output must be that of the sum of the per-sample losses.
 
     Returns:
         ([R], or [B, R] with per_sample; dtype of u).
 
     Numerics: products in the dtype of u, each summed over M or N, on a GPU by torch's matmul (bf16 activations there:
-    exact products with the three bf16 parts of fp32 vectors, added up as tensor cores add in fp32; a token that holds
-    infinity gives NaN); sums over tokens in fp64, but for runs of eight on the CPU and of a block on a GPU.
-    Deterministic.
+    exact products with the three bf16 parts of fp32 vectors, summed in fp32 on tensor cores; a token with infinity
+    gives NaN); sums over tokens in fp64, except for runs of eight on the CPU and of a block on a GPU. Deterministic.
     Cost: 2*T*R*(M + N) operations for T = B*S tokens; on a GPU for bf16 three times as many, in bf16. On the CPU,
-    unless per sample, 2*M*N*(T + R) where that is less: then a few rows of the weight's gradient exist at a time.
-    Copies on the CPU, packed: of u and v; or of one of them and of the narrower activation, 16384 tokens at a time. On
-    a GPU: projections, 128 MiB of either activation at a time; for bf16 u and v in half as much again, and three copies
-    of the activation that is projected, 128 MiB at a time.
-    Source: Sreeram et al., Compress to Impress, arXiv 2510.20800; without the gradient of the weight: ours.
+        unless
+    per sample, 2*M*N*(T + R) where that is less: a few rows of the weight's gradient then exist at a time. Copies on
+    the
+    CPU, packed: of u and v; or of one of them and of the narrower activation, 16384 tokens at a time. On a GPU:
+    projections, 128 MiB of either activation at a time; for bf16 also 1.5 times the size of u and v, and three copies
+    of the projected activation, 128 MiB at a time.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
+
+    Source: Sreeram et al., Compress to Impress, arXiv 2510.20800; without the gradient of the weight: ours.
+
+    Example:
+        >>> grad_output, input, eye = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.eye(2)
+        >>> sk.ops.singular_value_grad_linear(grad_output, input, u=eye, v=eye)
+        tensor([3., 8.])
     """
     check_floating("grad_output", grad_output)
     check_floating("input", input)
@@ -112,7 +126,7 @@ def singular_value_grad_linear(
 def _check_vectors(
     name: str, x: Tensor, other: Tensor, other_name: str, lead: tuple[int, ...], rank: int | None
 ) -> None:
-    """`lead` is all of the shape but the number of vectors, which is `rank` where another argument has said it."""
+    """`lead` is the shape without the number of vectors, which must be `rank` unless that is None."""
     if x.dim() != len(lead) + 1 or tuple(x.shape[:-1]) != tuple(lead) or rank not in (None, x.shape[-1]):
         wanted = ", ".join(map(str, (*lead, "R" if rank is None else rank)))
         raise ValueError(

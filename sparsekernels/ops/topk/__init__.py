@@ -10,7 +10,7 @@ from ..backend import Backend, select
 
 
 def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: Backend | None = None) -> list[Tensor]:
-    """Find the k largest entries over all tensors together, without joining them.
+    """Find the k largest entries over all tensors together, without concatenating them; the tensors are not changed.
 
     Equivalent to a stable descending sort of `torch.cat([s.reshape(-1) for s in scores])`, cut at k.
 
@@ -20,14 +20,24 @@ def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: 
         magnitude: compare absolute values; no copy of them is made.
 
     Returns:
-        one int64 tensor for each of `scores`: ascending flat offsets of its entries among the k. Ties at the boundary
-        go to the earlier tensor, then to the lower offset; -0.0 and 0.0 tie. Deterministic.
+        One int64 tensor for each of `scores`: ascending flat offsets of its entries among the k. Ties at the boundary
+        go to the earlier tensor, then to the lower offset; -0.0 and 0.0 tie.
 
-    Cost: radix select: scores are read once to look for NaN, once a digit (16 bits of the dtype on the CPU, 8 in Triton
+    Numerics: exact. Deterministic.
+    Cost: radix select: scores are read once to check for NaN, once per digit (16 bits of the dtype on the CPU, 8 in
+        Triton
     or for fewer than 2^18 scores), and once more to collect. On a GPU the host waits twice, for NaN and the counts.
 
     Raises:
-        ValueError: no tensors, k out of range, mixed dtypes or devices, or NaN (the tensor is named by its place).
+        ValueError: no tensors, k out of range, mixed dtypes or devices, or NaN (the message names the tensor's index).
+
+    Source: ours.
+
+    Example:
+        >>> sk.ops.topk([torch.tensor([1.0, 5.0]), torch.tensor([[4.0, -6.0]])], k=2)
+        [tensor([1]), tensor([0])]
+        >>> sk.ops.topk([torch.tensor([1.0, 5.0]), torch.tensor([[4.0, -6.0]])], k=2, magnitude=True)
+        [tensor([1]), tensor([1])]
     """
     scores = list(scores)
     if not scores:
