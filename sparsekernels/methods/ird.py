@@ -35,6 +35,7 @@ def ird(
     """Select entries by Fisher information, over samples that are themselves selected by their gradient norms.
 
     S = all samples, P = all targets; repeat until |P| = k:
+
         keep in S the samples with the largest squared gradient norm over P, a share `sample_factor` of them;
         keep in P the entries with the largest Fisher information over S, a share `parameter_factor`, never below k.
 

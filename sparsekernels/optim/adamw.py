@@ -23,7 +23,7 @@ from .state import placed_step
 
 
 class SparseAdamW(torch.optim.AdamW):
-    r"""AdamW that updates selected weights only: a drop-in for `torch.optim.AdamW` and `torch.optim.SparseAdam`.
+    """AdamW that updates selected weights only: a drop-in for `torch.optim.AdamW` and `torch.optim.SparseAdam`.
 
     There are three kinds of parameters, recognised by what is passed:
 
@@ -38,22 +38,14 @@ class SparseAdamW(torch.optim.AdamW):
       v before bias correction, as in SparseAdam. With several sparse dimensions, as from `grad.to_sparse()`, a row is
       what one entry of the gradient's indices addresses, down to a single element.
 
-    The rule, defaults, arguments, errors, hooks and `state_dict` are those of `torch.optim.AdamW`. With the gradient
-    :math:`g_t` (negated by `maximize`), for each trained element:
+    The rule, defaults, arguments, errors, hooks and `state_dict` are those of `torch.optim.AdamW`. In step t, with the
+    gradient g (negated by `maximize`), for each element that is trained:
 
-    .. math::
-       \begin{aligned}
-            \theta_t & \leftarrow \theta_{t-1} - \gamma \lambda \theta_{t-1}
-                && \gamma \text{ lr}, \: \lambda \text{ weight\_decay}                                \\
-            m_t & \leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t
-                && \text{exp\_avg}, \: m_0 = 0                                                      \\
-            v_t & \leftarrow \beta_2 v_{t-1} + (1 - \beta_2) g_t^2
-                && \text{exp\_avg\_sq}, \: v_0 = 0                                                  \\
-            u_t & \leftarrow \max(u_{t-1}, v_t) \text{ if amsgrad, else } v_t
-                && \text{max\_exp\_avg\_sq}, \: u_0 = 0                                             \\
-            \theta_t & \leftarrow \theta_t - \gamma \, \frac{m_t / (1 - \beta_1^t)}
-                {\sqrt{u_t / (1 - \beta_2^t)} + \epsilon} &&
-       \end{aligned}
+        theta -= lr * weight_decay * theta
+        exp_avg = beta1 * exp_avg + (1 - beta1) * g
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g**2
+        v = max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq) if amsgrad else exp_avg_sq
+        theta -= lr * (exp_avg / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)
 
     Example:
 

@@ -32,6 +32,7 @@ def fisher_diagonal(
     """Sum, over samples, the square of each sample's own gradient; the model is not changed.
 
     Equivalent to the following in eval mode, but with one batched backward per batch and no per-sample gradient in
+
         memory for sample in samples:  # batches of one
             for name, g in zip(names, torch.autograd.grad(model(**sample).loss, parameters)): fisher[name] += g**2
 

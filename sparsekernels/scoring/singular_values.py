@@ -224,6 +224,7 @@ def singular_value_gradients(
     """Differentiate the mean loss over samples by the singular values of weights; the model is not changed.
 
     Equivalent to the following in eval mode, but without the weight gradient of a Linear or Conv1D
+
         G = the gradient of the mean loss by the weight
         [torch.diagonal(f.u.T @ G[f.rows] @ f.v) for f in factors[matrix]]
 

@@ -58,6 +58,7 @@ def fisher_linear_(
     """Add a Linear's squared per-sample weight gradients to `total`, their sums over the weight to `norms`, in place.
 
     Equivalent to
+
         g = torch.einsum("bsm,bsn->bmn", grad_output, input)[:, index]  # only a tile of a sample exists at a time
         total += g.square().sum(0); norms += g.square().flatten(1).sum(1)
 
@@ -115,6 +116,7 @@ def fisher_embedding_(
     """Add the squared per-sample gradients of an Embedding's table to `total`, their sums over it to `norms`, in place.
 
     Equivalent to
+
         g = torch.zeros(B, V, D)
         for b in range(B): g[b].index_add_(0, ids[b], grad_output[b])  # tokens of one id are summed, then squared
         total += g[:, index].square().sum(0); norms += g[:, index].square().flatten(1).sum(1)
@@ -175,6 +177,7 @@ def fisher_vector_(
     """Add the squared per-sample gradients of a bias or a norm's weight to `total`, their sums to `norms`, in place.
 
     Equivalent to
+
         g = (grad_output * input).sum(1)[:, index]  # [B, M]; input None stands for ones: a bias
         total += g.square().sum(0); norms += g.square().sum(1)
 

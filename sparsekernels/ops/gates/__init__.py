@@ -28,6 +28,7 @@ def gate_values(
     """Draw a gate for each logit, with its derivative; the logits are not changed.
 
     Equivalent, with u0, u1 = uniform(0, 1); without a key s is its centre, the same without the noise term
+
         stg:            s = logits + 0.5 + noise * sqrt(-2 * log(u0)) * cos(2 * pi * u1)
         finegates:      the same of tanh(logits)
         hard_concrete:  s = 1.2 * sigmoid((log(u0) - log(1 - u0) + logits) / noise) - 0.1; no key: sigmoid(logits)
@@ -72,6 +73,7 @@ def gate_probabilities(
     """Compute the probability that each gate is above 0 under its noise, with its derivative, over a list.
 
     Equivalent to
+
         stg:            p = Phi((torch.cat(logits) + 0.5) / noise), Phi being the normal distribution function
         finegates:      the same of tanh(logits)
         hard_concrete:  p = sigmoid(torch.cat(logits) - noise * log(0.1 / 1.1))
@@ -128,6 +130,7 @@ def gated_weight(
     """Multiply a weight and its bias by gates on rows and columns, drawn in the same pass; neither is changed.
 
     Equivalent, with `gate = lambda logits, stream: gate_values(logits, ..., stream=stream)[0]`, to
+
         z_r, z_c = gate(rows, 0), gate(columns, 1).repeat_interleave(column_group)
         return (weight * z_r[:, None] * z_c).to(dtype), (bias * z_r).to(dtype)
 
@@ -196,6 +199,7 @@ def gate_gradient(
     """Compute the gradients of gates from the activations on their side of a Linear, and that of a gated bias.
 
     Equivalent, with `z, slopes = gate_values(logits, ...)`, to
+
         of_values = (a * b).sum(0).unflatten(0, (-1, group)).sum(1) / z  # 0 where z is, whatever a and b are
         gradient = slopes * of_values  # 0 where slopes are, likewise
         scaled_sum = z.repeat_interleave(group) * a.sum(0)  # 0 where z is

@@ -62,6 +62,7 @@ def singular_value_grad_linear(
     """Compute the gradient of the singular values of a Linear's weight directly from its activations.
 
     Equivalent to
+
         out = ((grad_output.to(u.dtype) @ u) * (input.to(u.dtype) @ v)).sum(1)  # [B, R]; neither factor is kept
         return out if per_sample else out.sum(0)
 
