@@ -88,6 +88,9 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.compatibility(
+    "PEFT", "a delta trained inside PEFT, DataParallel, DDP or torch.compile, applied to the plain model", "works"
+)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_delta_trained_inside_a_wrapper_fits_the_plain_model(wrapper: str, tmp_path: Path) -> None:
     model = WRAPPERS[wrapper](plain())
@@ -107,6 +110,7 @@ def test_a_delta_trained_inside_a_wrapper_fits_the_plain_model(wrapper: str, tmp
     assert equal(state(fresh), before)
 
 
+@pytest.mark.compatibility("PEFT", "a delta of the plain model, applied inside a wrapper", "works")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_delta_of_the_plain_model_fits_inside_a_wrapper(wrapper: str) -> None:
     bare = plain()

@@ -131,6 +131,7 @@ def test_what_trains() -> None:
     assert found["classifier.weight"] == (1e-2, 0.1)
 
 
+@pytest.mark.compatibility("torch", "gradient checkpointing under `methods.gates`", "works")
 def test_checkpointing_is_the_same_training() -> None:
     results = []
     for checkpointed in (False, True):

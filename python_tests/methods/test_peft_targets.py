@@ -47,6 +47,7 @@ def test_the_parameters_of_the_model_itself(kind: str) -> None:
     assert not any(adapted.get_parameter(name).requires_grad for name in base_parameters(adapted))
 
 
+@pytest.mark.compatibility("PEFT", "`sift`, `fish` and `ird` on a model with adapters", "works")
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @pytest.mark.parametrize("method", [sift, fish, ird])
 def test_selections_are_of_the_model(method: Any, kind: str) -> None:

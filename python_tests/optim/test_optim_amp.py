@@ -239,6 +239,7 @@ def test_a_tensor_lr_is_followed(form: str) -> None:
     assert torch.equal(run.selected(), plain.selected())
 
 
+@pytest.mark.compatibility("CUDA graphs", "capturing without `capturable=True`", "refused")
 @pytest.mark.parametrize("form", FORMS)
 def test_capturing_without_capturable_is_refused(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run, theirs = Run(form), Run("theirs")

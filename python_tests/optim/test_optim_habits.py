@@ -101,6 +101,7 @@ def test_gradient_accumulation(form: str, device: torch.device) -> None:
     assert_as_adamw(form, loop, device, lr=0.1)
 
 
+@pytest.mark.compatibility("torch", "an optimizer step inside backward", "works")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_per_parameter_inside_backward(form: str, device: torch.device) -> None:
     """An optimizer for each parameter, stepped by a hook as soon as its gradient is there, which is freed then."""
@@ -155,6 +156,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+@pytest.mark.compatibility("torch", "every learning-rate scheduler", "works")
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("form", FORMS)
 def test_schedulers(form: str, name: str, device: torch.device) -> None:
@@ -218,6 +220,7 @@ def compiled_step(loss: Callable[..., Tensor], optimizer: torch.optim.Optimizer)
     return torch.compile(step, backend="aot_eager")
 
 
+@pytest.mark.compatibility("torch.compile", "around `SparseAdamW.step`: one graph break, runs uncompiled", "works")
 @pytest.mark.parametrize("what", ["step", "training step"])
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled(form: str, what: str, device: torch.device) -> None:
@@ -264,6 +267,7 @@ def test_compiled(form: str, what: str, device: torch.device) -> None:
     assert [float(s["step"]) for o in optimizers for s in o.state.values()] == [5.0] * 8
 
 
+@pytest.mark.compatibility("torch.compile", "`fullgraph=True` around `SparseAdamW.step`", "refused")
 def test_a_full_graph_is_refused_with_the_reason() -> None:
     problem = Problem(torch.device("cpu"))
     optimizer = optimizer_of("compact", problem)
@@ -272,6 +276,7 @@ def test_a_full_graph_is_refused_with_the_reason() -> None:
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
 
 
+@pytest.mark.compatibility("torch", "AveragedModel (SWA, EMA)", "works")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("average", ["swa", "ema"])

@@ -57,6 +57,7 @@ def decay_later(step: int) -> float:
     return 1.0 / (1 + step)
 
 
+@pytest.mark.compatibility("accelerate", "gradient accumulation, clipping and a scheduler", "works")
 @pytest.mark.parametrize("form", FORMS)
 def test_accelerate(form: str) -> None:
     """Prepared, accumulated over two micro-batches, clipped, scheduled: the loop written out, to the last bit."""
@@ -115,6 +116,7 @@ def trainer(model: nn.Module, folder: Path, **more: Any) -> transformers.Trainer
     return transformers.Trainer(model, arguments, train_dataset=Lines(), **more)
 
 
+@pytest.mark.compatibility("Trainer", "`optimizers=(SparseAdamW, scheduler)`", "works")
 @pytest.mark.parametrize("form", FORMS)
 def test_trainer_with_optimizer_and_scheduler(form: str, tmp_path: Path) -> None:
     """optimizers=(SparseAdamW, scheduler): as with torch.optim.AdamW over the same weights, where it can train them."""
@@ -136,6 +138,7 @@ def test_trainer_with_optimizer_and_scheduler(form: str, tmp_path: Path) -> None
         assert_equal_weights(model, twin, exact=form == "dense")
 
 
+@pytest.mark.compatibility("Trainer", "`optimizer_cls_and_kwargs=(SparseAdamW, ...)`", "works")
 @pytest.mark.parametrize("form", ["compact", "dense"])
 def test_trainer_with_class_and_options(form: str, tmp_path: Path) -> None:
     """optimizer_cls_and_kwargs: Trainer makes the groups, with decay and without, out of what trains."""
@@ -165,6 +168,7 @@ def test_trainer_decays_compact_parameters_of_weights(tmp_path: Path) -> None:
     assert {name + "_values" for name in chosen} <= decayed
 
 
+@pytest.mark.compatibility("Trainer", "indexed parameters: `params` in `optimizer_cls_and_kwargs`", "works")
 def test_trainer_takes_groups_with_indices_among_the_options(tmp_path: Path) -> None:
     """`params` in the options replaces the groups that Trainer would make."""
     model, chosen, groups = prepared("gathered")

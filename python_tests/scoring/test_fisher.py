@@ -30,6 +30,7 @@ def test_equals_the_loop_over_single_samples(kind: str) -> None:
     assert all(total.dtype == torch.float32 for total in found.values())
 
 
+@pytest.mark.compatibility("torch", "gradient checkpointing under `fisher_diagonal` (`use_reentrant=False`)", "works")
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "llama-tied"])
 def test_gradient_checkpointing(kind: str) -> None:
     """Right, in eval mode inside, and a layer does run once more in backward."""

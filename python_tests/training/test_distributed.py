@@ -51,6 +51,7 @@ def work(rank: int, world: int, folder: str) -> None:
         torch.save(tuned.model.state_dict(), f"{folder}/rank{rank}-{forwards}.pt")
 
 
+@pytest.mark.compatibility("DistributedDataParallel", "two processes on CPUs, with gloo", "works")
 @uses_processes
 def test_two_processes(tmp_path: Path) -> None:
     """Also with two forwards before a backward: what DDP sends round between them is no change of the weights."""
@@ -140,6 +141,8 @@ def compared(rank: int, world: int, folder: str) -> None:
     shared_selection(rank, world, folder)
 
 
+@pytest.mark.compatibility("DistributedDataParallel", "replicas that train different positions", "refused")
+@pytest.mark.compatibility("DistributedDataParallel", "`Selection.broadcast`, then re-selection", "works")
 @uses_processes
 def test_replicas_must_train_the_same_positions(tmp_path: Path) -> None:
     """Whatever DDP broadcasts, and after a re-selection; a broadcast selection is the same, and leaves its source."""
@@ -166,6 +169,7 @@ def gated_work(rank: int, world: int, folder: str) -> None:
     torch.save([net.state_dict(), gates.state_dict(), gates.removed()], f"{folder}/gates{rank}.pt")
 
 
+@pytest.mark.compatibility("DistributedDataParallel", "`methods.gates`", "works")
 @uses_processes
 def test_gates_of_two_processes_agree(tmp_path: Path) -> None:
     """And go on after they are frozen."""

@@ -36,6 +36,7 @@ def assert_same(a: tuple[nn.Module, sk.SparseAdamW], b: tuple[nn.Module, sk.Spar
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
+@pytest.mark.compatibility("Trainer", "resume_from_checkpoint", "works")
 @pytest.mark.parametrize(("form", "dtype"), CASES)
 def test_trainer(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     whole = prepared(form, dtype)
@@ -46,6 +47,7 @@ def test_trainer(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert_same(whole, again)
 
 
+@pytest.mark.compatibility("accelerate", "save_state and load_state, bf16 weights too", "works")
 @pytest.mark.parametrize(("form", "dtype"), CASES)
 def test_accelerate(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     def run(first: int, last: int, save_after: int | None = None) -> tuple[nn.Module, sk.SparseAdamW]:

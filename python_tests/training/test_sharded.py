@@ -87,6 +87,9 @@ def refuses_before(model: nn.Module, selection: Selection) -> None:
         refused(lambda method=method: method(model))
 
 
+@pytest.mark.compatibility("FSDP", "FSDP2 (`fully_shard`)", "refused")
+@pytest.mark.compatibility("FSDP", "FSDP1 (`FullyShardedDataParallel`)", "refused")
+@pytest.mark.compatibility("Tensor parallelism", "`parallelize_module` (DTensor)", "refused")
 @uses_processes
 def test_sharded_models_are_refused(tmp_path: Path) -> None:
     """By fully_shard, FSDP and tensor parallelism; before train_only, and after it at the first use."""
@@ -110,6 +113,7 @@ class Wrapped(torch.Tensor):
         raise NotImplementedError(func)
 
 
+@pytest.mark.compatibility("Quantised weights", "tensor subclasses that keep codes", "refused")
 def test_quantised_weights_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(Wrapped(torch.ones(4, 4, dtype=torch.int8)), requires_grad=False)
@@ -138,6 +142,7 @@ def flat_buffer(tuned: sk.SparseModel) -> Tensor:
     return flat
 
 
+@pytest.mark.compatibility("DeepSpeed", "values in a flat buffer, as ZeRO-1 and ZeRO-2 keep them", "works")
 @pytest.mark.parametrize("names", [None, ["embed.weight"]], ids=["all", "one"])
 def test_values_that_change_through_a_flat_buffer_reach_the_weights(names: list[str] | None) -> None:
     """No version of theirs is counted up: SGD by hand on the buffer equals SGD on the values.
@@ -167,6 +172,7 @@ def test_values_that_change_through_a_flat_buffer_reach_the_weights(names: list[
     assert torch.equal(sk.ops.gather(model.get_parameter(first).detach(), index), values.detach())
 
 
+@pytest.mark.compatibility("DeepSpeed", "the same under torch.compile", "refused")
 @pytest.mark.parametrize("names", [None, ["embed.weight"]], ids=["all", "one"])
 def test_a_compiled_forward_with_values_in_a_flat_buffer_is_refused(names: list[str] | None) -> None:
     """It writes no weights, and nobody would see that they change."""
@@ -197,6 +203,7 @@ def test_values_in_new_memory_are_written_once() -> None:
     assert versions == [p._version for p in model.parameters()]
 
 
+@pytest.mark.compatibility("DeepSpeed", "ZeRO-3", "refused")
 def test_partitioned_parameters_are_refused() -> None:
     """DeepSpeed ZeRO-3 takes the data of all parameters away, and marks them."""
     model = nn.Sequential(nn.Linear(4, 4))

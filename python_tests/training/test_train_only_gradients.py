@@ -181,6 +181,7 @@ def test_a_tied_weight_under_its_other_name(kind: str, name: str) -> None:
     assert_gathered(model, Selection.random({name: shape}, 0.2), lambda m: 100 * m(**batch(kind)).loss)
 
 
+@pytest.mark.compatibility("torch", "gradient checkpointing", "works")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
@@ -212,6 +213,7 @@ def test_checkpointing_through_hooked_modules(reentrant: bool) -> None:
     assert type(model.norm.weight) is nn.Parameter
 
 
+@pytest.mark.compatibility("torch", "autocast", "works")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_autocast(dtype: torch.dtype, checkpointed: bool) -> None:
@@ -237,6 +239,7 @@ def test_no_grad_and_inference_mode() -> None:
     assert torch.equal(model(ids(4, 7)), expected)
 
 
+@pytest.mark.compatibility("torch.compile", "forward and backward, `fullgraph=True`", "works")
 def test_compiled_model() -> None:
     """One graph for a model of Linear and Embedding; the same gradients as without."""
     model = nn.Sequential(nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, 4)).double()
@@ -250,6 +253,7 @@ def test_compiled_model() -> None:
     assert_gathered(model, selection, loss)
 
 
+@pytest.mark.compatibility("torch.compile", "`dynamic=True`", "works")
 def test_compiled_with_dynamic_shapes() -> None:
     """Several sparse layers, few positions and many, rows and elements, batches of several lengths; as without."""
     torch.manual_seed(0)
@@ -270,6 +274,7 @@ def test_compiled_with_dynamic_shapes() -> None:
             assert torch.allclose(ours, eager, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.compatibility("torch", "double backward through a sparse layer", "refused")
 def test_second_derivatives_are_refused() -> None:
     model = nn.Linear(4, 4)
     tuned = sk.train_only(model, Selection.random(model, 0.5))

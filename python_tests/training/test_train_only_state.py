@@ -184,6 +184,7 @@ def test_load_state_dict_that_does_not_fit() -> None:
         assert torch.equal(values.detach(), take(model.state_dict()[name], tuned.selection[name]))
 
 
+@pytest.mark.compatibility("transformers", "save_pretrained and from_pretrained", "works")
 @pytest.mark.parametrize("optimizer", ["SparseAdamW", "AdamW"])
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_save_pretrained_and_from_pretrained(kind: str, optimizer: str, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_unselected_weights_keep_their_bits(optimizer: str, dtype: torch.dtype) 
     assert_only_selected_changed(model, before, selection)
 
 
+@pytest.mark.compatibility("Any torch optimizer", "over `SparseModel.parameters()`", "works")
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW-fused"])
 def test_any_optimizer_trains_the_same_model(optimizer: str) -> None:
     """SparseAdamW is AdamW on the same compact Parameters."""
@@ -120,6 +121,7 @@ def test_bf16_weights_follow_an_fp32_run(optimizer: str) -> None:
     assert moved.float().mean() > 0.9  # 200 steps of 1e-5; a single one would round to nothing
 
 
+@pytest.mark.compatibility("torch", "clip_grad_norm_", "works")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_gradient_clipping(optimizer: str) -> None:
     model = Zoo()
@@ -133,6 +135,7 @@ def test_gradient_clipping(optimizer: str) -> None:
     stepper.step()
 
 
+@pytest.mark.compatibility("torch", "GradScaler", "works")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_grad_scaler(optimizer: str) -> None:
     """A scaled run is the run without scaling; a step with infinite gradients is left out."""
@@ -164,6 +167,8 @@ def test_grad_scaler(optimizer: str) -> None:
     assert scaler.get_scale() == 512.0
 
 
+@pytest.mark.compatibility("Trainer", "gradient accumulation and clipping, with its own AdamW too", "works")
+@pytest.mark.compatibility("Trainer", "resume_from_checkpoint", "works")
 @pytest.mark.parametrize("optimizer", ["Trainer's own", "SparseAdamW"])
 def test_hugging_face_trainer(optimizer: str, tmp_path: Path) -> None:
     """Trains, clips, saves plain checkpoints, and goes on from one as if it had never stopped."""
@@ -191,6 +196,7 @@ def test_hugging_face_trainer(optimizer: str, tmp_path: Path) -> None:
         assert torch.allclose(value, again.state_dict()[key], rtol=1e-5, atol=1e-7), key
 
 
+@pytest.mark.compatibility("Trainer", "`bf16=True` with gradient checkpointing", "works")
 def test_trainer_with_checkpointing_and_bf16(tmp_path: Path) -> None:
     model = transformer("bert")
     selection = Selection.random(
