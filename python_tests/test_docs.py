@@ -80,6 +80,12 @@ def test_results_are_shown(expanded: dict[str, str]) -> None:
             assert function() in expanded["benchmarks.md"], result.name
 
 
+def test_pictures_exist(expanded: dict[str, str]) -> None:
+    pictures = re.findall(r"!\[[^]]*\]\((?:\.\./)*results/([^)]*)\)", "\n".join(expanded.values()))
+    assert pictures
+    assert all((tables.RESULTS / picture).exists() for picture in pictures), pictures
+
+
 def test_unknown_tables_and_marks_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError, match="no table called 'nothing'"):
         tables.expand("{{ nothing }}")
