@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 
 import sparsekernels as sk
@@ -25,6 +28,7 @@ import tables  # noqa: E402
 
 SOURCES = {str(page.relative_to(PAGES)): page.read_text() for page in sorted(PAGES.rglob("*.md"))}
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+VOCABULARY = 2048  # embedding-rows.md trains some of so many rows
 each_page = pytest.mark.parametrize("page", SOURCES)
 
 
@@ -129,6 +133,46 @@ def named(node: ast.expr) -> Any:
         return None
     assert hasattr(owner, node.attr), f"{ast.unparse(node)} does not exist"
     return getattr(owner, node.attr)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in SOURCES if any(blocks(SOURCES[page])) and page not in ("compatibility.md", "get-started.md")],
+)
+def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what its reader has: a model, batches, and where a page says nothing of it, what trains."""
+    monkeypatch.chdir(tmp_path)
+    names = ["model.layers.0.mlp.up_proj.weight"]
+    loader = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, VOCABULARY, (12, 2, 8))]
+    selection = sk.Selection.random(llama(), 0.01, names=names)
+    tuned = sk.train_only(llama(), selection)
+    namespace = {
+        "torch": torch,
+        "sk": sk,
+        "model": llama(),
+        "loader": loader,
+        "batches": loader[:2],
+        "samples": loader[:2],
+        "validation": loader[2:3],
+        "batch": loader[0],
+        "evaluate": lambda model: -float(model(**loader[0]).loss),
+        "selection": selection,
+        "new_selection": sk.Selection.random(llama(), 0.02, names=names),
+        "tuned": tuned,
+        "other": tuned.delta(),
+        "optimizer": sk.SparseAdamW(tuned.parameters()),
+        "path": "checkpoint.pt",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a ticket by size, and of gates that see few steps
+        for code in blocks(SOURCES[page]):
+            exec(code, namespace)
+
+
+def llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes))
 
 
 def test_get_started_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
