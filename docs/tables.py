@@ -29,7 +29,7 @@ VERDICTS = ("works", "refused", "untested")
 # What no test of this repository runs. A row leaves this list when a test is marked with it.
 UNTESTED = (
     ("torchrun", "training on several nodes"),
-    ("TRL", "SFTTrainer, DPOTrainer, GRPOTrainer"),
+    ("TRL", "DPOTrainer, GRPOTrainer"),
     ("accelerate", "its DeepSpeed and FSDP plugins"),
     ("DeepSpeed", "the library itself, ZeRO-1 and ZeRO-2"),
     ("DistributedDataParallel", "on GPUs, with NCCL"),

@@ -61,6 +61,7 @@ def test_trainer(run: Any) -> None:
     assert found["checkpoint_plain"]
 
 
+@pytest.mark.compatibility("TRL", "SFTTrainer", "works")
 def test_trl_sft(run: Any) -> None:
     found = run("trl_sft", steps=4)
     assert found["after"] < found["before"] - 0.1
