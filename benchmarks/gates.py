@@ -17,7 +17,7 @@ compress() are apart, the forward time of the original and of each compressed mo
 time of training steps.
 
 Every run is added to the results file as soon as it is done, and its compressed model is kept in --work; starting again
-goes on there. Results: --out, and beside it the same name with .md, .png (accuracy against share removed and against
+continues there. Results: --out, and beside it the same name with .md, .png (accuracy against share removed and against
 forward time), _open.png (open gates of each layer).
 """
 

@@ -151,7 +151,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], aligned: bool = Fa
 
 
 def failed(name: str, error: Exception) -> Content:
-    """What stands in a record in the place of a contender's numbers."""
+    """What a record holds instead of a contender's numbers."""
     return {"name": name, "failed": f"{type(error).__name__}: {error}"[:500]}
 
 

@@ -77,7 +77,7 @@ def test_facts_of_an_index() -> None:
     assert (len(rows), rows.numel, rows.elements_per_position, rows.compact_shape) == (2, 20, 10, (2, 5, 2))
     assert elements_of(rows) == {*range(10, 20), *range(40, 50)}
     elements = Index(positions(1, 4), (6, 5, 2))
-    assert (len(elements), elements.numel, elements.width, elements.compact_shape) == (2, 2, 1, (2,))
+    assert (len(elements), elements.numel, elements.elements_per_position, elements.compact_shape) == (2, 2, 1, (2,))
     assert elements.to_elements() is elements
     assert Index.full(SHAPE).rows
     assert Index.full(SHAPE).numel == 30

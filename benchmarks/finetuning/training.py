@@ -187,7 +187,7 @@ def train(
 ) -> dict[str, Any]:
     """Train once and return everything measured; with ``out``, also ship the result there and check the file.
 
-    With ``keep``, the whole trained model is saved there, for another program to go on from.
+    With ``keep``, the whole trained model is saved there, for another program to continue from.
     """
     from transformers import get_linear_schedule_with_warmup
 

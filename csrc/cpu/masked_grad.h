@@ -63,7 +63,7 @@ SK_INLINE void transpose(Floats* r) {
 }
 
 // panel[j * chunk + t] = from[t * width + j] for columns [begin, end) and tokens [0, tokens); zero past the last token.
-// Where `order` is given, order[t] stands in the place of t on the right.
+// Where `order` is given, order[t] is used instead of t on the right.
 template <typename S, typename T>
 SK_CLONES void pack(
     const T* __restrict__ from, const int64_t* order, S* __restrict__ panel, int64_t width, int64_t chunk,

@@ -108,13 +108,13 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
             state = ([moments], [moments], maximum, [torch.tensor(1.0)], [positions])
             yield lambda v=moments, s=state: kernel("adamw_")([v], [v], *s, [dense], *options)
             yield lambda s=state: kernel("adamw_")([dense], [dense], *s, [], *options)
-        one, ages = torch.tensor(1.0), torch.ones(len(positions))
-        for step, rest in ((ages, ()), (one, (one, one, one)), (ages, (one, one, one))):
+        one, step_counts = torch.tensor(1.0), torch.ones(len(positions))
+        for step, rest in ((step_counts, ()), (one, (one, one, one)), (step_counts, (one, one, one))):
             state = ([moments], [moments], [], [step], [positions], [dense], *options, *rest)
             yield lambda v=moments, s=state: kernel("adamw_")([v], [v], *s)
         narrow = moments.bfloat16() if dtype == torch.bfloat16 else moments
         rest = (*options, None, None, None, [3, 0])
-        for step in (one, ages):
+        for step in (one, step_counts):
             state = ([narrow], [narrow], [narrow], [step], [positions])
             yield lambda v=moments, s=state, r=rest: kernel("adamw_")([v], [v], *s, [dense], *r)
             yield lambda s=state, r=rest: kernel("adamw_")([dense], [dense], *s, [], *r)
@@ -163,7 +163,7 @@ def gates_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
                 (False, (96, 48), every), (True, (48, 96), every),
                 (False, (96, 48), (None, None, logits)), (True, (48, 96), (bias, logits, None)),
             ):  # fmt: skip
-                rest = (*number, transposed, dtype, 2, 1)
+                rest = (*number, transposed, dtype, 2)
                 yield lambda g=given, r=rest, s=shape: kernel("gated_weight")(weight.view(s), *g, *r)
     yield lambda: kernel("gate_gradient")(weight.view(48, 96), weight.view(48, 96), logits, 0, 0.5, None, 0, 2)
     for columns in (torch.arange(0, 48, 3), torch.arange(0, 48, 3, dtype=torch.int32)):

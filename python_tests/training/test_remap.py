@@ -61,7 +61,7 @@ def test_kept_and_dropped(pair: tuple[Index, Index]) -> None:
 
 
 @given(two(), st.integers(0, 3))
-def test_ages(pair: tuple[Index, Index], seed: int) -> None:
+def test_step_counts(pair: tuple[Index, Index], seed: int) -> None:
     old, new = pair
     single = torch.tensor(3.0)
     several = torch.randint(1, 4, (len(old),), generator=torch.Generator().manual_seed(seed)).float()
@@ -71,9 +71,9 @@ def test_ages(pair: tuple[Index, Index], seed: int) -> None:
         of_new = take(expected, new).reshape(len(new), new.elements_per_position)
         mixed = (of_new != of_new[:, :1]).any(1)
         if not mixed.any():
-            assert torch.equal(Remap(old, new).ages(step, "w"), of_new[:, 0])
+            assert torch.equal(Remap(old, new).step_counts(step, "w"), of_new[:, 0])
             continue
         assert new.rows
         assert not old.rows
         with pytest.raises(ValueError, match=f"row {int(new.positions[mixed][0])} of 'w' is new in part"):
-            Remap(old, new).ages(step, "w")
+            Remap(old, new).step_counts(step, "w")
