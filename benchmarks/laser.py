@@ -16,7 +16,7 @@ Reported are accuracy and loss on the test split, texts that were evaluated (a b
 all decompositions, parameters saved; how well predicted gains agree with those that search measured on the validation
 split, and with those on the same texts; and the time of ranking beside that of a plain forward and backward.
 
-Every seed is added to the results file as soon as it is done; starting again continues there. Results: --out, and beside
+Every seed is added to the results file as soon as it is done; a new start continues there. Results: --out, and beside
 it the same name with .md, _gains.png (layer x matrix, predicted and measured), _correlation.png.
 """
 

@@ -92,7 +92,7 @@ def test_a_thousand_small_steps_follow_fp32(run: Run, options: dict[str, Any], d
 
 @pytest.mark.parametrize("run", [compact, gathered, listed])
 def test_moments_in_bf16(run: Run) -> None:
-    """Half the state; rounded stochastically, the second moment decays as it should, and the path is followed closely."""
+    """Half the state; with stochastic rounding the second moment decays as it should, and the path is close."""
     options = {"state_dtype": BF16, "stochastic_rounding": True}
     weight, state = run(FP32, STEPS, **options)
     expected, wide = run(FP32, STEPS)
