@@ -91,8 +91,9 @@ def test_fractions_are_folded() -> None:
     before = outputs(model, "gpt2")
     share = gates.removed()
     assert 0.05 < share < 0.9
-    with pytest.warns(UserWarning, match="freeze"):
+    with pytest.warns(RuntimeWarning, match="freeze") as caught:
         gates.compress()
+    assert caught[0].filename == __file__
     assert model.cuts.removed / model.cuts.total == share
     torch.testing.assert_close(outputs(model, "gpt2"), before, rtol=1e-5, atol=1e-5)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...common.messages import warn
 from ...nn.gated import Gating, LayerGates, put_back, ungate
 from ...ops import gate_values
 from ...structure.pruning_plan import Planner, cut
@@ -234,10 +234,9 @@ class Gates:
         """
         self._check_in_use()
         if not self.frozen:
-            warnings.warn(
+            warn(
                 f"compressing after {self.steps} of {self.schedule.total_steps} steps: {self.removed():.1%} of "
-                f"{self.schedule.pruning_ratio:.1%} will be removed; freeze() removes the rest",
-                stacklevel=2,
+                f"{self.schedule.pruning_ratio:.1%} will be removed; freeze() removes the rest"
             )
         rows, columns = self._masks(self._open())
         cuts = self._planner.plan(rows, columns)
