@@ -15,6 +15,7 @@ from pathlib import Path
 PROGRAMS = {
     "kernels": "kernels.run",
     "gpu-train": "gpu_train",
+    "step-cost": "step_cost",
     "finetune": "finetune",
     "accuracy": "accuracy",
     "ird": "ird",

@@ -1,0 +1,89 @@
+"""The experiment on the cost of a step: what each contender trains, and the table and figure of its results."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
+
+from benchmarks import step_cost  # noqa: E402
+
+VOCABULARY, WIDTH = 49152, 24
+
+
+def tiny() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config).train()
+
+
+PROJECTIONS = 4 * WIDTH * WIDTH + 3 * WIDTH * 48
+TRAINED = {
+    "dense, AdamW": VOCABULARY * WIDTH + PROJECTIONS + 3 * WIDTH,
+    "LoRA r=16 (PEFT), AdamW": 16 * (4 * 2 * WIDTH + 3 * (WIDTH + 48)),
+    "1 % of the projections, SparseAdamW": 4 * (int(WIDTH * WIDTH / 100) + 1) + 3 * (int(WIDTH * 48 / 100) + 1),
+    "100 embedding rows, SparseAdamW": 100 * WIDTH,
+}
+
+
+def test_every_contender_is_expected() -> None:
+    assert list(TRAINED) == list(step_cost.CONTENDERS)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_contender_trains_what_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    monkeypatch.setattr(step_cost, "small_llama", lambda: model)
+    mine, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=step_cost.work, args=(theirs, name))
+    thread.start()
+    facts = mine.recv()
+    ids = torch.randint(VOCABULARY, (2, 8))
+    for _ in range(2):
+        mine.send(ids)
+        assert mine.recv() > 0
+    mine.send(None)
+    assert mine.recv() >= 0
+    thread.join()
+    assert facts["trained"] == TRAINED[name]
+    assert facts["weights"] == sum(value.numel() for value in before.values())
+    after = dict(model.named_parameters())
+    changed = sum(int((after[key] != value).sum()) for key, value in before.items() if key in after)
+    if "SparseAdamW" in name:
+        assert 0 < changed <= facts["trained"]
+        assert facts["shipped"] >= 4 * facts["trained"]
+    elif name.startswith("dense"):
+        assert changed > PROJECTIONS
+
+
+def test_table_and_figure(tmp_path: Path) -> None:
+    faster = {"low": 1.0, "median": 1.5, "high": 2.0}
+    one = {"trained": 1234, "shipped": 2**21, "peak_bytes": 3 * 2**20, "step_seconds": 0.25, "times_faster": faster}
+    content = {
+        "machine": {"gpu": None, "cpu": "a CPU", "versions": {"torch": "2"}},
+        "commit": "abc",
+        "command": "python -m benchmarks step-cost",
+        "settings": {"rounds": 3, "samples": 2, "length": 16},
+        "weights": 5678,
+        "contenders": dict.fromkeys(TRAINED, one),
+    }
+    text = step_cost.table(json.loads(json.dumps(content)))
+    assert "| dense, AdamW | 1,234 | 250 | 1.50 (1.00 to 2.00) | 3 MiB | 2 MiB |" in text
+    (figure,) = step_cost.draw(content, tmp_path / "step_cost.json")
+    assert figure.read_bytes().startswith(b"\x89PNG")
