@@ -83,7 +83,7 @@ install-matrix: $(VENV)/packages  ## install as each kind of machine would: no c
 
 clean:  ## remove everything that was made, .venv too
 	rm -rf $(VENV) build dist *.egg-info sparsekernels/_*.so sparsekernels/_build.json
-	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The package goes in as an editable link, without its native part: torch must be there before that can be compiled.
 $(VENV)/packages: pyproject.toml constraints.txt

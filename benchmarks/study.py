@@ -241,6 +241,16 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+def without(options: Sequence[str], given: Sequence[str]) -> list[str]:
+    """The options, each with its values, less those that are given: what is appended would add up."""
+    found: list[str] = []
+    keep = True
+    for word in options:
+        keep = not any(each.split("=")[0] == word for each in given) if word.startswith("--") else keep
+        found += [word] * keep
+    return found
+
+
 def program(
     name: str,
     doc: str | None,
@@ -276,7 +286,7 @@ def program(
         given = list(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(given)
         if args.small:
-            args = parser.parse_args([*small, *given])
+            args = parser.parse_args([*without(small, given), *given])
         args.out = args.out or (Path("out", "small", default.name) if args.small else default)
         if args.threads:
             torch.set_num_threads(args.threads)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "pages"
 sys.path.insert(0, str(ROOT / "docs"))
 
+import readme  # noqa: E402
 import tables  # noqa: E402
 
 SOURCES = {str(page.relative_to(PAGES)): page.read_text() for page in sorted(PAGES.rglob("*.md"))}
@@ -137,7 +138,8 @@ def named(node: ast.expr) -> Any:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in SOURCES if any(blocks(SOURCES[page])) and page not in ("compatibility.md", "get-started.md")],
+    [page for page in SOURCES if any(blocks(SOURCES[page])) and page not in ("compatibility.md", "get-started.md")]
+    + ["README.md"],
 )
 def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what its reader has: a model, batches, and where a page says nothing of it, what trains."""
@@ -165,7 +167,7 @@ def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a ticket by size, and of gates that see few steps
-        for code in blocks(SOURCES[page]):
+        for code in blocks(SOURCES.get(page) or readme.README.read_text()):
             exec(code, namespace)
 
 
@@ -195,3 +197,13 @@ def test_code_in_docstrings_stands_by_itself() -> None:
                 for line, after in pairwise((ast.get_docstring(node) or "").split("\n")):
                     is_text = line[:1].strip() and not re.match(r"\w+:( |$)", line)
                     assert not (is_text and after.startswith("    ")), f"{path.name}, {node.name}: after {line!r}"
+
+
+def test_the_readme_is_one_page_of_measured_numbers() -> None:
+    text = readme.README.read_text()
+    assert text == readme.filled(text), "run python docs/readme.py"
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1500
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -374,3 +374,10 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path) -> None:
 def fail_halfway(path: Path) -> None:
     path.write_text('{"lo')
     raise OSError("disk full")
+
+
+def test_what_is_given_replaces_what_small_stands_for() -> None:
+    small = ["--seed", "0", "--epochs", "1", "--quick"]
+    assert study.without(small, ["--seed", "3"]) == ["--epochs", "1", "--quick"]
+    assert study.without(small, ["--epochs=2"]) == ["--seed", "0", "--quick"]
+    assert study.without(small, []) == small

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,18 +50,26 @@ def test_every_contender_is_expected() -> None:
 def test_a_contender_trains_what_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    monkeypatch.setattr(step_cost, "small_llama", lambda: model)
+    monkeypatch.setattr(step_cost, "llama_135m", lambda: model)
     mine, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=step_cost.work, args=(theirs, name))
+    threads = torch.get_num_threads()
+    thread = threading.Thread(target=step_cost.work, args=(theirs, name, 1), daemon=True)
     thread.start()
-    facts = mine.recv()
+
+    def received() -> Any:
+        assert mine.poll(60), "the contender failed"
+        return mine.recv()
+
+    facts = received()
     ids = torch.randint(VOCABULARY, (2, 8))
     for _ in range(2):
         mine.send(ids)
-        assert mine.recv() > 0
+        assert received() > 0
     mine.send(None)
-    assert mine.recv() >= 0
+    facts |= received()
     thread.join()
+    torch.set_num_threads(threads)
+    assert facts["peak_bytes"] >= 0
     assert facts["trained"] == TRAINED[name]
     assert facts["weights"] == sum(value.numel() for value in before.values())
     after = dict(model.named_parameters())

@@ -35,7 +35,7 @@ def pick(positions: list[int], shape: Iterable[int] = (1, 4), name: str = "0.wei
 
 
 class Oracle:
-    """AdamW of every selected weight by itself, in fp64 and with an age of its own."""
+    """AdamW of every selected weight by itself, in fp64 and with a step count of its own."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, amsgrad: bool) -> None:
         self.base = {name: p.detach().double().clone() for name, p in model.named_parameters()}
@@ -60,13 +60,13 @@ class Oracle:
     def step(self, grads: dict[str, Tensor]) -> None:
         for name, mask in self.masks.items():
             w, g = self.weights[name], grads[name].double()
-            m, v, largest, age = (table[name] for table in self.state)
-            age += mask
+            m, v, largest, step_count = (table[name] for table in self.state)
+            step_count += mask
             m.copy_(torch.where(mask, 0.9 * m + 0.1 * g, m))
             v.copy_(torch.where(mask, 0.999 * v + 0.001 * g * g, v))
             torch.maximum(largest, v, out=largest)
             second = largest if self.amsgrad else v
-            update = m / (1 - 0.9**age) / ((second / (1 - 0.999**age)).sqrt() + 1e-8)
+            update = m / (1 - 0.9**step_count) / ((second / (1 - 0.999**step_count)).sqrt() + 1e-8)
             w.copy_(torch.where(mask, w * (1 - self.lr * self.weight_decay) - self.lr * update, w))
 
 

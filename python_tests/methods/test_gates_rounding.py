@@ -145,7 +145,7 @@ def test_nothing_opens_where_sizes_are_good() -> None:
 
 
 def test_training_keeps_open_what_rounding_would_open_again() -> None:
-    """Gates below the price that will stay are not closed, and the price is that of the rounded share."""
+    """Gates below the threshold that will stay are not closed, and the threshold is that of the rounded share."""
     gates = trained(make("bert"), 0.3, "row+column", steps=15)
     assert not gates.frozen
     closing = gates._weights > 0

@@ -279,7 +279,7 @@ def test_no_warning_in_an_ordinary_run() -> None:
 
 
 def test_all_that_gates_can_remove() -> None:
-    """The price is infinite then; nothing becomes NaN."""
+    """The threshold is infinite then; nothing becomes NaN."""
     model = transformer("bert")
     gates = sk.methods.gates.attach(model, 0.25, 30, granularity="head")
     reach = gates._removed(torch.zeros(len(gates._weights), dtype=torch.bool))
@@ -341,11 +341,11 @@ def test_after_restore_nothing_works() -> None:
             call()
     with pytest.raises(RuntimeError, match="no longer has gates"):
         gates.load_state_dict(state)
-    settled = sk.methods.gates.attach(transformer("bert"), 0.3, 12)
-    measure(settled)
-    settled.freeze()
+    frozen = sk.methods.gates.attach(transformer("bert"), 0.3, 12)
+    measure(frozen)
+    frozen.freeze()
     with pytest.raises(ValueError, match="not frozen"):
-        settled.load_state_dict(state)
+        frozen.load_state_dict(state)
 
 
 def test_settled_gates_stay_under_an_optimizer_with_momentum() -> None:

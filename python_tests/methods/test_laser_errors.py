@@ -84,7 +84,7 @@ def test_load_refuses_another_shape(tmp_path: Path) -> None:
         (lambda: [Reduction("up.weight", 0.5), Reduction("up.weight", 0.2)], "reduces 'up.weight' twice"),
         (
             lambda: [Reduction("experts.weight", 0.5)],
-            r"is not the label of a matrix; it stands for 'experts.weight\[0\]'",
+            r"is not the label of a matrix; it matches 'experts.weight\[0\]'",
         ),
     ],
 )
@@ -140,7 +140,7 @@ def test_train_only_models_are_refused() -> None:
 
 
 def test_tied_weights_are_named_by_their_label() -> None:
-    with pytest.raises(ValueError, match=r"'b.weight' is not the label of a matrix; it stands for 'a.weight'"):
+    with pytest.raises(ValueError, match=r"'b.weight' is not the label of a matrix; it matches 'a.weight'"):
         laser.reduce(Shared(), [Reduction("b.weight", 0.5)])
 
 

@@ -68,7 +68,7 @@ def step(dtype: torch.dtype, state: torch.dtype, rounding: tuple[int, ...], name
 def step_at_positions(
     compact: bool, rows: bool, dtype: torch.dtype, state: torch.dtype, rounding: tuple[int, ...], name: str | None
 ) -> list[torch.Tensor]:
-    """The same through adamw_, compact and not: two tensors, the second with an age for each position."""
+    """The same through adamw_, compact and not: two tensors, the second with a step count for each position."""
     generator = torch.Generator().manual_seed(2)
     shape = (20, 70) if rows else (1400,)
     weights = [(1 + torch.rand(40, 70, generator=generator)).to(dtype) for _ in range(2)]
@@ -76,9 +76,9 @@ def step_at_positions(
     full = shape if compact else (40, 70)
     grads = [torch.where(torch.rand(full, generator=generator) < 0.5, -1.2578125, 1.2578125) for _ in range(2)]
     m, v = ([torch.zeros(shape, dtype=state) for _ in range(2)] for _ in range(2))
-    ages = torch.full((shape[0],), 2.0**22)  # old enough for bias corrections to be exactly 1
-    ages[::3] = 2.0**23
-    steps = [torch.tensor(2.0**22), ages]
+    step_counts = torch.full((shape[0],), 2.0**22)  # old enough for bias corrections to be exactly 1
+    step_counts[::3] = 2.0**23
+    steps = [torch.tensor(2.0**22), step_counts]
     options = {"lr": 2.0**-11, "beta1": 0.5, "beta2": 0.0, "weight_decay": 0.0, "eps": 0.0}
     state = (m, v, [], steps, positions)
     if compact:

@@ -79,7 +79,7 @@ def loop(
     """What the options mean, row by row in fp64. Decay that a row missed is made up for when it is touched."""
     x = table(FP64).detach().clone()
     m, v, largest = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
-    age, owed = [0] * V, [1.0] * V
+    step_count, owed = [0] * V, [1.0] * V
     for step, (grad, lr) in enumerate(zip(grads, rates, strict=True), start=1):
         dense = grad.double().to_dense()
         touched = set(grad._indices()[0].tolist())
@@ -87,8 +87,8 @@ def loop(
             owed[row] *= 1 - lr * weight_decay
             if row not in touched:
                 continue
-            age[row] += 1
-            t = age[row] if correction == "row" else step
+            step_count[row] += 1
+            t = step_count[row] if correction == "row" else step
             x[row] *= owed[row] if decay == "catch_up" else 1 - lr * weight_decay
             owed[row] = 1.0
             m[row] = 0.9 * m[row] + 0.1 * dense[row]

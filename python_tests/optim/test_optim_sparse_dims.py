@@ -70,7 +70,7 @@ def test_is_sparse_adam(shape: tuple[int, ...], sparse_dim: int, options: dict[s
 def test_is_a_step_of_the_rows_of_a_flat_table(
     shape: tuple[int, ...], sparse_dim: int, options: dict[str, Any], sparse_state: str
 ) -> None:
-    """Bit for bit: with decay, ages, amsgrad and rounding, all of which the row form is tested for."""
+    """Bit for bit: with decay, step counts, amsgrad and rounding, all of which the row form is tested for."""
     dtype = torch.float32
     p, flat = parameter(shape, dtype), nn.Parameter(parameter(shape, dtype).detach().flatten(0, sparse_dim - 1))
     first, second = (sk.SparseAdamW([x], 0.1, sparse_state=sparse_state, **options) for x in (p, flat))

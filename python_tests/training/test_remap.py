@@ -41,12 +41,12 @@ def dense(index: Index, part: torch.Tensor) -> torch.Tensor:
 def test_kept_and_dropped(pair: tuple[Index, Index]) -> None:
     old, new = pair
     table = torch.arange(old.shape.numel(), dtype=torch.float32).reshape(old.shape)
-    carry = Remap(old, new)
-    carried = carry.onto(torch.full(new.compact_shape, -1.0), take(table, old))
+    remap = Remap(old, new)
+    carried = remap.onto(torch.full(new.compact_shape, -1.0), take(table, old))
     both = mask(old) & mask(new)
     assert torch.equal(dense(new, carried), torch.where(both, table, -1.0))
-    assert bool(len(carry)) == bool(both.any())
-    index, values = carry.dropped(take(table, old))
+    assert bool(len(remap)) == bool(both.any())
+    index, values = remap.dropped(take(table, old))
     assert Index(index.positions, index.shape, index.rows) == index, "sorted, unique and in range"
     assert values.shape == index.compact_shape
     gone = mask(old) & ~mask(new)

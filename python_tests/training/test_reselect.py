@@ -77,7 +77,7 @@ def test_an_age_for_each_position_only_where_they_differ() -> None:
     assert found["step"].tolist() == [0, 2, 2, 0]
     assert torch.equal(found["exp_avg_sq"][[1, 2]], before["0.weight"]["exp_avg_sq"][1:])
     assert not found["exp_avg"][[0, 3]].any()
-    assert state("0.weight", [4])["step"].shape == (), "all of one age again"
+    assert state("0.weight", [4])["step"].shape == (), "all of one step count again"
     assert not state("0.weight", [5]), "nothing kept"
     assert not any(optimizer.state.values()), "state of what left is gone"
 
@@ -87,7 +87,7 @@ def test_an_age_for_each_position_only_where_they_differ() -> None:
     assert found["step"].shape == ()
     assert torch.equal(found["exp_avg"], before["1.weight"]["exp_avg"][1:])
     assert state("1.weight", [0, 1], rows=True)["step"].tolist() == [0, 2]
-    assert state("1.weight", [0, 4, 5])["step"].tolist() == [0, 2, 2], "elements of rows have the age of the row"
+    assert state("1.weight", [0, 4, 5])["step"].tolist() == [0, 2, 2], "elements of rows have the step count of the row"
     with pytest.raises(ValueError, match=r"row 1 of '1\.weight' is new in part.*to_elements"):
         state("1.weight", [1], rows=True)
     assert state("1.weight", [4, 5])["step"].shape == ()
@@ -124,7 +124,7 @@ def test_restore_and_delta_stay_exact(optimizer: str, dtype: torch.dtype, restor
         for name, value in state.items():
             kept = put(value, trained[name], take(base.state_dict()[name], trained[name])) if name in trained else value
             assert torch.equal(kept, base.state_dict()[name]), f"{name} changed outside of all that was selected"
-        # Without the state of the optimizer where rows and elements meet: their ages would differ.
+        # Without the state of the optimizer where rows and elements meet: their step counts would differ.
         tuned.reselect(selection(number + 1), None, restore=restore)
         assert [name for name, _ in tuned.named_parameters()] == list(selection(number + 1))
         assert dict(tuned.selection) == dict(selection(number + 1))
@@ -258,13 +258,13 @@ def test_a_skipped_step_leaves_the_ages() -> None:
     tuned.reselect(pick([1, 2]), optimizer)
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for factor, ages in ((float("inf"), [1, 0]), (1.0, [2, 1])):
+    for factor, step_counts in ((float("inf"), [1, 0]), (1.0, [2, 1])):
         optimizer.zero_grad()
         (scaler.scale(model(torch.ones(1, 4)).sum()) * factor).backward()
         scaler.step(optimizer)
         scaler.update()
         (state,) = optimizer.state.values()
-        assert state["step"].tolist() == ages
+        assert state["step"].tolist() == step_counts
         assert torch.equal(model[0].weight, before["0.weight"]) == (factor > 1)
 
 

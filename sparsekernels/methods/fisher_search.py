@@ -41,8 +41,7 @@ class Search:
     """The part that FISH and IRD share: the budget, and the best k entries of a set by Fisher information.
 
     everything: name -> None (the whole tensor) for each target. k: number of entries to select. left_out: names
-        excluded
-    from the default targets, because they are used outside their module's forward.
+    excluded from the default targets, because they are used outside their module's forward.
     """
 
     model: nn.Module

@@ -71,11 +71,10 @@ def sift(
         RuntimeError: reentrant gradient checkpointing.
 
     Numerics: gradients as the model's backward gives them; ties go to the lower position. Deterministic if the model
-        is.
+    is.
 
     Source: SIFT (Song et al., arXiv 2312.11875), section 3, and the authors' code (rule for k, targets, one batch).
-        Ours:
-    pooler counts as head.
+    Ours: the pooler counts as head.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))

@@ -29,8 +29,7 @@ class PrunedLinear(nn.Module):
         out_features: M, required with rows.
 
     Cost: R * C multiplications per token instead of M * N, and as many stored elements. With columns, one more read of
-        the
-    input and a write of its C columns; with rows, one more read of R columns and a write of M.
+    the input and a write of its C columns; with rows, one more read of R columns and a write of M.
 
     Raises:
         ValueError: shapes, dtypes, devices or sizes that do not fit, or rows or columns that are not sorted and unique.

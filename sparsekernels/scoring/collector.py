@@ -69,8 +69,7 @@ class Trust:
     """Results of checks: parameters that need a backward per sample, with the reason; modules that were checked.
 
     outside: parameters that are used outside the forward of their module. expand: whether positions shared by all
-        samples
-    may be expanded to one copy per sample.
+    samples may be expanded to one copy per sample.
     """
 
     outside: set[str] = field(default_factory=set)

@@ -31,9 +31,9 @@ def fisher_diagonal(
 ) -> dict[str, Tensor]:
     """Sum, over samples, the square of each sample's own gradient; the model is not changed.
 
-    Equivalent to the following in eval mode, but with one batched backward per batch and no per-sample gradient in
+    Equivalent to this loop in eval mode, but in one batched backward per batch, with no per-sample gradient in memory
 
-        memory for sample in samples:  # batches of one
+        for sample in samples:  # batches of one
             for name, g in zip(names, torch.autograd.grad(model(**sample).loss, parameters)): fisher[name] += g**2
 
     Args:

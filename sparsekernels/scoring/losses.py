@@ -83,9 +83,8 @@ class PerSampleLoss:
 
     With given labels there is one term: the model's own loss on each sample alone, recomputed from its logits and
     labels; samples of the first batch are run alone to check that the two agree. With expected labels there is one term
-    per class
-    y: sqrt(p(y|x)) * log p(y|x), the root held constant, so that its squared gradient is that of log p(y|x) weighted by
-    p(y|x).
+    for each class y, sqrt(p(y|x)) * log p(y|x), the root held constant, so that its squared gradient is that of
+    log p(y|x) weighted by p(y|x).
     """
 
     def __init__(self, loss: Loss | None, labels: str) -> None:

@@ -90,10 +90,9 @@ def structures(model: nn.Module) -> tuple[list[Attention], list[Mlp]]:
     """Find the attentions and MLPs of a model whose heads and neurons can be removed, in the order of its modules.
 
     Known, by class name, are those of transformers for BERT, RoBERTa, XLM-RoBERTa, ELECTRA, CamemBERT, DistilBERT,
-    GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, GPT-NeoX and OPT. Everything else is skipped, as is
-    anything
-    unexpected: cross attention, sizes or attributes that do not fit, projections that are not a plain Linear or Conv1D,
-    an activation that has weights, is not elementwise or is not 0 at 0.
+    GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, GPT-NeoX and OPT. Everything else is skipped, and so is
+    what is unexpected: cross attention, sizes or attributes that do not fit, projections that are not a plain Linear or
+    Conv1D, an activation that has weights, is not elementwise or is not 0 at 0.
 
     Args:
         model: any; no weight is read, so it may be on the meta device.

@@ -183,7 +183,7 @@ class SparseModel:
     def check_in_use(self) -> None:
         """Raise RuntimeError if the model was given back."""
         if self._found is None:
-            raise RuntimeError("the model was given back by restore() or merge(); get deltas and parameters first")
+            raise RuntimeError("this SparseModel is closed: call delta() and parameters() before restore() or merge()")
 
     def _leave(self) -> None:
         assert self._found is not None

@@ -76,8 +76,7 @@ def attach(
     Numerics: noise comes from torch's generator, one integer per layer and forward: `torch.manual_seed` makes it
     reproducible, and checkpointing repeats it.
     Cost: a forward, and a backward by the input of each layer without weight gradient; each copies the weight, one
-        layer
-    at a time. Saved for backward: a layer's input and its output.
+    layer at a time. Saved for backward: a layer's input and its output.
 
     Raises:
         ValueError: arguments out of range; targets that are not weights of Linear or Conv1D modules; heads or neurons

@@ -18,9 +18,8 @@ def take_gradients(
 
     Returns:
         gradients ([gates], fp32): the mean over processes. reached ([vectors], bool): whether a backward reached the
-            gates
-        of the vector, in any process. outside ([layers], bool): whether the weight or bias of a gated layer was used
-        outside its module's forward, in any process.
+        gates of the vector, in any process. outside ([layers], bool): whether the weight or bias of a gated layer was
+        used outside its module's forward, in any process.
     """
     gradients, reached = [], []
     for vector in vectors:

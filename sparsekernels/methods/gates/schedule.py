@@ -14,7 +14,7 @@ DECAY = 0.97  # of the running mean of squared gradients, per step
 
 @dataclass(frozen=True)
 class Schedule:
-    """Shares of the training steps: nothing closes before `begin`, everything by `end`, gates are frozen from `freeze`.
+    """Shares of the training steps: gates close from `begin` to `end`, and are frozen from `freeze_from`.
 
     In between, the wanted share grows as 1 - (1 - t)^3 (Zhu and Gupta, arXiv 1710.01878): fast while there are many
     gates that do no harm.
@@ -24,7 +24,7 @@ class Schedule:
     pruning_ratio: float
     begin: float = 0.1
     end: float = 0.5
-    freeze: float = 0.8
+    freeze_from: float = 0.8
 
     def wanted(self, step: int) -> float:
         """The share to be removed after `step` steps."""
@@ -33,7 +33,7 @@ class Schedule:
 
     def freezes(self, step: int) -> bool:
         """Whether gates are frozen after `step` steps."""
-        return step >= self.freeze * self.total_steps
+        return step >= self.freeze_from * self.total_steps
 
 
 class Importance:

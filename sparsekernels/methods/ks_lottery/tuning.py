@@ -62,8 +62,7 @@ def embed_tune(
     `train_only(model, Selection({name: Index.full(shape)}))` is the equivalent.
 
     Source: KS-Lottery (Yuan et al., arXiv 2402.02801), as quoted by others (embedding only; lr, epochs). Ours: no
-        decay,
-    constant rate.
+    decay, constant rate.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))

@@ -62,9 +62,8 @@ def adapt(
         first round with predicted scores.
 
     Cost: `max_matrices` times that of `rank` and `num_candidates` evaluations; the decompositions of all matrices are
-        kept
-    in memory, see `Decompositions`. Reductions that make `evaluate` infinite or NaN gain minus infinity. Deterministic
-    on the CPU.
+    kept in memory, see `Decompositions`. Reductions that make `evaluate` infinite or NaN gain minus infinity.
+    Deterministic on the CPU.
 
     Raises:
         ValueError: as `rank`, an evaluate that is not finite for the unchanged model, numbers below 1. The model is

@@ -158,8 +158,7 @@ def rank(
             `singular_value_gradients` raises.
 
     Source: scoring matrices by the gradients of their singular values, from about 100 samples, is the idea of Sreeram
-        et
-    al. (arXiv 2510.20800); so is splitting rows. Sign and aggregation were not available: the scores and the default
+    et al. (arXiv 2510.20800); so is splitting rows. Sign and aggregation were not available: the scores and the default
     rhos are ours.
 
     Example:

@@ -220,7 +220,7 @@ def _resolved(model: nn.Module, plan: Sequence[Reduction]) -> list[Matrix]:
     for label in labels:
         if label not in found:
             meant = "; ".join(map(repr, list(matrices(model, [label]))[:3]))
-            raise ValueError(f"plan: {label!r} is not the label of a matrix; it stands for {meant}")
+            raise ValueError(f"plan: {label!r} is not the label of a matrix; it matches {meant}")
     return [found[label] for label in labels]
 
 

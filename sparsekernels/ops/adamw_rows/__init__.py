@@ -54,8 +54,7 @@ def adamw_rows_(
             (native; not checked on a GPU).
 
     Source: the rule of `torch.optim.SparseAdam` with decoupled decay, for step_size = lr sqrt(1 - beta2^t) / (1 -
-        beta1^t)
-    and decay = lr weight_decay.
+    beta1^t) and decay = lr weight_decay.
 
     Example:
         >>> param, m, v = torch.zeros(4, 2), torch.zeros(4, 2), torch.zeros(4, 2)

@@ -80,8 +80,7 @@ def fisher_linear_(
         ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
 
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
-        arXiv
-    1510.01799.
+    arXiv 1510.01799.
 
     Example:
         >>> grad_output, input = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]])
@@ -137,8 +136,7 @@ def fisher_embedding_(
         RuntimeError: an id outside a total of whole rows (CPU kernel).
 
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
-        arXiv
-    1510.01799.
+    arXiv 1510.01799.
 
     Example:
         >>> total, norms = torch.zeros(3, 1), torch.zeros(1)
@@ -195,8 +193,7 @@ def fisher_vector_(
         ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
 
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
-        arXiv
-    1510.01799.
+    arXiv 1510.01799.
 
     Example:
         >>> total = torch.zeros(2)

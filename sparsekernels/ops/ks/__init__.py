@@ -51,15 +51,13 @@ def ks_2samp(
         row with NaN gets NaN, and sign 0; so do all rows, with a RuntimeWarning, if N or M is 0.
 
     Numerics: statistics are integers divided by lcm(N, M). Exact p-values are accurate down to 1e-300. Asymptotic ones
-        are
-    returned instead, with a RuntimeWarning, if N != M and either lcm(N, M) / gcd(N, M) exceeds 2^31 or, one-sided, the
-    number of paths C(N + M, N) overflows; scipy does so in some more cases. Deterministic.
+    are returned instead, with a RuntimeWarning, if N != M and either lcm(N, M) / gcd(N, M) exceeds 2^31 or, one-sided,
+    the number of paths C(N + M, N) overflows; scipy does so in some more cases. Deterministic.
     Cost: R*(N + M) reads. On the CPU, four passes over samples in the cache and the sorting of a few buckets; values
     spread over many magnitudes, or permuted rows, take up to eight times as long. In Triton one sort on the chip for
     N + M <= 8192; longer rows and fp64 are sorted by torch. p-values are computed on the host, one for each distinct
     statistic: from a table if N = M; else in (N + M)*min(N, M)*statistic steps, for up to 64 of them at once, where
-        scipy
-    is faster if they are few.
+    scipy is faster if they are few.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or alternative or method is unknown.

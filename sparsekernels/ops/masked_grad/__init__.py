@@ -31,8 +31,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
     Numerics: products accumulate in the dtype returned (rows: in the matmul's own); if a GPU computes the dense
-        product,
-    as torch's matmul does, with TF32 if that is allowed. Elements are deterministic.
+    product, as torch's matmul does, with TF32 if that is allowed. Elements are deterministic.
     Cost: elements: 2*T*K operations and a transposed copy of both inputs (on the CPU a block of tokens at a time). If
         many
     are selected, the dense product, a block of rows at a time, is faster: on the CPU past a quarter of all elements,

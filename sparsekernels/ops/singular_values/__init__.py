@@ -23,8 +23,7 @@ def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend 
         ([L, R] or [R], dtype of u): sum over m, n of u[m, i] * grad[m, n] * v[n, i].
 
     Numerics: products in the dtype of u, each summed over N, on a GPU by torch's matmul; sums over M in fp64, except
-        for
-    runs of eight on the CPU and of a block on a GPU. Deterministic.
+    for runs of eight on the CPU and of a block on a GPU. Deterministic.
     Cost: 2*L*M*N*R operations, one read of grad. Copies on the CPU: of v, packed, one matrix at a time or as many as
     fit 16 MiB; on a GPU, one matrix at a time: `grad @ v`, and of a half-precision grad in fp32.
 
@@ -81,12 +80,10 @@ def singular_value_grad_linear(
     exact products with the three bf16 parts of fp32 vectors, summed in fp32 on tensor cores; a token with infinity
     gives NaN); sums over tokens in fp64, except for runs of eight on the CPU and of a block on a GPU. Deterministic.
     Cost: 2*T*R*(M + N) operations for T = B*S tokens; on a GPU for bf16 three times as many, in bf16. On the CPU,
-        unless
-    per sample, 2*M*N*(T + R) where that is less: a few rows of the weight's gradient then exist at a time. Copies on
-    the
-    CPU, packed: of u and v; or of one of them and of the narrower activation, 16384 tokens at a time. On a GPU:
-    projections, 128 MiB of either activation at a time; for bf16 also 1.5 times the size of u and v, and three copies
-    of the projected activation, 128 MiB at a time.
+    unless per sample, 2*M*N*(T + R) where that is less: a few rows of the weight's gradient then exist at a time.
+    Copies on the CPU, packed: of u and v; or of one of them and of the narrower activation, 16384 tokens at a time. On
+    a GPU: projections, 128 MiB of either activation at a time; for bf16 also 1.5 times the size of u and v, and three
+    copies of the projected activation, 128 MiB at a time.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.

@@ -25,8 +25,8 @@ def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: 
 
     Numerics: exact. Deterministic.
     Cost: radix select: scores are read once to check for NaN, once per digit (16 bits of the dtype on the CPU, 8 in
-        Triton
-    or for fewer than 2^18 scores), and once more to collect. On a GPU the host waits twice, for NaN and the counts.
+    Triton or for fewer than 2^18 scores), and once more to collect. On a GPU the host waits twice, for NaN and the
+    counts.
 
     Raises:
         ValueError: no tensors, k out of range, mixed dtypes or devices, or NaN (the message names the tensor's index).
