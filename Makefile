@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples ks-lottery test lint format docs fuzz bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
+.PHONY: help demo examples test-examples ks-lottery test lint format docs fuzz bench cuda-check resources gpu gpu-sanitize gpu-train gpu-built install-matrix clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -27,11 +27,14 @@ examples: $(VENV)/native  ## run every program of examples/, on models that pack
 	for program in plain_loop trainer trl_sft embedding_rows two_deltas; do echo "== examples/$$program.py"; \
 	  $(RUN) examples/$$program.py || exit 1; done
 
+test-examples: $(VENV)/native  ## every program of examples/ in a short form
+	$(RUN) -m pytest -q python_tests/test_examples.py
+
 ks-lottery: $(VENV)/native $(VENV)/catalogues  ## translate with a few rows of the embedding, beside eight other ways
 	$(RUN) -m benchmarks ks-lottery $(ARGS)
 
-test: $(VENV)/native lint  ## lint, types and every test
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)
+test: $(VENV)/native lint  ## lint, types and every test but those of examples/
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup --ignore python_tests/test_examples.py $(ARGS)
 
 lint: $(VENV)/packages  ## ruff, clang-format and mypy
 	$(RUN) -m ruff check --quiet .

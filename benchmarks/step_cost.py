@@ -28,17 +28,17 @@ import sparsekernels as sk
 from . import study
 from .finetuning.memory import PeakMemory
 from .finetuning.plots import COLORS, pyplot, save_figure
-from .study import MIB, Content, program
+from .study import MIB, Content, Refused, program
 from .timing import quantiles, warn_if_busy
 
 WARM_UP = 2
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-Trained = tuple[nn.Module, torch.optim.Optimizer, int]
+Trained = tuple[nn.Module, torch.optim.Optimizer, Callable[[], int] | None]  # the last: bytes of a file to ship
 
 
 def dense(model: nn.Module) -> Trained:
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), 0
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), None
 
 
 def lora(model: nn.Module) -> Trained:
@@ -46,7 +46,7 @@ def lora(model: nn.Module) -> Trained:
 
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=list(PROJECTIONS))
     model = peft.get_peft_model(model, config)  # type: ignore[arg-type]
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True), 0
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True), None
 
 
 def elements(model: nn.Module) -> Trained:
@@ -62,7 +62,7 @@ def rows(model: nn.Module) -> Trained:
 
 def trained(model: nn.Module, selection: sk.Selection) -> Trained:
     tuned = sk.train_only(model, selection)
-    return model, sk.SparseAdamW(tuned.parameters(), lr=1e-4), tuned.delta().nbytes
+    return model, sk.SparseAdamW(tuned.parameters(), lr=1e-4), lambda: tuned.delta().nbytes
 
 
 CONTENDERS: dict[str, Callable[[nn.Module], Trained]] = {
@@ -73,7 +73,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], Trained]] = {
 }
 
 
-def small_llama() -> nn.Module:
+def llama_135m() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -90,16 +90,17 @@ def small_llama() -> nn.Module:
     ).train()
 
 
-def work(connection: Connection, name: str) -> None:
+def work(connection: Connection, name: str, threads: int) -> None:
     """One contender: a step for every batch that arrives, then what it cost."""
-    base = small_llama()
+    torch.set_num_threads(threads)
+    base = llama_135m()
     total = sum(p.numel() for p in base.parameters())
     peak = PeakMemory("cpu")
     peak.start()
     model, optimizer, shipped = CONTENDERS[name](base)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     count = sum(p.numel() for p in parameters)
-    connection.send({"weights": total, "trained": count, "shipped": shipped or 4 * count})
+    connection.send({"weights": total, "trained": count})
     while (ids := connection.recv()) is not None:
         start = time.perf_counter()
         loss: Tensor = model(input_ids=ids, labels=ids).loss
@@ -107,7 +108,8 @@ def work(connection: Connection, name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         connection.send(time.perf_counter() - start)
-    connection.send(peak.read())
+    cost = {"peak_bytes": peak.read()}  # before a delta is made
+    connection.send({**cost, "shipped": shipped() if shipped else 4 * count})
 
 
 def measure(rounds: int, samples: int, length: int) -> dict[str, Any]:
@@ -116,7 +118,8 @@ def measure(rounds: int, samples: int, length: int) -> dict[str, Any]:
     ends, found = {}, {}
     for name in CONTENDERS:
         mine, theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, name), daemon=True).start()
+        context.Process(target=work, args=(theirs, name, torch.get_num_threads()), daemon=True).start()
+        theirs.close()  # so that recv() ends if the process dies
         ends[name], found[name] = mine, mine.recv()
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
@@ -130,7 +133,7 @@ def measure(rounds: int, samples: int, length: int) -> dict[str, Any]:
     base = times[next(iter(CONTENDERS))]
     for name, end in ends.items():
         end.send(None)
-        found[name]["peak_bytes"] = end.recv()
+        found[name] |= end.recv()
         found[name]["step_seconds"] = quantiles(times[name], (0.5,))[0]
         ratios = [theirs / ours for theirs, ours in zip(base, times[name], strict=True)]
         found[name]["times_faster"] = dict(zip(("low", "median", "high"), quantiles(ratios), strict=True))
@@ -180,9 +183,13 @@ def arguments(add: Callable[..., Any]) -> None:
 def run(args: argparse.Namespace, origin: Content) -> Content:
     settings = {"rounds": args.rounds, "samples": args.samples, "length": args.length}
     load = warn_if_busy()
-    found = measure(**settings)
+    try:
+        found = measure(**settings)
+    except EOFError as error:
+        raise Refused("a process died; most likely memory ran out: all contenders hold their model at once") from error
     weights = {c.pop("weights") for c in found.values()}
-    content = {**origin, "load_average": load, "settings": settings, "weights": weights.pop(), "contenders": found}
+    facts = {"load_average": load, "threads": torch.get_num_threads()}
+    content = {**origin, **facts, "settings": settings, "weights": weights.pop(), "contenders": found}
     study.write_json(args.out, content)
     return content
 

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TESTS = ROOT / "python_tests"
+STATES = ("warm", "cold")
 PLACEHOLDER = re.compile(r"\{\{ *(\w+)(\([^)]*\))? *\}\}")
 
 VERDICTS = ("works", "refused", "untested")
@@ -84,6 +85,10 @@ def gates() -> str:
     )
 
 
+def step_cost() -> str:
+    return _markdown("step_cost") + _pictures(("step_cost", "Time, peak memory and file size"))
+
+
 def gpu_floors() -> str:
     return _markdown("gpu_floors")
 
@@ -93,34 +98,25 @@ def gpu_train_floors() -> str:
 
 
 def kernels_cpu() -> str:
-    return _ratios("kernels_cpu")
-
-
-def ks_2samp_cpu() -> str:
-    return _ratios("ks_2samp_cpu")
-
-
-def singular_values_cpu() -> str:
-    return _ratios("singular_values_cpu")
-
-
-def low_rank_cpu() -> str:
-    return _ratios("low_rank_cpu")
-
-
-def gates_cpu() -> str:
-    return _ratios("gates_cpu")
+    """Kernels beside what they replace: a row for each pair, caches warm and cold."""
+    found = _json("kernels_cpu")
+    rows = []
+    for case, ours, other in _pairs(found):
+        ratios = (f"{other[state]['ratio']:.3g}x" if state in other else "" for state in STATES)
+        times = (_seconds(each["warm"]["median_seconds"]) for each in (ours, other))
+        rows.append((case, f"`{other['name']}`", *times, *ratios))
+    table = _table(("what", "instead of", "ours", "theirs", "times faster, warm", "cold"), rows)
+    return f'??? example "{len(rows)} rows"\n\n{textwrap.indent(table, "    ")}\n\n{_machine(found)}'
 
 
 def slower() -> str:
     """Every kernel measurement in which an alternative was faster."""
     rows = []
-    for name in ("kernels_cpu", "ks_2samp_cpu", "singular_values_cpu", "low_rank_cpu", "gates_cpu"):
-        for result in _json(name)["results"]:
-            for other in result["versus"]:
-                if other["ratio"] < 1:
-                    what = (result["case"], result["state"], f"`{other['name']}`", f"{other['ratio']:.2f}x")
-                    rows.append((other["ratio"], what))
+    for case, _, other in _pairs(_json("kernels_cpu")):
+        for state in STATES:
+            ratio = other.get(state, {}).get("ratio", 1.0)
+            if ratio < 1:
+                rows.append((ratio, (case, state, f"`{other['name']}`", f"{ratio:.2f}x")))
     return _table(("what", "caches", "faster", "speed of ours"), [what for _, what in sorted(rows)])
 
 
@@ -173,7 +169,7 @@ def fisher() -> str:
             for name, took in seconds.items()
         ]
         text.append(_table(("", "seconds", f"`{ours}` is faster by", "peak memory"), rows))
-    return "\n\n".join((*text, _machine(found, "python benchmarks/fisher.py")))
+    return "\n\n".join((*text, _machine(found, "python -m benchmarks fisher")))
 
 
 # The package itself.
@@ -290,20 +286,11 @@ def _pictures(*found: tuple[str, str]) -> str:
     return "".join(f"\n![{caption}](results/{name}.png)\n" for name, caption in found)
 
 
-def _ratios(name: str) -> str:
-    """Kernels beside what they stand in for: a row for each pair, caches warm and cold."""
-    found, pairs = _json(name), {}
-    for result in found["results"]:
-        for other in result["versus"]:
-            states = pairs.setdefault((result["case"], other["name"]), {})
-            states[result["state"]] = (result["ours"]["median_seconds"], other["median_seconds"], other["ratio"])
-    rows = []
-    for (case, other), states in pairs.items():
-        ours, theirs, _ = states["warm"]
-        ratios = (f"{states[state][2]:.3g}x" if state in states else "" for state in ("warm", "cold"))
-        rows.append((case, f"`{other}`", _seconds(ours), _seconds(theirs), *ratios))
-    table = _table(("what", "instead of", "ours", "theirs", "times faster, warm", "cold"), rows)
-    return f'??? example "{len(rows)} rows"\n\n{textwrap.indent(table, "    ")}\n\n{_machine(found)}'
+def _pairs(found: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(case, our contender, another one) for all that were timed."""
+    for record in found["results"]:
+        ours, *others = record["contenders"]
+        yield from ((record["case"], ours, other) for other in others if "warm" in other and "warm" in ours)
 
 
 def _machine(found: dict[str, Any], command: str | None = None) -> str:
@@ -335,10 +322,10 @@ def _bytes(x: float) -> str:
 
 
 PUBLIC = {
-    each.__name__: each
-    for each in (
-        *(accuracy, ird, ks_lottery, laser, gates, gpu_floors, gpu_train_floors, embedding_rows, fisher, slower),
-        *(kernels_cpu, ks_2samp_cpu, singular_values_cpu, low_rank_cpu, gates_cpu),
-        *(ops, option, requirement, section, api, compatibility),
-    )
+    name: thing
+    for name, thing in list(globals().items())
+    if callable(thing)
+    and not name.startswith("_")
+    and getattr(thing, "__module__", "") == __name__
+    and name != "expand"
 }

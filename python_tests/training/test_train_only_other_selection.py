@@ -14,7 +14,7 @@ from torch import nn
 import sparsekernels as sk
 from sparsekernels import Selection
 
-REFUSED = r"changes [\d,]+ weights of '{}' that are not selected.*Selection\.save"
+REFUSED = r"changes [\d,]+ weights of '{}' that are not selected.*save the Selection with each checkpoint"
 
 
 def trained(base: nn.Module, selection: Selection) -> dict[str, torch.Tensor]:
