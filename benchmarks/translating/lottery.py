@@ -150,7 +150,8 @@ class Lottery:
         """What is reported of a ticket: sizes, the tokens, and the statistics for the plots."""
         ranked = ticket.statistics.argsort(descending=True, stable=True)
         shared = {
-            name: (selection & ticket.selection).numel // ticket.rows.elements_per_position for name, selection in selections.items()
+            name: (selection & ticket.selection).numel // ticket.rows.elements_per_position
+            for name, selection in selections.items()
         }
         return {
             "rows": len(ticket.rows),
