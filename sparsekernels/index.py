@@ -29,7 +29,7 @@ class Index:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> index = sk.Index(torch.tensor([1, 4]), shape=(2, 3))
         >>> index, index.numel, index.num_positions, index.compact_shape
         (Index(2 elements of [2, 3]), 2, 6, torch.Size([2]))
@@ -77,7 +77,7 @@ class Index:
     def full(cls, shape: Iterable[int]) -> Index:
         """Select every row of a tensor of this shape, as for a densely trained head.
 
-        Example:
+        Examples:
             >>> sk.Index.full((2, 3))
             Index(2 rows of [2, 3])
         """
@@ -88,7 +88,7 @@ class Index:
     def from_mask(cls, mask: Tensor) -> Index:
         """Select the elements where a boolean mask of the tensor's shape is true. Raises TypeError for other dtypes.
 
-        Example:
+        Examples:
             >>> sk.Index.from_mask(torch.tensor([[True, False], [False, True]])).positions
             tensor([0, 3], dtype=torch.int32)
         """
@@ -99,7 +99,7 @@ class Index:
     def to(self, device: torch.device | str) -> Index:
         """Return an equal Index with its positions on `device`.
 
-        Example:
+        Examples:
             >>> sk.Index.full((2, 3)).to("cpu")
             Index(2 rows of [2, 3])
         """

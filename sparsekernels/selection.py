@@ -33,7 +33,7 @@ class Selection(Mapping[str, Index]):
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> a = sk.Selection({"weight": sk.Index(torch.tensor([0, 5]), (2, 3))})
         >>> b = sk.Selection({"weight": sk.Index(torch.tensor([1]), (2, 3), rows=True)})
         >>> a, (a | b).numel, (a & b)["weight"].positions, list(a - a)
@@ -106,7 +106,7 @@ class Selection(Mapping[str, Index]):
         Raises:
             TypeError: a mask is not a bool tensor.
 
-        Example:
+        Examples:
             >>> sk.Selection.from_masks({"weight": torch.eye(3) > 0, "bias": torch.zeros(3) > 0})
             Selection(3 elements of 1 tensors)
         """
@@ -140,7 +140,7 @@ class Selection(Mapping[str, Index]):
 
         Source: ours; the rule for a density is that of SIFT's code.
 
-        Example:
+        Examples:
             >>> scores = {"weight": torch.tensor([[0.1, -3.0], [2.0, 0.5]])}
             >>> sk.Selection.topk(scores, k=2)["weight"].positions
             tensor([2, 3], dtype=torch.int32)
@@ -188,7 +188,7 @@ class Selection(Mapping[str, Index]):
         Raises:
             ValueError: density out of range, or a name that `like` does not have.
 
-        Example:
+        Examples:
             >>> sk.Selection.random(torch.nn.Linear(10, 10), density=0.09, names=["weight"])
             Selection(10 elements of 1 tensors)
         """
@@ -221,7 +221,7 @@ class Selection(Mapping[str, Index]):
         Raises:
             ValueError: torch.distributed is not initialised.
 
-        Example:
+        Examples:
             >>> store = torch.distributed.HashStore()
             >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
             >>> sk.Selection.random(torch.nn.Linear(10, 10), density=0.1).broadcast(src=0)
@@ -239,7 +239,7 @@ class Selection(Mapping[str, Index]):
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically: `path` never contains a partial file.
 
-        Example:
+        Examples:
             >>> selection = sk.Selection.random(torch.nn.Linear(10, 10), density=0.1)
             >>> selection.save("selection.safetensors")
             >>> sk.Selection.load("selection.safetensors") == selection
@@ -264,7 +264,7 @@ class Selection(Mapping[str, Index]):
     def summary(self) -> str:
         """Return a table with one line per tensor: positions, rows or elements, shape, share of the tensor.
 
-        Example:
+        Examples:
             >>> print(sk.Selection({"w": sk.Index.full((2, 3))}).summary().split())
             ['w', '2', 'rows', 'of', '[2,', '3]', '100.000%', 'total', '6', 'elements', 'of', '6', '100.000%']
         """
@@ -286,7 +286,7 @@ class Selection(Mapping[str, Index]):
             ValueError: the model lacks a parameter, has it in another shape, or has it sharded or quantised; the
                 message names it.
 
-        Example:
+        Examples:
             >>> list(sk.Selection({"bias": sk.Index.full((2,))}).check(torch.nn.Linear(3, 2)))
             ['bias']
         """
@@ -307,7 +307,7 @@ class Selection(Mapping[str, Index]):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Make parameter groups for `SparseAdamW`: the selected dense parameters with their indices. Raises as `check`.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(3, 2)
             >>> selection = sk.Selection.random(model, density=0.5)
             >>> optimizer = sk.SparseAdamW(selection.param_groups(model), lr=1e-3)

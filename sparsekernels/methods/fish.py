@@ -58,7 +58,7 @@ def fish(
     Source: FISH (Sung et al., arXiv 2111.09839) and the authors' code (global top-k, budget, eval mode, density, 1024
     samples). Ours: groups.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
         >>> samples = [{"x": torch.randn(16, 4)}]
         >>> loss = lambda model, batch: model(batch["x"]).square().sum(1)  # one loss per sample

@@ -63,7 +63,7 @@ def ird(
     Source: the idea is that of IRD (Dong et al., arXiv 2403.08484). The authors' schedule was not available: the rules
     above, including the factors of 0.5, are ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
         >>> samples = [{"x": torch.randn(16, 4)}]
         >>> loss = lambda model, batch: model(batch["x"]).square().sum(1)  # one loss per sample

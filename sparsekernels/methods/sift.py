@@ -76,7 +76,7 @@ def sift(
     Source: SIFT (Song et al., arXiv 2312.11875), section 3, and the authors' code (rule for k, targets, one batch).
     Ours: the pooler counts as head.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> batches = [torch.randn(16, 4)]
         >>> sk.methods.sift(model, batches, density=0.1, loss=lambda model, x: model(x).square().mean())

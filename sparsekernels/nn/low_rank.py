@@ -58,7 +58,7 @@ class LowRankLinear(nn.Module):
 
     Source: LASER (Sharma et al., arXiv 2312.13558) for low-rank weights; blocks of rows as in arXiv 2510.20800.
 
-    Example:
+    Examples:
         >>> from sparsekernels.nn.low_rank import Block
         >>> u, s, v = torch.linalg.svd(torch.randn(64, 4) @ torch.randn(4, 32))
         >>> layer = sk.LowRankLinear([Block(down=s[:4, None] * v[:4], up=u[:, :4])])

@@ -36,7 +36,7 @@ class PrunedLinear(nn.Module):
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> layer = sk.PrunedLinear(torch.ones(2, 3), rows=torch.tensor([0, 3]), out_features=4)
         >>> layer(torch.ones(3))
         tensor([3., 0., 0., 3.], grad_fn=<_PutBackward>)

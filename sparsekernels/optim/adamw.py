@@ -47,7 +47,7 @@ class SparseAdamW(torch.optim.AdamW):
         v = max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq) if amsgrad else exp_avg_sq
         theta -= lr * (exp_avg / (1 - beta1**t)) / (sqrt(v / (1 - beta2**t)) + eps)
 
-    Example:
+    Examples:
 
         >>> model = torch.nn.Linear(4, 3)
         >>> tuned = sk.train_only(model, sk.Selection.random(model, density=0.5))
@@ -211,7 +211,7 @@ class SparseAdamW(torch.optim.AdamW):
             ValueError: names or shapes that do not fit the model, a parameter in a group without indices, a model under
                 train_only, no group with indices to join. Nothing has changed then.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(4, 3)
             >>> optimizer = sk.SparseAdamW(sk.Selection.random(model, density=0.5).param_groups(model))
             >>> optimizer.reselect(sk.Selection.random(model, density=0.5, seed=1), model)

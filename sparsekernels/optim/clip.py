@@ -28,7 +28,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, *arg
 
     Source: torch's function does the arithmetic; adding duplicates first is ours.
 
-    Example:
+    Examples:
         >>> table = torch.nn.Embedding(5, 2, sparse=True)
         >>> table(torch.tensor([1, 1])).sum().backward()
         >>> sk.clip_grad_norm_(table.parameters(), max_norm=1.0)
@@ -50,7 +50,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, *
 
     Source: torch's function does the arithmetic; adding duplicates first is ours.
 
-    Example:
+    Examples:
         >>> table = torch.nn.Embedding(5, 2, sparse=True)
         >>> table(torch.tensor([1, 1])).sum().backward()
         >>> sk.clip_grad_value_(table.parameters(), clip_value=0.5)

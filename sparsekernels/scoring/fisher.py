@@ -68,7 +68,7 @@ def fisher_diagonal(
 
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> samples = [{"x": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}, {"x": torch.tensor([[3.0, 0.0]])}]
         >>> sk.fisher_diagonal(model, samples, loss=lambda model, batch: model(batch["x"])[:, 0])
@@ -109,7 +109,7 @@ def squared_gradient_norms(
 
     Source: Goodfellow, arXiv 1510.01799, for per-sample norms from activations.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> samples = [{"x": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}]
         >>> sk.squared_gradient_norms(model, samples, loss=lambda model, batch: model(batch["x"])[:, 0])

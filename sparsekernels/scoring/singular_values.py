@@ -256,7 +256,7 @@ def singular_value_gradients(
 
     Source: Sreeram et al., Compress to Impress, arXiv 2510.20800; without the weight gradient: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
         >>> matrix = sk.matrices(model)["0.weight"]
         >>> factors = {matrix: sk.factorize([model[0].weight])}

@@ -35,7 +35,7 @@ class Matrix:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
         >>> matrix = sk.matrices(model)["0.weight"]
         >>> matrix.shape, matrix.layer, matrix.kind
@@ -124,7 +124,7 @@ def matrices(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.MultiheadAttention(4, num_heads=2))
         >>> list(sk.matrices(model, "1.in_proj*"))
         ['1.in_proj_weight[q]', '1.in_proj_weight[k]', '1.in_proj_weight[v]']

@@ -30,7 +30,7 @@ class Factors:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> (factors,) = sk.factorize([torch.diag(torch.tensor([3.0, 2.0, 1.0]))])
         >>> factors.s, factors.complete
         (tensor([3., 2., 1.]), True)
@@ -85,7 +85,7 @@ def factorize(weights: Sequence[Tensor], rank: int | None = None, *, seed: int =
 
     Source: Halko, Martinsson and Tropp, arXiv 0909.4061, for the randomised method.
 
-    Example:
+    Examples:
         >>> weights = [torch.randn(8, 6), torch.randn(6, 8)]
         >>> [(f.u.shape, f.s.shape, f.v.shape) for f in sk.factorize(weights[:1])]
         [(torch.Size([8, 6]), torch.Size([6]), torch.Size([6, 6]))]
@@ -164,7 +164,7 @@ def cluster_rows(weight: Tensor, clusters: int, rank: int, *, iterations: int = 
     Source: objective and alternation as in projective clustering (Maalouf et al., ICLR 2021). Starting from blocks
     instead of random subspaces is ours.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [0.0, 5.0]])
         >>> sk.cluster_rows(weight, clusters=2, rank=1)
         [tensor([0, 1]), tensor([2, 3, 4])]

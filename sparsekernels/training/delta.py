@@ -59,7 +59,7 @@ class Delta:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> tuned = sk.train_only(model, sk.Selection({"bias": sk.Index(torch.tensor([0, 2]), (3,))}))
         >>> _ = next(tuned.parameters()).data.fill_(7.0)
@@ -99,7 +99,7 @@ class Delta:
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically: `path` never contains a partial file.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(4, 3)
             >>> with sk.train_only(model, sk.Selection.random(model, density=0.5)) as tuned:
             ...     tuned.delta().save("delta.safetensors")
@@ -150,7 +150,7 @@ class Delta:
             ValueError: a parameter is missing or has another shape or dtype; its weights at the selected positions are
                 not those the delta was made from; the model is under train_only. The model is unchanged then.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(4, 3)
             >>> with sk.train_only(model, sk.Selection.random(model, density=0.5)) as tuned:
             ...     delta = tuned.delta()
@@ -174,7 +174,7 @@ class Delta:
     def merge(self, other: Delta) -> Delta:
         """Combine two deltas into one. Raises ValueError if both change the same tensor.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(4, 3)
             >>> tuned = sk.train_only(model, sk.Selection({"weight": sk.Index.full((3, 4))}))
             >>> a, _ = tuned.delta(), tuned.restore()

@@ -54,7 +54,7 @@ class SparseModel:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> tuned = sk.train_only(model, sk.Selection({"weight": sk.Index(torch.tensor([0, 5]), (3, 4))}))
         >>> [(name, values.shape) for name, values in tuned.named_parameters()], tuned.selection
@@ -94,7 +94,7 @@ class SparseModel:
 
         Compares every value with its weight, whether or not torch recorded a change.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(2, 1)
             >>> tuned = sk.train_only(model, sk.Selection({"bias": sk.Index.full((1,))}))
             >>> _ = next(tuned.parameters()).data.fill_(7.0)
@@ -137,7 +137,7 @@ class SparseModel:
                 shape; a row is kept in part where per-position step counts are used. Nothing has changed then.
             TypeError: not an optimizer. RuntimeError: the model was given back.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(4, 3)
             >>> tuned = sk.train_only(model, sk.Selection.random(model, density=0.5))
             >>> optimizer = sk.SparseAdamW(tuned.parameters())
@@ -153,7 +153,7 @@ class SparseModel:
     def delta(self) -> Delta:
         """Return the trained weights as a `Delta`, the file to ship. The model is not changed.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Linear(4, 3)
             >>> sk.train_only(model, sk.Selection.random(model, density=0.5, names="weight")).delta()
             Delta(7 values in 1 tensors, 56 bytes)
@@ -231,7 +231,7 @@ def train_only(model: nn.Module, selection: Selection) -> SparseModel:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 3)
         >>> tuned = sk.train_only(model, sk.Selection.random(model, density=0.25))
         >>> optimizer = sk.SparseAdamW(tuned.parameters(), lr=1e-3)

@@ -88,7 +88,7 @@ def attach(
     the logits at which noise rarely changes a gate, norms that train, which gates close when (see `Gates.penalty`), and
     sizes rounded to multiples of 8 (see `Gates.freeze`).
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
         >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=100)
         >>> [(name, p.shape) for name, p in gates.named_parameters() if name.startswith("0.gates")]

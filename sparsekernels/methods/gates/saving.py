@@ -112,7 +112,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
         >>> gates = sk.methods.gates.attach(make(), pruning_ratio=0.3, total_steps=100)
         >>> small = gates.compress()  # warns: after 0 of 100 steps nothing is removed

@@ -37,7 +37,7 @@ class Gates:
 
     Source: ours; see `attach` for the papers.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
         >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=10)
         >>> for _ in range(10):
@@ -97,7 +97,7 @@ class Gates:
             head_lr: of the task head; None: lr.
             weight_decay: of low-rank factors and of matrices in the head; everything else has none.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
             >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=100)
             >>> [(group["lr"], len(group["params"])) for group in gates.param_groups(lr=1e-3)]
@@ -184,7 +184,7 @@ class Gates:
         Raises:
             RuntimeError: the share is out of reach without gates that no gradient ever reached. Nothing has changed.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
             >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=100)
             >>> model(torch.randn(8, 16)).square().mean().backward()
@@ -284,7 +284,7 @@ class Gates:
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save beside the model's state_dict (which has the gates): steps, importance, threshold.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
             >>> gates = sk.methods.gates.attach(model, pruning_ratio=0.3, total_steps=100)
             >>> torch.save(gates.state_dict(), "gates.pt")

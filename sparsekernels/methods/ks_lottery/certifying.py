@@ -25,7 +25,7 @@ class Certificate:
 
     Source: KS-Lottery (Yuan et al., arXiv 2402.02801); the confidence limit is ours.
 
-    Example:
+    Examples:
         >>> a = torch.arange(100)
         >>> found = sk.methods.ks_lottery.certificate(a, a.clamp(max=98), alpha=0.05)
         >>> found.agreement, found.bound, found.holds
@@ -59,7 +59,7 @@ def certificate(predicted: Tensor, reference: Tensor, alpha: float = 0.05) -> Ce
 
     Source: the bound is that of KS-Lottery (Yuan et al., arXiv 2402.02801), as quoted by others. Ours: measuring it.
 
-    Example:
+    Examples:
         >>> sk.methods.ks_lottery.certificate(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5]))
         Certificate(agreement=0.75, lower=0.248..., count=4, bound=0.95)
     """
@@ -94,7 +94,7 @@ def predictions(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, shift
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> class Model(torch.nn.Embedding):
         ...     def forward(self, input_ids, labels):

@@ -86,7 +86,7 @@ def select(
 
     Source: test and alpha are the paper's, as quoted by others. Ours: corrections, through scipy, and a ticket by size.
 
-    Example:
+    Examples:
         >>> before = torch.randn(10, 64)
         >>> after = before.clone()
         >>> after[3] += 2
@@ -146,7 +146,7 @@ def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | N
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> before, after = torch.zeros(4, 3), torch.tensor([[0.0], [2.0], [0.0], [-1.0]]).expand(4, 3)
         >>> sk.methods.ks_lottery.by_shift(before, after, k=2, name="embed.weight")["embed.weight"].positions
         tensor([1, 3], dtype=torch.int32)
@@ -177,7 +177,7 @@ def by_frequency(
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4))
         >>> batches = [{"input_ids": torch.tensor([[5, 5, 2, 1, 2, 5]])}]
         >>> sk.methods.ks_lottery.by_frequency(model, batches, k=2, embedding="0.weight")["0.weight"].positions

@@ -64,7 +64,7 @@ def embed_tune(
     Source: KS-Lottery (Yuan et al., arXiv 2402.02801), as quoted by others (embedding only; lr, epochs). Ours: no
     decay, constant rate.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> options = {"embedding": "0.weight", "loss": lambda model, ids: model(ids).square().mean(), "lr": 0.1}
         >>> tuned = sk.methods.ks_lottery.embed_tune(model, [torch.tensor([[1, 2, 3], [3, 4, 3]])], **options)
@@ -102,7 +102,7 @@ def partial_tune(
 
     Source: KS-Lottery (Yuan et al., arXiv 2402.02801), as quoted by others (lr, epochs). Ours: no decay, constant rate.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> ticket = sk.Selection({"0.weight": sk.Index(torch.tensor([3]), (6, 4), rows=True)})
         >>> loss = lambda model, ids: model(ids).square().mean()
@@ -130,7 +130,7 @@ def partial_transfer(tuned: SparseModel, selection: Selection) -> Delta:
 
     Source: the definition is ours; the paper's was not available.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> loss = lambda model, ids: model(ids).square().mean()
         >>> options = {"embedding": "0.weight", "loss": loss}

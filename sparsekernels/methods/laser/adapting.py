@@ -72,7 +72,7 @@ def adapt(
     Source: Sreeram et al. (arXiv 2510.20800), as far as available: one backward ranks, candidates are evaluated on the
     same samples. Ours: the scores, `num_candidates`, greedy composition with a new ranking in each round.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
         >>> loss = lambda model, batch: model(batch["x"]).square().mean()
         >>> reduced = sk.methods.laser.adapt(model, [{"x": torch.randn(16, 8)}], loss=loss, max_matrices=1)
@@ -168,7 +168,7 @@ def search(
 
     Source: LASER (Sharma et al., arXiv 2312.13558). Each decomposition is computed once for all rhos.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
         >>> x = torch.randn(16, 8)
         >>> reduced = sk.methods.laser.search(model, lambda model: -float(model(x).square().mean()), rhos=(0.5, 0.1))

@@ -61,7 +61,7 @@ class Decompositions:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> cache = sk.methods.laser.Decompositions()
         >>> plan = [sk.methods.laser.Reduction("0.weight", rho=0.5)]

@@ -23,7 +23,7 @@ class Grid:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> gains = [sk.methods.laser.Reduction("0.weight", rho=0.5, predicted=0.25)]
         >>> sk.methods.laser.grid(gains, sk.matrices(model))
@@ -51,7 +51,7 @@ def grid(reductions: Iterable[Reduction], matrices: Mapping[str, Matrix], *, mea
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> gains = [sk.methods.laser.Reduction(f"{i}.weight", rho=0.5, measured=float(i)) for i in range(2)]
         >>> sk.methods.laser.grid(gains, sk.matrices(model), measured=True).values

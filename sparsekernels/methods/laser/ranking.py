@@ -36,7 +36,7 @@ class Reduction:
 
     Source: LASER (Sharma et al., arXiv 2312.13558); groups of rows, Sreeram et al. (arXiv 2510.20800).
 
-    Example:
+    Examples:
         >>> print(sk.methods.laser.Reduction("h.0.mlp.c_fc.weight", rho=0.1, blocks=4))
         h.0.mlp.c_fc.weight, rho 0.1, 4 blocks
     """
@@ -79,7 +79,7 @@ class Ranking:
 
     Source: ours; see `rank`.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
         >>> loss = lambda model, batch: model(batch["x"]).square().mean()
         >>> ranking = sk.methods.laser.rank(model, [{"x": torch.randn(16, 8)}], rhos=(0.5, 0.1), loss=loss)
@@ -161,7 +161,7 @@ def rank(
     et al. (arXiv 2510.20800); so is splitting rows. Sign and aggregation were not available: the scores and the default
     rhos are ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
         >>> loss = lambda model, batch: model(batch["x"]).square().mean()
         >>> ranking = sk.methods.laser.rank(model, [{"x": torch.randn(16, 8)}], loss=loss)

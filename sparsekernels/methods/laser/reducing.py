@@ -39,7 +39,7 @@ class Reduced:
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> reduced = sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)])
         >>> reduced.parameters_saved, type(model[0]).__name__
@@ -71,7 +71,7 @@ class Reduced:
 
         Training since then is included. The originals are overwritten, so this cannot be undone.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
             >>> model = sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)]).merge()
             >>> int(torch.linalg.matrix_rank(model[0].weight))
@@ -98,7 +98,7 @@ class Reduced:
 
         The file contains fp32 factors, whatever the dtype of the model, so that loading gives the same bits.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
             >>> reduced = sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)])
             >>> reduced.save("reductions.safetensors")
@@ -154,7 +154,7 @@ def reduce(
 
     Source: LASER (Sharma et al., arXiv 2312.13558); groups of rows, Sreeram et al. (arXiv 2510.20800).
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> with sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)]):
         ...     print(model[0])
@@ -185,7 +185,7 @@ def load(model: nn.Module, path: str | Path, *, factored: bool = True) -> Reduce
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> with sk.methods.laser.reduce(model, [sk.methods.laser.Reduction("0.weight", rho=0.25)]) as reduced:
         ...     reduced.save("reductions.safetensors")

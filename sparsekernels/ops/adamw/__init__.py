@@ -66,7 +66,7 @@ def adamw_(
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW computes it; stepping positions only is ours.
 
-    Example:
+    Examples:
         >>> param, grad, m, v = torch.ones(4), torch.tensor([1.0, 5.0, 5.0, -2.0]), torch.zeros(2), torch.zeros(2)
         >>> options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
         >>> positions = torch.tensor([0, 3])

@@ -56,7 +56,7 @@ def adamw_rows_(
     Source: the rule of `torch.optim.SparseAdam` with decoupled decay, for step_size = lr sqrt(1 - beta2^t) / (1 -
     beta1^t) and decay = lr weight_decay.
 
-    Example:
+    Examples:
         >>> param, m, v = torch.zeros(4, 2), torch.zeros(4, 2), torch.zeros(4, 2)
         >>> ids, grads, scales = torch.tensor([2, 2]), torch.ones(2, 2), torch.tensor([[0.0, 0.1]])
         >>> sk.ops.adamw_rows_(param, grads, ids, None, m, v, None, scales, beta1=0.0, beta2=0.0, eps=0.0)

@@ -31,7 +31,7 @@ def take_columns(x: Tensor, columns: Tensor, *, backend: Backend | None = None) 
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> sk.ops.take_columns(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([0, 2]))
         tensor([[1., 3.],
                 [4., 6.]])
@@ -65,7 +65,7 @@ def put_columns(x: Tensor, columns: Tensor, width: int, *, backend: Backend | No
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> sk.ops.put_columns(torch.tensor([[1.0, 3.0]]), torch.tensor([0, 2]), width=4)
         tensor([[1., 0., 3., 0.]])
     """

@@ -29,7 +29,7 @@ def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor], *, backen
 
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1.
 
-    Example:
+    Examples:
         >>> total = torch.tensor([1.0, 1.0])
         >>> sk.ops.fisher_squares_([total], [torch.tensor([2.0, 3.0])])
         >>> total
@@ -82,7 +82,7 @@ def fisher_linear_(
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
     arXiv 1510.01799.
 
-    Example:
+    Examples:
         >>> grad_output, input = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]])
         >>> total, norms = torch.zeros(1, 2), torch.zeros(2)
         >>> sk.ops.fisher_linear_(grad_output, input, total, norms)
@@ -138,7 +138,7 @@ def fisher_embedding_(
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
     arXiv 1510.01799.
 
-    Example:
+    Examples:
         >>> total, norms = torch.zeros(3, 1), torch.zeros(1)
         >>> sk.ops.fisher_embedding_(torch.ones(1, 3, 1), torch.tensor([[2, 0, 2]]), total, norms)
         >>> total, norms
@@ -195,7 +195,7 @@ def fisher_vector_(
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1; per-sample gradients from activations as in Goodfellow,
     arXiv 1510.01799.
 
-    Example:
+    Examples:
         >>> total = torch.zeros(2)
         >>> sk.ops.fisher_vector_(torch.tensor([[[1.0, 2.0], [1.0, 1.0]]]), total=total)  # of a bias
         >>> total

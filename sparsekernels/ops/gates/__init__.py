@@ -54,7 +54,7 @@ def gate_values(
     Source: STG, Yamada et al., arXiv 1810.04247; FineGates, Svirsky et al., arXiv 2412.12951; L0, Louizos et al., arXiv
     1712.01312, for hard_concrete.
 
-    Example:
+    Examples:
         >>> sk.ops.gate_values(torch.tensor([-1.0, 0.0, 1.0]), kind="stg", noise=0.5)
         (tensor([0.0000, 0.5000, 1.0000]), tensor([0., 1., 0.]))
         >>> drawn, _ = sk.ops.gate_values(torch.zeros(1000), kind="stg", noise=0.5, key=torch.tensor([7]))
@@ -93,7 +93,7 @@ def gate_probabilities(
 
     Source: as of gate_values; the sum of these is the L0 penalty of all three papers.
 
-    Example:
+    Examples:
         >>> p, slopes = sk.ops.gate_probabilities([torch.tensor([-0.5]), torch.zeros(2)], kind="stg", noise=0.5)
         >>> p
         tensor([0.5000, 0.8413, 0.8413])
@@ -156,7 +156,7 @@ def gated_weight(
 
     Source: FineGates (Svirsky et al., arXiv 2412.12951); gating the weight instead of activations is ours.
 
-    Example:
+    Examples:
         >>> rows = torch.tensor([2.0, -2.0])  # the first open, the second shut
         >>> sk.ops.gated_weight(torch.ones(2, 3), torch.ones(2), rows, kind="stg", noise=0.5)
         (tensor([[1., 1., 1.],
@@ -226,7 +226,7 @@ def gate_gradient(
 
     Source: ours; the gates as of gate_values.
 
-    Example:
+    Examples:
         >>> dy, y, logits = torch.ones(4, 2), torch.ones(4, 2), torch.zeros(2)
         >>> sk.ops.gate_gradient(dy, y, logits, kind="stg", noise=0.5)  # gates are 0.5
         (tensor([8., 8.]), tensor([8., 8.]), tensor([2., 2.]))

@@ -29,7 +29,7 @@ def gather(source: Tensor, index: Index, *, backend: Backend | None = None) -> T
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> sk.ops.gather(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), sk.Index(torch.tensor([0, 3]), (2, 2)))
         tensor([1., 4.])
     """
@@ -58,7 +58,7 @@ def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend |
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> index = sk.Index(torch.tensor([0, 3]), (2, 2))
         >>> sk.ops.scatter_(torch.zeros(2, 2), index, torch.tensor([1.0, 4.0]))
         tensor([[1., 0.],

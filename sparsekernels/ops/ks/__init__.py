@@ -66,7 +66,7 @@ def ks_2samp(
     Source: Hodges, The significance probability of the Smirnov two-sample test, 1958; as scipy.stats.ks_2samp defines
         it.
 
-    Example:
+    Examples:
         >>> x = torch.arange(6.0).expand(2, 6)
         >>> result = sk.ops.ks_2samp(x, torch.stack([x[0].flip(0), x[0] + 10]))
         >>> result.statistic, result.pvalue

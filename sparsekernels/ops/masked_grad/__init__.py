@@ -43,7 +43,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> grad_output, input = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
         >>> sk.ops.masked_grad_linear(grad_output, input, sk.Index(torch.tensor([0, 5]), (2, 3)))
         tensor([ 3., 10.])
@@ -92,7 +92,7 @@ def masked_grad_embedding(
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> ids, index = torch.tensor([4, 1, 4]), sk.Index(torch.tensor([4]), (5, 2), rows=True)
         >>> sk.ops.masked_grad_embedding(torch.ones(3, 2), ids, index)
         tensor([[2., 2.]])

@@ -32,7 +32,7 @@ def singular_value_grad(grad: Tensor, u: Tensor, v: Tensor, *, backend: Backend 
 
     Source: Sreeram et al., Compress to Impress, arXiv 2510.20800.
 
-    Example:
+    Examples:
         >>> grad, eye = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.eye(2)
         >>> sk.ops.singular_value_grad(grad, u=eye, v=eye)
         tensor([1., 4.])
@@ -90,7 +90,7 @@ def singular_value_grad_linear(
 
     Source: Sreeram et al., Compress to Impress, arXiv 2510.20800; without the gradient of the weight: ours.
 
-    Example:
+    Examples:
         >>> grad_output, input, eye = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.eye(2)
         >>> sk.ops.singular_value_grad_linear(grad_output, input, u=eye, v=eye)
         tensor([3., 8.])

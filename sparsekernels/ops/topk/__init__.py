@@ -33,7 +33,7 @@ def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: 
 
     Source: ours.
 
-    Example:
+    Examples:
         >>> sk.ops.topk([torch.tensor([1.0, 5.0]), torch.tensor([[4.0, -6.0]])], k=2)
         [tensor([1]), tensor([0])]
         >>> sk.ops.topk([torch.tensor([1.0, 5.0]), torch.tensor([[4.0, -6.0]])], k=2, magnitude=True)
