@@ -233,7 +233,7 @@ def test_bad_input_leaves_the_model_as_it_was() -> None:
         with pytest.raises(ValueError, match=message):
             partial_transfer(tuned, selection)
     tuned.restore()
-    with pytest.raises(RuntimeError, match="given back"):
+    with pytest.raises(RuntimeError, match="this SparseModel is closed"):
         partial_transfer(tuned, rows(1))
 
 

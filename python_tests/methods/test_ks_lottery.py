@@ -280,5 +280,5 @@ def test_a_sparse_model_must_train_every_row() -> None:
         pytest.raises(ValueError, match=f"does not train every row of '{name}'"),
     ):
         ks_lottery.select(tuned)
-    with pytest.raises(RuntimeError, match="given back"):
+    with pytest.raises(RuntimeError, match="this SparseModel is closed"):
         ks_lottery.select(tuned)

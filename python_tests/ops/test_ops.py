@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,11 +23,11 @@ SCHEDULED = [name for name in BACKENDS if name != "triton" or torch.cuda.is_avai
 FLOOR = 1e-6  # of the largest expected value
 
 
-def parameters(ops: Iterable[str], every: int = 1) -> list[Any]:
+def parameters(ops: Iterable[str], every: int = 1, without_nan: bool = False) -> list[Any]:
     """Sample parameters; of each op one in `every`, drawn at random, since dtypes and forms alternate in the list."""
     draw, found = random.Random(0), []
     for op in ops:
-        samples = SAMPLES.get(op, [])
+        samples = [s for s in SAMPLES.get(op, []) if not (without_nan and re.search("nan|special", s.name))]
         some = samples if every == 1 else draw.sample(samples, math.ceil(len(samples) / every))
         found += [pytest.param(s, id=f"{op}-{s.name}") for s in some]
     return found
@@ -169,8 +170,9 @@ def test_schema_and_fake(sample: Sample, device: torch.device) -> None:
     torch.library.opcheck(overload, case.raw, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=12))
+@pytest.mark.parametrize("sample", parameters((op.name for op in OPS), every=12, without_nan=True))
 def test_opcheck(sample: Sample, device: torch.device) -> None:
+    """Not of samples that hold NaN, which opcheck takes for unequal."""
     case = sample.case(device)
     torch.library.opcheck(getattr(torch.ops.sparsekernels, sample.op).default, case.raw)
 

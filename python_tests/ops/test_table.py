@@ -107,12 +107,6 @@ def test_benchmark(op: Op) -> None:
     assert op.name in benchmark.read_text(), f"{benchmark.name} does not time {op.name}"
 
 
-@each_op
-def test_readme_row(op: Op) -> None:
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
-    assert any(f"`{op.name}`" in row for row in rows), f"the op table of README.md lacks `{op.name}`"
-
-
 @pytest.mark.parametrize("name", sparsekernels.__all__)
 def test_public_surface_is_documented(name: str) -> None:
     thing = getattr(sparsekernels, name)

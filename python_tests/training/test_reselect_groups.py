@@ -156,7 +156,7 @@ def test_optimizers_that_are_refused() -> None:
 
     untouched(model, tuned, other, inference, "inference_mode")
     tuned.restore()
-    with pytest.raises(RuntimeError, match="given back"):
+    with pytest.raises(RuntimeError, match="this SparseModel is closed"):
         tuned.reselect(selection(2))
 
 
