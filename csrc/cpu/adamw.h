@@ -22,23 +22,26 @@ class PositionSteps {
     std::fill(known_, known_ + kKept, NAN);  // equal to no step count
   }
 
-  // Sets what depends on step count, for the position in this slot.
+  // Sets what depends on the step count, for the position in this slot.
   SK_INLINE void set(int64_t slot, T& step_size, T& inv_sqrt_bias2) {
     const float step_count = step_counts_[slot];
     uint32_t bits;
     std::memcpy(&bits, &step_count, sizeof(bits));
     const uint32_t at = (bits * 0x9E3779B1u) >> (32 - kBits);
-    if (known_[at] != step_count) {
-      const auto step = adamw_step<T>(step_count, options_);
-      known_[at] = step_count;
-      step_size_[at] = step.step_size;
-      inv_sqrt_bias2_[at] = step.inv_sqrt_bias2;
-    }
+    if (known_[at] != step_count) keep(at, step_count);
     step_size = step_size_[at];
     inv_sqrt_bias2 = inv_sqrt_bias2_[at];
   }
 
  private:
+  // Seldom called, and not a part of the loops, which its powers would slow down.
+  __attribute__((noinline)) void keep(uint32_t at, float step_count) {
+    const auto step = adamw_step<T>(step_count, options_);
+    known_[at] = step_count;
+    step_size_[at] = step.step_size;
+    inv_sqrt_bias2_[at] = step.inv_sqrt_bias2;
+  }
+
   static constexpr int kBits = 6, kKept = 1 << kBits;
   const float* step_counts_;
   const AdamwOptions& options_;
@@ -56,7 +59,7 @@ struct AdamwTask {
   void *exp_avg, *exp_avg_sq, *maximum;  // [K * width]; maximum may be null
   void* dense;                           // the weight
   const void* positions;                 // [K]
-  const float* step_counts;                     // [K], or null: all positions have taken the same steps
+  const float* step_counts;              // [K], or null: all positions have taken the same steps
   const AdamwOptions* options;           // for step counts
   Rounding rounding;  // of what is narrower than the arithmetic; step: where there are no step counts
   int64_t numel, width;

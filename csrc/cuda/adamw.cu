@@ -33,7 +33,7 @@ struct Entry {
   void *exp_avg, *exp_avg_sq, *maximum;
   void* weight;
   const void* positions;
-  const float* step_counts;         // of the positions, or null
+  const float* step_counts;  // of the positions, or null
   const Scales<T>* scales;   // on the device, or null: then the step is that of the table, but for
   T step_size, inv_sqrt_bias2;
   const float* device_step;  // the number of the step for random bits, or null: then it is

@@ -17,7 +17,7 @@ struct AdamwTensor {
   int64_t numel, width;       // numel = positions.count * width
   double step;                // the number of this step,
   const float* device_step;   // unless it is here, on the device,
-  const float* step_counts;          // or, there too, one for each position. Either may be null
+  const float* step_counts;   // or, there too, one for each position. Either may be null
   uint32_t stream;            // of random bits
 };
 
