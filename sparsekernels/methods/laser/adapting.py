@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ def adapt(
     check_options(rhos, blocks, clusters, score)
     left = targets(model, names)
     trial = _Trial(model, left, evaluate or _minus_loss(batches, loss))
-    options = (score, loss, trial.decompositions, False)
+    options: dict[str, Any] = {"rhos": rhos, "score": score, "loss": loss, "decompositions": trial.decompositions}
+    options["progress"] = False
     plan: list[Reduction] = []
     history: list[list[Reduction]] = []
     backwards = 0
@@ -99,7 +101,7 @@ def adapt(
         for _ in range(min(max_matrices, len(left))):
             backwards += 1
             try:
-                ranking = rank_matrices(model, batches, left, rhos, (1,), (), *options)
+                ranking = rank_matrices(model, batches, left, blocks=(1,), clusters=(), **options)
             except NoGradient:
                 if first is None:
                     raise
@@ -110,7 +112,7 @@ def adapt(
                 chosen = {r.matrix: left[r.matrix] for r in ranking.best()[:num_candidates]}
                 backwards += 1
                 try:
-                    again = rank_matrices(model, batches, chosen, rhos, splits, clusters, *options)
+                    again = rank_matrices(model, batches, chosen, blocks=splits, clusters=clusters, **options)
                 except NoGradient:  # in the best ones; all others are predicted to make the model worse
                     if not candidates:
                         break

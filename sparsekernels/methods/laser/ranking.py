@@ -169,8 +169,18 @@ def rank(
         (16, 'second_order')
     """
     check_options(rhos, blocks, clusters, score)
-    found, cache = targets(model, names), decompositions or Decompositions()
-    return rank_matrices(model, samples, found, rhos, blocks, clusters, score, loss, cache, progress)
+    return rank_matrices(
+        model,
+        samples,
+        targets(model, names),
+        rhos=rhos,
+        blocks=blocks,
+        clusters=clusters,
+        score=score,
+        loss=loss,
+        decompositions=Decompositions() if decompositions is None else decompositions,
+        progress=progress,
+    )
 
 
 def check_options(rhos: Sequence[float], blocks: Sequence[int], clusters: Sequence[int], score: Score) -> None:
@@ -186,12 +196,13 @@ def rank_matrices(
     model: nn.Module,
     samples: Iterable[Batch],
     found: Mapping[str, Matrix],
+    *,
     rhos: Sequence[float],
     blocks: Sequence[int],
     clusters: Sequence[int],
     score: Score,
     loss: Loss | None,
-    cache: Decompositions,
+    decompositions: Decompositions,
     progress: bool,
 ) -> Ranking:
     """As `rank`, for matrices that were already found."""
@@ -201,7 +212,7 @@ def rank_matrices(
         for label, matrix in found.items()
     }
     asked = [(found[label], split) for label, splits in wanted.items() for split in splits]
-    parts = cache.of(model, asked, max(rhos))
+    parts = decompositions.of(model, asked, max(rhos))
     flat = {
         matrix: [part for split in wanted[label] for part in parts[matrix, split]] for label, matrix in found.items()
     }
@@ -219,7 +230,7 @@ def rank_matrices(
             for rho, predicted in zip(these, _scores(score, mine, derivatives[matrix].inner, these), strict=True):
                 reductions.append(Reduction(label, rho, split.blocks, split.clustered, predicted))
     reductions.sort(key=lambda reduction: -(reduction.predicted or 0.0))
-    return Ranking(reductions, score, mean, found, cache)
+    return Ranking(reductions, score, mean, found, decompositions)
 
 
 def _flat(score: Score) -> str:
