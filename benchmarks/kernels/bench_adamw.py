@@ -1,7 +1,7 @@
 """One AdamW step at selected positions, compact and not: adamw_, beside what torch offers for it.
 
 `SparseAdamW` and `torch.optim.AdamW(fused=True)` are timed through their ready-made `step()`. Gradients are given: how
-they come about is the matter of bench_masked_grad.py. The versions of the gathered form that a user writes by hand keep
+they come about is the matter of bench_masked_grad.py. The versions of the indexed form that a user writes by hand keep
 compact moments, as ours does; they differ in how they read and write the selected weights:
 
     advanced indexing           x = p[idx]; g = grad[idx]; ...; p[idx] = x
@@ -90,7 +90,7 @@ def oracle(values: list[Tensor], grads: list[Tensor], weight_decay: float) -> li
 def make(
     shapes: Shapes,
     select: Callable[[tuple[int, ...]], sk.Index],
-    gathered: bool = False,
+    indexed: bool = False,
     dtype: torch.dtype = FP32,
 ) -> Step:
     weights, grads = tensors(shapes, dtype)
@@ -99,7 +99,7 @@ def make(
     numel, k = sum(w.numel() for w in weights), sum(index.numel for index in indices)
     lines = sum(touched(index, dtype.itemsize) for index in indices)
     index_bytes = sum(index.positions.numel() * index.positions.element_size() for index in indices)
-    if gathered:
+    if indexed:
         moved, formula = 16 * k + index_bytes + 3 * lines, "moments 16 K + positions + lines of p (2x) and grad"
     elif indices[0].rows:
         moved, formula = 28 * k + index_bytes + lines, "values, grad, moments 28 K + positions + rows written"
@@ -258,7 +258,7 @@ COMPACT = {
     FUSED: dense_fused,
     COPY: compact_fused,
 }
-GATHERED = {
+INDEXED = {
     "SparseAdamW": sparse_adamw_indexed,
     **each_backend("adamw_", indexed_op),
     ADVANCED: partial(by_hand, read=lambda t, i: t[i], write=lambda t, i, x: t.__setitem__(i, x)),
@@ -281,22 +281,22 @@ def cases(small: bool, gpu: bool) -> list[Case]:
     def case(name: str, problem: Callable[[], Step], contenders: Any, versus: Any) -> Case:
         return Case(name, problem, contenders, "SparseAdamW", versus, calls=CALLS)
 
-    def elements(shapes: Shapes, density: float, gathered: bool = False) -> Callable[[], Step]:
-        return partial(make, shapes, lambda shape: random_elements(shape, density), gathered)
+    def elements(shapes: Shapes, density: float, indexed: bool = False) -> Callable[[], Step]:
+        return partial(make, shapes, lambda shape: random_elements(shape, density), indexed)
 
     def some_rows(count: int) -> Callable[[], Step]:
         return partial(make, table, lambda shape: random_rows(shape, count))
 
     with_sparse = {**COMPACT, SPARSE: sparse_adam}
     large = len(range(0, table[0][0], 4))
-    # The gathered form's bar stands against advanced indexing, which is how the step is written by hand first.
+    # The indexed form's bar stands against advanced indexing, which is how the step is written by hand first.
     return [
         case(f"compact, 1 % {size}", elements(flat, 0.01), COMPACT, {FUSED: 15, COPY: None}),
         case(f"compact, 0.1 % {size}", elements(flat, 0.001), COMPACT, {FUSED: 150, COPY: None}),
         case(
-            f"gathered, 1 % {size}",
+            f"indexed, 1 % {size}",
             elements(flat, 0.01, True),
-            GATHERED,
+            INDEXED,
             {ADVANCED: 10, SELECT: None, AROUND: None, FUSED: None},
         ),
         case(f"compact, 18 rows {rows}", some_rows(18), with_sparse, {COPY: 2, SPARSE: None, FUSED: None}),

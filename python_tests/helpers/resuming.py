@@ -36,7 +36,7 @@ class Small(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    form: str  # compact, gathered or dense
+    form: str  # compact, indexed or dense
     dtype: str = "float32"
     amsgrad: bool = False
     reselect: bool = False  # change the selection after RESELECT_AFTER steps
@@ -49,13 +49,13 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    for form, dtype, amsgrad in product(("compact", "gathered", "dense"), ("float32", "bfloat16"), (False, True)):
+    for form, dtype, amsgrad in product(("compact", "indexed", "dense"), ("float32", "bfloat16"), (False, True)):
         for stop in range(STEPS):
             yield Case(form, dtype, amsgrad, model_first=bool(stop % 2), stop=stop)
     for order in (True, False):
         yield Case("compact", "float16", model_first=order)
         yield Case("compact", "bfloat16", model_first=order)
-    for form, dtype, stop in product(("compact", "gathered"), ("float32", "bfloat16"), range(1, STEPS)):
+    for form, dtype, stop in product(("compact", "indexed"), ("float32", "bfloat16"), range(1, STEPS)):
         for restore in (True, False) if form == "compact" else (True,):
             yield Case(form, dtype, True, reselect=True, restore=restore, stop=stop, model_first=bool(stop % 2))
 
@@ -79,7 +79,7 @@ class Run:
         if case.form == "compact":
             self.tuned = sk.train_only(self.model, selection(number))
             self.optimizer = sk.SparseAdamW(self.tuned.parameters(), **options)
-        elif case.form == "gathered":
+        elif case.form == "indexed":
             self.optimizer = sk.SparseAdamW(selection(number).param_groups(self.model), **options)
         else:
             self.optimizer = sk.SparseAdamW(self.model.parameters(), **options)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import sparsekernels as sk
 from sparsekernels import Index, Selection
 
-FORMS = ("compact", "gathered", "dense")
+FORMS = ("compact", "indexed", "dense")
 
 # In a process of its own: the module freezes torch's global flags and loads a hypothesis profile when it is imported,
 # which every other test of this session would feel. It needs expecttest for a base class only.
@@ -103,7 +103,7 @@ def groups_of(form: str, problem: nn.Module) -> list[dict[str, Any]]:
     if form == "compact":
         tuned = sk.train_only(problem, Selection(index))
         return [{"params": [tuned.slots[name].values]} for name in dense]
-    if form == "gathered":
+    if form == "indexed":
         return [{"params": [p], "indices": [index[name].to(p.device)]} for name, p in dense.items()]
     return [{"params": [p]} for p in dense.values()]
 

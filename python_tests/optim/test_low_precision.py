@@ -40,7 +40,7 @@ def compact(dtype: torch.dtype, steps: int, **options: Any) -> tuple[Tensor, Any
     return model.weight.detach(), optimizer.state[values]
 
 
-def gathered(dtype: torch.dtype, steps: int, **options: Any) -> tuple[Tensor, Any]:
+def indexed(dtype: torch.dtype, steps: int, **options: Any) -> tuple[Tensor, Any]:
     p = nn.Parameter(start().to(dtype))
     groups = [{"params": [p], "indices": [sk.Index(ROWS, (V, D), rows=True)]}]
     optimizer = sk.SparseAdamW(groups, LR, weight_decay=0.01, **options)
@@ -67,7 +67,7 @@ def moved(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     ("run", "options"),
-    [(compact, {}), (gathered, {"stochastic_rounding": True}), (listed, {"stochastic_rounding": True, "seed": 9})],
+    [(compact, {}), (indexed, {"stochastic_rounding": True}), (listed, {"stochastic_rounding": True, "seed": 9})],
     ids=["master", "indices", "sparse gradient"],
 )
 def test_a_thousand_small_steps_follow_fp32(run: Run, options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -90,7 +90,7 @@ def test_a_thousand_small_steps_follow_fp32(run: Run, options: dict[str, Any], d
         assert (lost * expected.sign()).mean() < 0.5 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("run", [compact, gathered, listed])
+@pytest.mark.parametrize("run", [compact, indexed, listed])
 def test_moments_in_bf16(run: Run) -> None:
     """Half the state; with stochastic rounding the second moment decays as it should, and the path is close."""
     options = {"state_dtype": BF16, "stochastic_rounding": True}
@@ -105,7 +105,7 @@ def test_moments_in_bf16(run: Run) -> None:
     assert abs(nearest - 1) > 0.05  # a change of a thousandth is below half a place of bf16
 
 
-@pytest.mark.parametrize("run", [compact, gathered, listed])
+@pytest.mark.parametrize("run", [compact, indexed, listed])
 def test_random_bits_can_be_drawn_again(run: Run) -> None:
     options = {"state_dtype": BF16, "stochastic_rounding": True, "seed": 5}
     first = run(BF16, 20, **options)[1]["exp_avg_sq"]

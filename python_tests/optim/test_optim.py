@@ -85,7 +85,7 @@ def compact_run(model: Weights, chosen: Selection, steps: int, options: dict[str
     return {n: p.detach() for n, p in model.named_parameters() if n in SHAPES}
 
 
-def gathered_run(model: Weights, chosen: Selection, steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
+def indexed_run(model: Weights, chosen: Selection, steps: int, options: dict[str, Any]) -> dict[str, Tensor]:
     optimizer = sk.SparseAdamW(chosen.param_groups(model), **options)
     for step in range(steps):
         for name, grad in gradients(step, model.a.dtype).items():
@@ -105,7 +105,7 @@ def dense_run(
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
-FORMS = {"compact": compact_run, "gathered": gathered_run, "dense": dense_run}
+FORMS = {"compact": compact_run, "indexed": indexed_run, "dense": dense_run}
 
 
 @functools.cache
@@ -191,7 +191,7 @@ def test_compact_form_in_other_dtypes(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gathered_form_rounds_once_a_step(dtype: torch.dtype) -> None:
+def test_indexed_form_rounds_once_a_step(dtype: torch.dtype) -> None:
     chosen = selection(Weights(dtype), "some")
     model = Weights(dtype)
     optimizer = sk.SparseAdamW(chosen.param_groups(model), lr=0.1)

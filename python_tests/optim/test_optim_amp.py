@@ -14,7 +14,7 @@ from sparsekernels.optim.state import step_device
 
 SHAPE = (6, 5)
 POSITIONS = torch.tensor([0, 3, 4, 11, 29])
-FORMS = ("compact", "gathered", "dense")
+FORMS = ("compact", "indexed", "dense")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -29,7 +29,7 @@ class Run:
         if form == "compact":
             self.param = next(iter(sk.train_only(self.model, sk.Selection({"w": self.index})).parameters()))
             params: Any = [self.param]
-        elif form == "gathered":
+        elif form == "indexed":
             self.param, params = self.weight, [{"params": [self.weight], "indices": [self.index]}]
         else:
             self.param, params = self.weight, [self.weight]
@@ -88,7 +88,7 @@ def test_equal_to_fused_adamw_under_a_scaler(form: str, infinite: int, scale: fl
 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}, {"capturable": True}], ids=str)
-@pytest.mark.parametrize("form", ["compact", "gathered"])
+@pytest.mark.parametrize("form", ["compact", "indexed"])
 def test_nothing_changes_where_a_gradient_is_infinite(form: str, options: dict[str, Any]) -> None:
     run, scaler = Run(form, **options), new_scaler()
     scaled_run(run, scaler, steps=2)
@@ -104,7 +104,7 @@ def test_nothing_changes_where_a_gradient_is_infinite(form: str, options: dict[s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("form", ["compact", "gathered"])
+@pytest.mark.parametrize("form", ["compact", "indexed"])
 def test_other_dtypes_are_unscaled_where_they_are_computed(form: str, dtype: torch.dtype) -> None:
     """A power of two as scale leaves no trace: not even in fp16, whose gradients are widened before."""
     scaled, plain = Run(form, dtype), Run(form, dtype)
@@ -116,7 +116,7 @@ def test_other_dtypes_are_unscaled_where_they_are_computed(form: str, dtype: tor
 
 
 def test_gradients_stay_as_they_came() -> None:
-    for form in ("compact", "gathered"):
+    for form in ("compact", "indexed"):
         run = Run(form)
         scaled_run(run, new_scaler(), steps=1)
         given = Run(form)
@@ -206,7 +206,7 @@ def on_device(run: Run) -> None:
     run.optimizer.grad_scale, run.optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
 
 
-@pytest.mark.parametrize("form", ["compact", "gathered"])
+@pytest.mark.parametrize("form", ["compact", "indexed"])
 def test_a_capturable_step_reads_nothing(form: str) -> None:
     run = Run(form, capturable=True, lr=torch.tensor(0.1))
     plain = Run(form)
@@ -226,7 +226,7 @@ def test_reads_by_the_host_are_seen() -> None:
         run.optimizer.step()
 
 
-@pytest.mark.parametrize("form", ["compact", "gathered"])
+@pytest.mark.parametrize("form", ["compact", "indexed"])
 def test_a_tensor_lr_is_followed(form: str) -> None:
     lr = torch.tensor(0.125)
     run, plain = Run(form, capturable=True, lr=lr), Run(form, lr=0.125)
@@ -272,7 +272,7 @@ def test_steps_are_counted_where_torch_counts_them() -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("form", ["compact", "gathered"])
+@pytest.mark.parametrize("form", ["compact", "indexed"])
 def test_a_graph_follows_lr_and_verdict(form: str) -> None:
     """Captured once, replayed with another lr, and once with found_inf: as the same steps one by one."""
     lr = torch.tensor(0.1, device="cuda")

@@ -42,7 +42,7 @@ def stepped(form: str, positions: Tensor, threads: int, company: int, **options:
 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}], ids=str)
-@pytest.mark.parametrize("form", ["compact", "gathered"])
+@pytest.mark.parametrize("form", ["compact", "indexed"])
 def test_bits_depend_on_the_element_alone(form: str, options: dict[str, Any]) -> None:
     """Not on threads, not on other parameters, not on which other elements are selected."""
     positions = torch.arange(3, SIZE, 2)

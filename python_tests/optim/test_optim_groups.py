@@ -23,7 +23,7 @@ def groups_of(form: str) -> tuple[nn.Module, list[dict[str, Any]]]:
         tuned = sk.train_only(m, selection)
         return m, [{"params": [tuned.slots[name].values]} for name in ("0.weight", "2.weight")]
     groups: list[dict[str, Any]] = [{"params": [m.get_parameter(name)]} for name in ("0.weight", "2.weight")]
-    if form == "gathered":
+    if form == "indexed":
         for group, name in zip(groups, ("0.weight", "2.weight"), strict=True):
             group["indices"] = [selection[name]]
     return m, groups
@@ -152,7 +152,7 @@ def test_one_index_and_one_tensor_need_no_lists() -> None:
     assert named.param_groups[0]["param_names"] == ["w"]
 
 
-def test_gathered_gradient_need_not_be_contiguous() -> None:
+def test_indexed_gradient_need_not_be_contiguous() -> None:
     weight = torch.randn(4, 6)
     grad = torch.randn(6, 4).T
     runs = []

@@ -288,7 +288,7 @@ def test_averaged_model(form: str, average: str, use_buffers: bool, dtype: torch
     if form == "compact":
         params: Any = sk.train_only(net, chosen).parameters()
     else:
-        params = chosen.param_groups(net) if form == "gathered" else net.parameters()
+        params = chosen.param_groups(net) if form == "indexed" else net.parameters()
     optimizer = sk.SparseAdamW(params, lr=0.05)
     averaged = AveragedModel(
         net, multi_avg_fn=get_ema_multi_avg_fn(0.6) if average == "ema" else None, use_buffers=use_buffers

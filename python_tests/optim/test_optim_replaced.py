@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import sparsekernels as sk
 
 ROWS = sk.Index(torch.tensor([0, 2]), (4, 3), rows=True)
-FORMS = pytest.mark.parametrize("form", ["compact", "gathered"])
+FORMS = pytest.mark.parametrize("form", ["compact", "indexed"])
 
 
 def stepped(form: str) -> tuple[sk.SparseAdamW, nn.Parameter]:

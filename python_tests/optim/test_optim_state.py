@@ -16,7 +16,7 @@ import sparsekernels as sk
 from sparsekernels import Index, Selection
 from sparsekernels.optim.options import DEFAULTS
 
-FORMS = ("compact", "gathered", "dense")
+FORMS = ("compact", "indexed", "dense")
 Run = tuple[nn.Module, sk.SparseAdamW]
 
 
@@ -36,7 +36,7 @@ def prepared(form: str, dtype: torch.dtype = torch.float32, seed: int = 0, **opt
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
     if form == "compact":
         return m, sk.SparseAdamW(sk.train_only(m, selection).parameters(), **options)
-    if form == "gathered":
+    if form == "indexed":
         return m, sk.SparseAdamW(selection.param_groups(m), **options)
     return m, sk.SparseAdamW(m.parameters(), **options)
 
@@ -132,8 +132,8 @@ def test_dense_state_goes_to_torch_and_back() -> None:
 
 MISMATCHES: dict[str, tuple[str, Callable[[], Run], str]] = {
     "other selection of another size": ("compact", lambda: prepared_with("compact", 0.7), "another selection"),
-    "gathered, another size": ("gathered", lambda: prepared_with("gathered", 0.7), "other indices|another selection"),
-    "gathered, the same size": ("gathered", lambda: prepared("gathered", seed=5), "other indices|another selection"),
+    "indexed, another size": ("indexed", lambda: prepared_with("indexed", 0.7), "other indices|another selection"),
+    "indexed, the same size": ("indexed", lambda: prepared("indexed", seed=5), "other indices|another selection"),
     "dense into compact": ("dense", lambda: prepared("compact"), "doesn't match|another selection"),
     "compact into dense": ("compact", lambda: prepared("dense"), "doesn't match|another selection"),
 }

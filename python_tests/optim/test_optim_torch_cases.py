@@ -112,7 +112,7 @@ def _params_in(form: str, params: Any, device: torch.device) -> Any:
         params = [nn.Parameter(torch.randn(1, device=device))]
     if form == "dense" or isinstance(params, Tensor):
         return params
-    if form == "gathered":
+    if form == "indexed":
         groups = params if isinstance(params[0], dict) else [{"params": params}]
         groups = [{**group, "params": _listed(group["params"])} for group in groups]
         return [{**g, "indices": [Index.full(_bare(p).shape) for p in g["params"]]} for g in groups]
@@ -197,7 +197,7 @@ def test_the_unselected_stay_through_every_input(device: torch.device) -> None:
     """What torch's suite cannot ask: over some positions, the others keep their bits."""
     index = Index(torch.tensor([1, 4, 7]), (10, 5), rows=True)
     for what, options in optimizer_inputs(device):
-        for form in ("compact", "gathered"):
+        for form in ("compact", "indexed"):
             problem, before = Problem(device), Problem(device).weight.detach()
             chosen = Selection({"weight": index})
             if form == "compact":

@@ -172,7 +172,7 @@ def test_a_differentiable_lr_gets_its_gradient() -> None:
     assert grads[0] != 0
 
 
-def _gathered(change: str) -> tuple[sk.SparseAdamW, nn.Parameter]:
+def _indexed(change: str) -> tuple[sk.SparseAdamW, nn.Parameter]:
     p = nn.Parameter(torch.randn(6, 4))
     optimizer = sk.SparseAdamW([{"params": [("w", p)], "indices": [Index(torch.tensor([1, 3]), (6, 4), rows=True)]}])
     p.grad = torch.ones_like(p)
@@ -204,9 +204,9 @@ def _compact(change: str) -> tuple[sk.SparseAdamW, nn.Parameter]:
 @pytest.mark.parametrize(
     ("make", "change", "words"),
     [
-        (_gathered, "strides", r"'w' became .*strides \[1, 6\]"),
-        (_gathered, "shape", r"'w' became .*shape \[3, 4\].*shape \[6, 4\]"),
-        (_gathered, "double", r"'w' became torch.float64.*state of torch.float32"),
+        (_indexed, "strides", r"'w' became .*strides \[1, 6\]"),
+        (_indexed, "shape", r"'w' became .*shape \[3, 4\].*shape \[6, 4\]"),
+        (_indexed, "double", r"'w' became torch.float64.*state of torch.float32"),
         (_compact, "double", r"'0.weight' became torch.float64.*state of torch.float32"),
         (_compact, "half", r"'0.weight' became torch.float16"),
     ],

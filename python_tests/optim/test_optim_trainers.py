@@ -31,7 +31,7 @@ def prepared(form: str, seed: int = 0) -> tuple[nn.Module, Selection | None, Any
         return model, None, model.parameters()
     names = [n for n, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in n]
     chosen = Selection.random(model, 0.1, names=names, seed=seed)
-    if form == "gathered":
+    if form == "indexed":
         return model, chosen, chosen.param_groups(model)
     return model, chosen, sk.train_only(model, chosen).parameters()
 
@@ -81,7 +81,7 @@ def test_accelerate(form: str) -> None:
     assert_only_selected_moved(model, before, chosen)
     steps = {float(state["step"]) for state in optimizer.state.values()}
     assert steps == {4.0}
-    if form == "gathered":
+    if form == "indexed":
         assert all(group["indices"] for group in optimizer.param_groups)
 
     twin, _, params = prepared(form)
@@ -129,9 +129,9 @@ def test_trainer_with_optimizer_and_scheduler(form: str, tmp_path: Path) -> None
     assert {float(state["step"]) for state in own.state.values()} == {5.0}
     assert own.param_groups[0]["lr"] == pytest.approx(0.02 / 6)
 
-    # torch's AdamW trains dense parameters as they are, and the other two as compact Parameters: but with gathered
-    # indices the norm that is clipped is that of all gradients, so that form is held against its own loop above.
-    if form != "gathered":
+    # torch's AdamW trains dense parameters as they are, and the other two as compact Parameters: but the clipped
+    # norm of indexed ones is that of all gradients, so that form is held against its own loop above.
+    if form != "indexed":
         twin, _, params = prepared(form)
         plain = torch.optim.AdamW(params, **DECAY)
         trainer(twin, tmp_path, optimizers=(plain, LambdaLR(plain, decay_later))).train()
@@ -171,10 +171,10 @@ def test_trainer_decays_compact_parameters_of_weights(tmp_path: Path) -> None:
 @pytest.mark.compatibility("Trainer", "indexed parameters: `params` in `optimizer_cls_and_kwargs`", "works")
 def test_trainer_takes_groups_with_indices_among_the_options(tmp_path: Path) -> None:
     """`params` in the options replaces the groups that Trainer would make."""
-    model, chosen, groups = prepared("gathered")
+    model, chosen, groups = prepared("indexed")
     before = copy.deepcopy(model.state_dict())
     trainer(model, tmp_path, optimizer_cls_and_kwargs=(sk.SparseAdamW, {"params": groups, **DECAY})).train()
     assert_only_selected_moved(model, before, chosen)
-    twin, _, groups = prepared("gathered")
+    twin, _, groups = prepared("indexed")
     trainer(twin, tmp_path, optimizers=(sk.SparseAdamW(groups, **DECAY), None)).train()
     assert_equal_weights(model, twin, exact=True)

@@ -20,7 +20,7 @@ from sparsekernels import Index, Selection
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize(("form", "restore"), [("compact", True), ("compact", False), ("gathered", False)])
+@pytest.mark.parametrize(("form", "restore"), [("compact", True), ("compact", False), ("indexed", False)])
 def test_every_position_is_trained_as_if_it_were_alone(form: str, amsgrad: bool, restore: bool) -> None:
     model = Zoo().double()
     options: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.1, "amsgrad": amsgrad}

@@ -20,7 +20,7 @@ import sparsekernels as sk
 from sparsekernels import Index, Selection
 
 CASES = list(resuming.cases())
-FORMS = ("compact", "gathered", "dense")
+FORMS = ("compact", "indexed", "dense")
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -80,7 +80,7 @@ def test_a_state_dict_holds_nothing_but_plain_things(form: str) -> None:
 
     state = run.optimizer.state_dict()
     check(state)
-    extra = {"compact": {"positions", "master"}, "gathered": {"positions"}, "dense": set()}[form]
+    extra = {"compact": {"positions", "master"}, "indexed": {"positions"}, "dense": set()}[form]
     for entry in state["state"].values():
         assert set(entry) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} | extra
     assert all("positions" not in entry for entry in run.optimizer.state.values()), "kept only in the file"
@@ -114,7 +114,7 @@ def stepped(tuned: sk.SparseModel, optimizer: torch.optim.Optimizer, seed: int =
     optimizer.step()
 
 
-@pytest.mark.parametrize("form", ["compact", "gathered"])
+@pytest.mark.parametrize("form", ["compact", "indexed"])
 @pytest.mark.parametrize("named", [False, True])
 def test_other_positions_of_the_same_size_are_refused(form: str, named: bool) -> None:
     runs = []

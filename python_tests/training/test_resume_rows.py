@@ -93,7 +93,7 @@ class Elements:
 
 @pytest.mark.parametrize("rounding", [{"state_dtype": BF16}, ROUNDED, {**ROUNDED, "amsgrad": True}], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("form", ["compact", "gathered"])
+@pytest.mark.parametrize("form", ["compact", "indexed"])
 def test_narrow_moments_and_rounding(form: str, dtype: torch.dtype, rounding: dict[str, Any]) -> None:
     run = Elements(form, dtype, **rounding)
     run.train(0, 3)

@@ -15,7 +15,7 @@ from trainers import Lines, trainer
 import sparsekernels as sk
 from sparsekernels import Selection
 
-CASES = [("compact", torch.bfloat16), ("gathered", torch.bfloat16), ("dense", torch.float32)]
+CASES = [("compact", torch.bfloat16), ("indexed", torch.bfloat16), ("dense", torch.float32)]
 
 
 def prepared(form: str, dtype: torch.dtype) -> tuple[nn.Module, sk.SparseAdamW]:

@@ -150,7 +150,7 @@ class Batch:
                 states[p].clear()
             self._name_what_does_not_fit(ready, states)
             raise
-        for p, slot in zip(self.params, self.slots):  # noqa: B905 - empty for the gathered kind
+        for p, slot in zip(self.params, self.slots):  # noqa: B905 - empty for the indexed kind
             slot.written, slot.pending = p._version, False
 
 
@@ -164,7 +164,7 @@ def prepared(
     batch = plan.batches.get(kind)
     grads = None if batch is None else batch.gradients(states)
     if batch is None or grads is None:
-        params = plan.compact if kind == "compact" else plan.gathered
+        params = plan.compact if kind == "compact" else plan.indexed
         live = [p for p in params if p.grad is not None]
         warn_untrained(states, params)
         if not live:

@@ -50,7 +50,7 @@ def step_sparse(group: dict[str, Any], plan: GroupPlan, states: Mapping[Tensor, 
     for i, p in enumerate(plan.dense):
         if p.grad is None or not p.grad.is_sparse:
             continue
-        stream = plan.first + len(plan.compact) + len(plan.gathered) + i
+        stream = plan.first + len(plan.compact) + len(plan.indexed) + i
         with torch.no_grad():
             seen = step_rows(p, p.grad, states[p], plan.seen.get(p), group, stream)
         if seen is not None:

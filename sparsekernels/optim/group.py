@@ -25,9 +25,9 @@ class GroupPlan:
         self.index: dict[Tensor, Index] = dict(zip(params, group.get("indices") or (), strict=False))
         self.slots: dict[Tensor, Slot] = {p: p.__dict__[SLOT] for p in params if SLOT in p.__dict__}
         self.compact = list(self.slots)
-        self.gathered = list(self.index)
+        self.indexed = list(self.index)
         self.dense = [p for p in params if p not in self.slots and p not in self.index]
-        self.kinds = [kind for kind in ("compact", "gathered") if getattr(self, kind)]
+        self.kinds = [kind for kind in ("compact", "indexed") if getattr(self, kind)]
         self.batches: dict[str, Any] = {}  # kind -> Batch, kept by it between steps
         self.seen: dict[Tensor, SeenRows] = {}  # of parameters with sparse gradients
 
@@ -46,7 +46,7 @@ class GroupPlan:
         """Seed and first random stream for parameters of a kind; empty if they round to nearest."""
         if not group["stochastic_rounding"]:
             return ()
-        return group["seed"], self.first + (len(self.compact) if kind == "gathered" else 0)
+        return group["seed"], self.first + (len(self.compact) if kind == "indexed" else 0)
 
 
 def name_of(group: dict[str, Any], param: Tensor) -> str:

@@ -62,7 +62,7 @@ def select(
             rounding.
         alpha: rows with a p-value below it are selected, in (0, 1).
         correction: adjustment of p-values for V simultaneous tests: "bonferroni", "bh" (Benjamini-Hochberg), or None,
-            as in the paper: then alpha * V rows would be selected by chance if the samples were independent.
+            as in the paper: then about alpha * V rows are false positives if the samples are independent.
         fallback_density: size of the ticket if no row has p < alpha, a share of all rows in [0, 1]:
             k = min(int(fallback_density * V) + 1, V); of rows with equal p-values those that moved further, and no row
             that did not change. 0 is the paper's rule: the ticket may be empty.

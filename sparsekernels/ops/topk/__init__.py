@@ -29,7 +29,8 @@ def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: 
     counts.
 
     Raises:
-        ValueError: no tensors, k out of range, mixed dtypes or devices, or NaN (the message names the tensor's index).
+        ValueError: an empty list of tensors, k out of range, mixed dtypes or devices, or NaN (the message names the
+            tensor's index).
 
     Source: ours.
 
