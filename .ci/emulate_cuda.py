@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = re.compile(r"(\w+(?:<(?:[^<>;{}]|\([^()]*\))*>)?)<<<([^;]*?)>>>\(")
+LAUNCH = re.compile(r"(\w+(?:<(?:[^<>;{}]|\([^()]*\))*>)?)\s*<<<([^;]*?)>>>\(")
 RUNTIME = """
 #pragma once
 #define __grid_constant__
@@ -33,9 +33,9 @@ void emulate(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t, cudaS
   gridDim = grid;
   blockDim = block;
   for (unsigned i = 0; i < grid.x * grid.y; ++i) {
-    for (unsigned j = 0; j < block.x * block.y; ++j) {
+    for (unsigned j = 0; j < block.x * block.y * block.z; ++j) {
       blockIdx = {i % grid.x, i / grid.x, 0};
-      threadIdx = {j % block.x, j / block.x, 0};
+      threadIdx = {j % block.x, j / block.x % block.y, j / (block.x * block.y)};
       kernel(static_cast<Parameters>(arguments)...);
     }
   }

@@ -137,7 +137,7 @@ def frozen(model: nn.Module, rows: Tensor) -> Contender:
 
 def train_only(model: nn.Module, rows: Tensor) -> Contender:
     table = embedding(model).weight
-    index = sk.Index(rows, table.shape, rows=True)
+    index = sk.Index(rows, table.shape, granularity="row")
     tuned = sk.train_only(model, sk.Selection({"model.embed_tokens.weight": index}))
     optimizer = sk.SparseAdamW(tuned.parameters(), LR, eps=EPS, weight_decay=0.0)
     return Contender(model, stepped(optimizer), lambda: table[rows], lambda: table)

@@ -44,7 +44,7 @@ def main(steps: int = 24) -> dict[str, Any]:
 
     name, table = "model.embed_tokens.weight", model.get_input_embeddings().weight
     rows = torch.tensor(tokenizer.convert_tokens_to_ids(TOKENS))
-    selection = sk.Selection({name: sk.Index(rows, table.shape, rows=True)})
+    selection = sk.Selection({name: sk.Index(rows, table.shape, granularity="row")})
     print(selection.summary())
 
     before = mean_loss(model, held_out)

@@ -7,7 +7,18 @@ from pathlib import Path
 import sparsekernels
 
 PACKAGE = Path(sparsekernels.__file__).parent
-FLOORS = ("common index", "ops", "selection", "nn", "structure", "training", "optim scoring", "methods", "__init__")
+FLOORS = (
+    "common",
+    "index",
+    "ops choosing",
+    "selection",
+    "nn",
+    "structure",
+    "training",
+    "optim scoring",
+    "methods",
+    "__init__",
+)
 FLOOR = {room: floor for floor, rooms in enumerate((*FLOORS, "__main__")) for room in rooms.split()}
 FILES = {tuple(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.drawing import indices
 from hypothesis import given
 from hypothesis import strategies as st
 from models import Zoo
+from samples.case import put
 from torch import Tensor
 
 from sparsekernels import Index, Selection
@@ -23,7 +25,13 @@ def positions(*entries: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 def elements_of(index: Index) -> set[int]:
-    return set(index.to_elements().positions.tolist())
+    """By plain indexing, apart from the package."""
+    dense = put(torch.zeros(index.shape), index, torch.ones(index.compact_shape))
+    found = dense.reshape(-1).nonzero().reshape(-1).tolist()
+    assert index.to_elements().positions.tolist() == found
+    assert torch.equal(index.mask(), dense.bool())
+    assert index.numel == len(found)
+    return set(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -54,9 +62,9 @@ def test_positions_that_wrap_around_in_int64() -> None:
 
 def test_bad_rows() -> None:
     with pytest.raises(ValueError, match=r"\[0, 6\), got row 6"):
-        Index(positions(2, 6), SHAPE, rows=True)
-    with pytest.raises(ValueError, match="at least one dimension"):
-        Index(positions(0), (), rows=True)
+        Index(positions(2, 6), SHAPE, granularity="row")
+    with pytest.raises(ValueError, match=r"of shape \(\) has no rows"):
+        Index(positions(0), (), granularity="row")
 
 
 @pytest.mark.parametrize(
@@ -73,13 +81,13 @@ def test_positions_of_two_dimensions() -> None:
 
 
 def test_facts_of_an_index() -> None:
-    rows = Index(positions(1, 4), (6, 5, 2), rows=True)
-    assert (len(rows), rows.numel, rows.elements_per_position, rows.compact_shape) == (2, 20, 10, (2, 5, 2))
-    assert elements_of(rows) == {*range(10, 20), *range(40, 50)}
+    rows = Index(positions(1, 4), (6, 5, 2), granularity="row")
+    assert (len(rows), rows.numel, rows.elements_per_position, rows.compact_shape) == (2, 4, 2, (2, 2))
+    assert elements_of(rows) == {2, 3, 8, 9}
     elements = Index(positions(1, 4), (6, 5, 2))
     assert (len(elements), elements.numel, elements.elements_per_position, elements.compact_shape) == (2, 2, 1, (2,))
     assert elements.to_elements() is elements
-    assert Index.full(SHAPE).rows
+    assert Index.full(SHAPE).granularity == "row"
     assert Index.full(SHAPE).numel == 30
     assert Index.full(()).numel == 1
     assert "2 rows of [6, 5, 2]" in repr(rows)
@@ -89,7 +97,7 @@ def test_positions_are_int32_where_every_offset_fits() -> None:
     assert Index(positions(0, 3), SHAPE).positions.dtype == torch.int32
     assert Index(positions(0, 2**31 - 2), (2**31 - 1,)).positions.dtype == torch.int32
     assert Index(positions(0, 2**31), (2**31 + 1,)).positions.tolist() == [0, 2**31]
-    assert Index(positions(0, 3), (4, 2**33), rows=True).positions.dtype == torch.int32
+    assert Index(positions(0, 3), (4, 2**33), granularity="row").positions.dtype == torch.int32
     far = Index(positions(0, 2**33), (2**40,))
     assert far.positions.dtype == torch.int64
     assert far.positions.tolist() == [0, 2**33]
@@ -107,7 +115,7 @@ def test_equality() -> None:
     assert Index(positions(1, 2), SHAPE) == Index(positions(1, 2, dtype=torch.int32), SHAPE)
     for other in (
         Index(positions(1, 3), SHAPE),
-        Index(positions(1, 2), SHAPE, rows=True),
+        Index(positions(1, 2), SHAPE, granularity="row"),
         Index(positions(1, 2), (30,)),
     ):
         assert Index(positions(1, 2), SHAPE) != other
@@ -124,14 +132,7 @@ def test_from_mask() -> None:
     assert list(found) == ["a"]
 
 
-indices = st.builds(
-    lambda rows, chosen: Index(
-        torch.tensor(sorted(c for c in chosen if c < (6 if rows else 30)), dtype=torch.int64), SHAPE, rows
-    ),
-    st.booleans(),
-    st.sets(st.integers(0, 29)),
-)
-selections = st.dictionaries(st.sampled_from("abc"), indices).map(Selection)
+selections = st.dictionaries(st.sampled_from("abc"), indices(SHAPE)).map(Selection)
 
 
 def as_set(selection: Selection) -> set[tuple[str, int]]:
@@ -148,11 +149,13 @@ def test_set_algebra(a: Selection, b: Selection) -> None:
         assert as_set(ours) == theirs
         assert ours.numel == len(theirs)
         for name, index in ours.items():
-            assert Index(index.positions, index.shape, index.rows) == index  # sorted, unique and inside, still
+            assert (
+                Index(index.positions, index.shape, index.granularity, index.block) == index
+            )  # sorted, unique and inside, still
             assert index.positions.dtype == torch.int32
             if name in a and name in b:
                 assert len(index), "a parameter whose set becomes empty is left out"
-                assert index.rows == (a[name].rows and b[name].rows)
+                assert index.granularity == (a[name].granularity if a[name].same_units(b[name]) else "element")
 
 
 @given(selections)
@@ -190,7 +193,7 @@ def test_copies(a: Selection) -> None:
 
 
 def test_index_survives_torch_save_with_weights_only(tmp_path: Path) -> None:
-    index = Index(positions(1, 2), SHAPE, rows=True)
+    index = Index(positions(1, 2), SHAPE, granularity="row")
     torch.save({"indices": [index]}, tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["indices"] == [index]
 

@@ -123,7 +123,7 @@ def test_random_is_reproducible_and_uniform() -> None:
     assert dict(a) != dict(Selection.random(model, 0.1, seed=4))
     for name, parameter in model.named_parameters():
         assert len(a[name]) == min(int(0.1 * parameter.numel()) + 1, parameter.numel())
-        assert not a[name].rows
+        assert a[name].granularity == "element"
     counts = torch.zeros(50)
     for seed in range(400):
         counts[Selection.random({"w": (50,)}, 0.19, seed=seed)["w"].positions.long()] += 1

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .choosing import choose_units, count_for, unit_scores, units_for
 from .common.files import check_names, described, load_tensors, reading, save_tensors
 from .common.names import own_names
 from .common.supported import refuse_unsupported_of
-from .index import Index
+from .common.units import Granularity, Tile
+from .index import KIND, OLD_KIND, Index, index_of, kind_of
 
 
 class Selection(Mapping[str, Index]):
     """A read-only mapping from parameter name to `Index`: the weights to train.
 
-    `a | b`, `a & b` and `a - b` are set operations on positions. Rows combined with elements become elements. A
-    parameter whose set becomes empty is dropped.
+    `a | b`, `a & b` and `a - b` are set operations. Where the two have different units of one parameter, such as rows
+    and columns, the result has elements. A parameter whose set becomes empty is dropped.
 
     Args:
         indices: parameter name -> Index. Not changed.
@@ -35,11 +37,11 @@ class Selection(Mapping[str, Index]):
 
     Examples:
         >>> a = sk.Selection({"weight": sk.Index(torch.tensor([0, 5]), (2, 3))})
-        >>> b = sk.Selection({"weight": sk.Index(torch.tensor([1]), (2, 3), rows=True)})
+        >>> b = sk.Selection({"weight": sk.Index(torch.tensor([1]), (2, 3), "row")})
         >>> a, (a | b).numel, (a & b)["weight"].positions, list(a - a)
         (Selection(2 elements of 1 tensors), 4, tensor([5], dtype=torch.int32), [])
-        >>> a.to("cpu")["weight"] == a["weight"]
-        True
+        >>> a.to("cpu")["weight"] == a["weight"], b.to_elements()["weight"]
+        (True, Index(3 elements of [2, 3]))
     """
 
     def __init__(self, indices: Mapping[str, Index]) -> None:
@@ -70,6 +72,10 @@ class Selection(Mapping[str, Index]):
         """Copy all positions to `device`; returns a new Selection."""
         return Selection({name: index.to(device) for name, index in self.items()})
 
+    def to_elements(self) -> Selection:
+        """Return the same set with one position per element."""
+        return Selection({name: index.to_elements() for name, index in self.items()})
+
     def __or__(self, other: Selection) -> Selection:
         names = list(self) + [name for name in other if name not in self]
         return self._combine(other, names, lambda a, b: torch.cat([a, b]).unique())
@@ -89,28 +95,36 @@ class Selection(Mapping[str, Index]):
             a, b = self[name], other[name]
             if a.shape != b.shape:
                 raise ValueError(f"{name!r} has shape {list(a.shape)} on the left, {list(b.shape)} on the right")
-            if a.rows != b.rows:
+            if not a.same_units(b):
                 a, b = a.to_elements(), b.to_elements()
-            index = Index.unchecked(rule(a.positions, b.positions.to(a.positions.device)), a.shape, a.rows)
+            index = a.with_positions(rule(a.positions, b.positions.to(a.positions.device)))
             if len(index):
                 out[name] = index
         return Selection(out)
 
     @classmethod
-    def from_masks(cls, masks: Mapping[str, Tensor]) -> Selection:
+    def from_masks(
+        cls, masks: Mapping[str, Tensor], *, granularity: Granularity = "element", block: Tile | None = None
+    ) -> Selection:
         """Select the true entries of boolean masks; masks without any are dropped.
 
         Args:
             masks: parameter name -> bool tensor of the parameter's shape.
+            granularity, block: as for `Index`; of vectors, rows.
 
         Raises:
-            TypeError: a mask is not a bool tensor.
+            TypeError: a mask is not a bool tensor. ValueError: it is true in only a part of a unit.
 
         Examples:
             >>> sk.Selection.from_masks({"weight": torch.eye(3) > 0, "bias": torch.zeros(3) > 0})
             Selection(3 elements of 1 tensors)
         """
-        indices = {name: Index.from_mask(mask) for name, mask in masks.items()}
+        indices: dict[str, Index] = {}
+        for name, mask in masks.items():
+            try:
+                indices[name] = Index.from_mask(mask, *units_for(mask.shape, (granularity, block)))
+            except ValueError as error:
+                raise ValueError(f"masks[{name!r}]: {error}") from None
         return cls({name: index for name, index in indices.items() if len(index)})
 
     @classmethod
@@ -122,43 +136,62 @@ class Selection(Mapping[str, Index]):
         density: float | None = None,
         per_tensor: bool = False,
         magnitude: bool = False,
+        granularity: Granularity = "element",
+        block: Tile | None = None,
+        share_inputs: bool = False,
     ) -> Selection:
         """Select the largest scores, exactly; ties go to the earlier tensor, then to the lower position.
+
+        The score of a row, column or block is the sum of squares of the scores in it; those with the largest score for
+        each element they cost are selected.
 
         Args:
             scores: name -> scores of the parameter's shape, any floating dtype. Not changed.
             k: number of elements; or
             density: share of all scores, in (0, 1]: k = min(int(density * n) + 1, n).
             per_tensor: apply k or density to each tensor separately instead of globally.
-            magnitude: rank by absolute value.
+            magnitude: rank elements by absolute value.
+            granularity, block: as for `Index`; of vectors, rows.
+            share_inputs: of columns: choose the same ones, by the sum of their scores, in weights that read one input
+                (query, key and value; gate and up), so that training keeps one copy of these columns for all of them.
 
         Returns:
-            Selection of k elements. Deterministic.
+            Selection of k elements. Of larger units, the fewest that have k elements or more, with k = int(density * n)
+            for a density. Deterministic.
 
         Raises:
-            ValueError: neither or both of k and density, either out of range, or NaN in the scores.
+            ValueError: neither or both of k and density, either out of range, or NaN in the scores; share_inputs for
+                other units than columns.
 
-        Source: ours; the rule for a density is that of SIFT's code.
+        Source: ours; the rule for a density is that of SIFT's code, units and their scores are those of S2FT (Yang et
+        al., arXiv 2412.06289) and SMT (He et al., arXiv 2405.15525) but for the sum of squares, which is ours.
 
         Examples:
             >>> scores = {"weight": torch.tensor([[0.1, -3.0], [2.0, 0.5]])}
             >>> sk.Selection.topk(scores, k=2)["weight"].positions
             tensor([2, 3], dtype=torch.int32)
-            >>> sk.Selection.topk(scores, density=0.25, magnitude=True)["weight"].positions
-            tensor([1, 2], dtype=torch.int32)
+            >>> sk.Selection.topk(scores, k=2, granularity="column")["weight"]
+            Index(1 columns of [2, 2])
         """
         from .ops import topk
 
-        groups = [[name] for name in scores] if per_tensor else [list(scores)]
+        if share_inputs and granularity != "column":
+            raise ValueError(f'share_inputs is for granularity="column", got {granularity!r}')
+        if granularity != "element":
+            _refuse_nan(scores)
+            each = {name: unit_scores(x, (granularity, block), square=True) for name, x in scores.items()}
+            shapes = {name: x.shape for name, x in scores.items()}
+            units, sharing = (granularity, block), share_inputs
+            return cls(
+                choose_units(shapes, each, units, k=k, density=density, per_tensor=per_tensor, share_inputs=sharing)
+            )
         out: dict[str, Index] = {}
-        for names in groups:
+        for names in [[name] for name in scores] if per_tensor else [list(scores)]:
             count = count_for(sum(scores[name].numel() for name in names), k, density)
             try:
                 positions = topk([scores[name] for name in names], count, magnitude=magnitude)
             except ValueError:
-                broken = [name for name in names if bool(scores[name].isnan().any())]
-                if broken:
-                    raise ValueError(f"scores[{broken[0]!r}] holds NaN") from None
+                _refuse_nan({name: scores[name] for name in names})
                 raise
             for name, found in zip(names, positions, strict=True):
                 if found.numel():
@@ -173,14 +206,20 @@ class Selection(Mapping[str, Index]):
         *,
         seed: int = 0,
         names: Iterable[str] | None = None,
+        granularity: Granularity = "element",
+        block: Tile | None = None,
+        share_inputs: bool = True,
     ) -> Selection:
-        """Select elements uniformly at random, the same share of every tensor: the baseline for any method.
+        """Select uniformly at random, the same share of every tensor: the baseline for any method.
 
         Args:
             like: a model, or a mapping from name to tensor or shape.
             density: share of each tensor, in (0, 1].
             seed: of a CPU generator, so the result does not depend on the device.
             names: restrict to these parameters.
+            granularity, block: as for `Index`; of vectors, rows.
+            share_inputs: of columns: choose the same ones in weights that read one input (query, key and value; gate
+                and up), so that training keeps one copy of these columns for all of them.
 
         Returns:
             Selection on the CPU. Deterministic for a given seed.
@@ -188,24 +227,31 @@ class Selection(Mapping[str, Index]):
         Raises:
             ValueError: density out of range, or a name that `like` does not have.
 
+        Source: random masks, Xu and Zhang, arXiv 2405.02596; units as in `topk`.
+
         Examples:
             >>> sk.Selection.random(torch.nn.Linear(10, 10), density=0.09, names=["weight"])
             Selection(10 elements of 1 tensors)
+            >>> sk.Selection.random(torch.nn.Linear(10, 10), 0.09, names="weight", granularity="column")["weight"]
+            Index(1 columns of [10, 10])
         """
         shapes: dict[str, torch.Size] = (
             {name: p.shape for name, p in like.named_parameters()}
             if isinstance(like, nn.Module)
             else {name: x.shape if isinstance(x, Tensor) else torch.Size(x) for name, x in like.items()}
         )
-        generator = torch.Generator().manual_seed(seed)
-        out: dict[str, Index] = {}
-        for name in shapes if names is None else [names] if isinstance(names, str) else names:
+        chosen = list(shapes) if names is None else [names] if isinstance(names, str) else list(names)
+        for name in chosen:
             if name not in shapes:
                 raise ValueError(f"names: {name!r} is not among the {len(shapes)} tensors of `like`")
-            if not shapes[name].numel():
-                continue
-            scores = torch.rand(shapes[name], generator=generator)
-            out.update(cls.topk({name: scores}, density=density))
+        shapes = {name: shapes[name] for name in chosen if shapes[name].numel()}
+        generator = torch.Generator().manual_seed(seed)
+        if granularity != "element":
+            shared = share_inputs and granularity == "column"
+            return cls(choose_units(shapes, generator, (granularity, block), density=density, share_inputs=shared))
+        out: dict[str, Index] = {}
+        for name, shape in shapes.items():
+            out.update(cls.topk({name: torch.rand(shape, generator=generator)}, density=density))
         return cls(out)
 
     def broadcast(self, src: int = 0, group: torch.distributed.ProcessGroup | None = None) -> Selection:
@@ -245,7 +291,7 @@ class Selection(Mapping[str, Index]):
             >>> sk.Selection.load("selection.safetensors") == selection
             True
         """
-        kinds = {name: {"shape": list(index.shape), "rows": index.rows} for name, index in self.items()}
+        kinds = {name: kind_of(index) for name, index in self.items()}
         save_tensors(
             path,
             {name: index.positions for name, index in self.items()},
@@ -256,13 +302,13 @@ class Selection(Mapping[str, Index]):
     def load(cls, path: str | Path) -> Selection:
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError if the file is damaged or of another kind."""
         tensors, metadata = load_tensors(path, "selection")
-        kinds = described(path, metadata.get("tensors"), {str: {"shape": [int], "rows": bool}})
+        kinds = described(path, metadata.get("tensors"), {str: (OLD_KIND, KIND)})
         check_names(path, tensors, kinds)
         with reading(path):
-            return cls({name: Index(tensors[name], kind["shape"], kind["rows"]) for name, kind in kinds.items()})
+            return cls({name: index_of(tensors[name], kind) for name, kind in kinds.items()})
 
     def summary(self) -> str:
-        """Return a table with one line per tensor: positions, rows or elements, shape, share of the tensor.
+        """Return a table with one line per tensor: number and kind of units, shape, share of the tensor.
 
         Examples:
             >>> print(sk.Selection({"w": sk.Index.full((2, 3))}).summary().split())
@@ -271,8 +317,9 @@ class Selection(Mapping[str, Index]):
         lines = []
         for name, index in self.items():
             share = index.numel / max(index.shape.numel(), 1)
-            kind = "rows" if index.rows else "elements"
-            lines.append(f"{name:<60} {len(index):>12,} {kind:<8} of {list(index.shape)!s:<16} {share:8.3%}")
+            lines.append(
+                f"{name:<60} {len(index):>12,} {index.unit_name():<8} of {list(index.shape)!s:<16} {share:8.3%}"
+            )
         total = sum(index.shape.numel() for index in self.values())
         lines.append(f"{'total':<60} {self.numel:>12,} elements of {total:,} {self.numel / max(total, 1):.3%}")
         return "\n".join(lines)
@@ -316,15 +363,7 @@ class Selection(Mapping[str, Index]):
         return [{"params": list(params.values()), "indices": [self[n].to(p.device) for n, p in params.items()]}]
 
 
-def count_for(numel: int, k: int | None, density: float | None) -> int:
-    """The number of elements that `k` or `density` asks for out of `numel`; a density by the rule of SIFT's code."""
-    if (k is None) == (density is None):
-        raise ValueError(f"give either k or density, got k={k} and density={density}")
-    if k is not None:
-        if not 0 < k <= numel:
-            raise ValueError(f"k must lie in [1, {numel}], got {k}")
-        return k
-    assert density is not None
-    if not 0 < density <= 1:
-        raise ValueError(f"density must lie in (0, 1], got {density}")
-    return min(int(density * numel) + 1, numel)
+def _refuse_nan(scores: Mapping[str, Tensor]) -> None:
+    for name, x in scores.items():
+        if bool(x.isnan().any()):
+            raise ValueError(f"scores[{name!r}] holds NaN")

@@ -36,10 +36,12 @@ from .case import (
     positions,
     random_elements,
     random_rows,
+    random_units,
     sector_bytes,
     short,
     take,
     touched,
+    write,
 )
 
 LR, BETA1, BETA2, EPS, DECAY = 1e-3, 0.9, 0.999, 1e-8, 1e-2
@@ -101,7 +103,7 @@ def make(
     index_bytes = sum(index.positions.numel() * index.positions.element_size() for index in indices)
     if indexed:
         moved, formula = 16 * k + index_bytes + 3 * lines, "moments 16 K + positions + lines of p (2x) and grad"
-    elif indices[0].rows:
+    elif indices[0].granularity == "row":
         moved, formula = 28 * k + index_bytes + lines, "values, grad, moments 28 K + positions + rows written"
     else:
         moved, formula = 28 * k + index_bytes + 2 * lines, "values, grad, moments 28 K + positions + lines of p (2x)"
@@ -144,12 +146,12 @@ def compact_op(step: Step, backend: Any) -> Contender:
     weights = [weight.clone() for weight in step.weights]
     values = [take(weight, index).float() for weight, index in zip(weights, step.indices, strict=True)]
     state, steps, chosen = _op_state(step)
-    grads = step.compact
+    grads, tiles = step.compact, [index.tile for index in step.indices]
 
     def call() -> None:
         for count in steps:
             count.add_(1)
-        ops.adamw_(values, grads, *state, [], steps, chosen, weights, **OPTIONS, backend=backend)
+        ops.adamw_(values, grads, *state, [], steps, chosen, weights, tiles=tiles, **OPTIONS, backend=backend)
 
     return solved(step, weights, call)
 
@@ -157,11 +159,12 @@ def compact_op(step: Step, backend: Any) -> Contender:
 def indexed_op(step: Step, backend: Any) -> Contender:
     params = [weight.clone() for weight in step.weights]
     state, steps, chosen = _op_state(step)
+    tiles = [index.tile for index in step.indices]
 
     def call() -> None:
         for count in steps:
             count.add_(1)
-        ops.adamw_(params, step.grads, *state, [], steps, chosen, **OPTIONS, backend=backend)
+        ops.adamw_(params, step.grads, *state, [], steps, chosen, tiles=tiles, **OPTIONS, backend=backend)
 
     return solved(step, params, call)
 
@@ -178,13 +181,12 @@ def compact_fused(step: Step) -> Contender:
     weights = [weight.clone() for weight in step.weights]
     values = _params([take(w, index).float() for w, index in zip(weights, step.indices, strict=True)], step.compact)
     optimizer = torch.optim.AdamW(values, LR, (BETA1, BETA2), EPS, DECAY, fused=True)
-    places = [(addressed(w, index), positions(index)) for w, index in zip(weights, step.indices, strict=True)]
 
     @torch.no_grad()
     def call() -> None:
         optimizer.step()
-        for (weight, chosen), value in zip(places, values, strict=True):
-            weight.index_copy_(0, chosen, value.to(weight.dtype))
+        for weight, index, value in zip(weights, step.indices, values, strict=True):
+            write(weight, index, value.to(weight.dtype))
 
     return solved(step, weights, call)
 
@@ -287,6 +289,12 @@ def cases(small: bool, gpu: bool) -> list[Case]:
     def some_rows(count: int) -> Callable[[], Step]:
         return partial(make, table, lambda shape: random_rows(shape, count))
 
+    wide: Shapes = ((64, 128),) if small else ((8192, 6144),)
+    block = (16, 16) if small else (64, 64)
+
+    def units(*which: Any) -> Callable[[], Step]:
+        return partial(make, wide, lambda shape: random_units(shape, 0.05, *which))
+
     with_sparse = {**COMPACT, SPARSE: sparse_adam}
     large = len(range(0, table[0][0], 4))
     # The indexed form's bar stands against advanced indexing, which is how the step is written by hand first.
@@ -302,6 +310,13 @@ def cases(small: bool, gpu: bool) -> list[Case]:
         case(f"compact, 18 rows {rows}", some_rows(18), with_sparse, {COPY: 2, SPARSE: None, FUSED: None}),
         case(f"compact, {large} rows {rows}", some_rows(large), COMPACT, {COPY: None, FUSED: None}),
         case(f"compact, all {half[0][0]} x {half[0][1]}", partial(make, half, all_rows), COMPACT, {FUSED: None}),
+        *[
+            case(f"compact, 5 % {of} of {wide[0][0]} x {wide[0][1]}", units(*which), COMPACT, {COPY: None, FUSED: None})
+            for of, which in (
+                ("of the columns", ("column",)),
+                (f"in blocks of {block[0]} x {block[1]}", ("block", block)),
+            )
+        ],
         case(f"compact, 1 % of {stack}", elements(layers, 0.01), COMPACT, {FUSED: None, COPY: None}),
     ]
 

@@ -52,7 +52,7 @@ def make(shape: tuple[int, int], tokens: int, even: bool) -> Step:
 
 
 def solved(step: Step, table: Tensor, call: Callable[[], Any]) -> Contender:
-    untouched = [(table, step.table, sk.Index(step.rows, step.table.shape, rows=True))]
+    untouched = [(table, step.table, sk.Index(step.rows, step.table.shape, granularity="row"))]
     return Contender(call, lambda: [table.detach()[step.rows]], untouched)
 
 

@@ -145,7 +145,9 @@ def of_rows(b: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     if b.index is None:
         return b.grad, b.input, None
     chosen = positions(b.index)
-    return (b.grad.index_select(2, chosen), b.input, None) if b.index.rows else (b.grad, b.input, chosen)
+    return (
+        (b.grad.index_select(2, chosen), b.input, None) if b.index.granularity == "row" else (b.grad, b.input, chosen)
+    )
 
 
 def linear_loop(b: Batch, addcmul: bool = True) -> Contender:

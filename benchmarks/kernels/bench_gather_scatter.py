@@ -67,7 +67,7 @@ def make(op: str, shape: tuple[int, ...], select: Callable[[], sk.Index], dtype:
     expected = {"gather": selected, "scatter_": values}[op].double()
     compact = index.numel * dtype.itemsize + index.positions.numel() * index.positions.element_size()
     # Whole rows are written without being read first; a line with one written element is read, too.
-    passes = 2 if op == "scatter_" and not index.rows else 1
+    passes = 2 if op == "scatter_" and index.granularity == "element" else 1
     return Move(
         str(list(shape)),
         index.numel / dense.numel(),

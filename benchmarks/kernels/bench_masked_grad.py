@@ -35,6 +35,7 @@ from .case import (
     positions,
     random_elements,
     random_rows,
+    random_units,
     short,
     take,
 )
@@ -81,7 +82,7 @@ def make_embedding(tokens: int, shape: tuple[int, int], select: Callable[[Tensor
     grad = torch.randn(tokens, d, device=DEVICE)
     index = select(ids)
     dense = torch.zeros(v, d, dtype=torch.float64, device=DEVICE).index_add_(0, ids, grad.double())
-    hits = torch.isin(ids, positions(index) if index.rows else positions(index) // d)
+    hits = torch.isin(ids, positions(index) if index.granularity == "row" else positions(index) // d)
     return Backward(
         f"{tokens} tokens, {v} x {d}",
         index.numel / (v * d),
@@ -104,8 +105,7 @@ def embedding_op(b: Backward, backend: Any = None) -> Contender:
 
 
 def linear_dense(b: Backward) -> Contender:
-    chosen = positions(b.index)
-    contender = computing(lambda: addressed(b.grad.T @ b.input, b.index).index_select(0, chosen))
+    contender = computing(lambda: take(b.grad.T @ b.input, b.index))
     if b.input.dtype == BF16:
         contender.tolerance = 2**-8  # the product as a whole is rounded to bf16
     return contender
@@ -166,7 +166,7 @@ def make_embedding_layer(tokens: int, shape: tuple[int, int], count: int) -> Lay
 
 def rows_in_use(ids: Tensor, shape: tuple[int, int], count: int) -> sk.Index:
     used = ids.unique()
-    return sk.Index(used[random_rows((used.numel(),), count).positions.long()], shape, rows=True)
+    return sk.Index(used[random_rows((used.numel(),), count).positions.long()], shape, granularity="row")
 
 
 def module(layer: Layer) -> nn.Module:
@@ -235,6 +235,7 @@ def cases(small: bool, gpu: bool) -> list[Case]:
         return gpu_cases(small)
     tokens, shape = (32, (96, 64)) if small else (512, (2048, 2048))
     looked_up, table = (64, (3200, 64)) if small else (2048, (32_000, 1024))
+    block = (16, 16) if small else (64, 64)
     size, rank = f"{tokens} tokens, {shape[0]} x {shape[1]}", 1 if small else 10
     lookups = f"{looked_up} tokens, {table[0]} x {table[1]}"
 
@@ -271,6 +272,10 @@ def cases(small: bool, gpu: bool) -> list[Case]:
         linear("1 % bf16", partial(some, 0.01), BF16),
         # Rows are one matmul whatever the backend.
         linear("10 % of the rows", lambda: random_rows(shape, shape[0] // 10), contenders=by_rows),
+        # The bars: at most 1.5 times, or twice, their share of the dense product's time.
+        linear("5 % of the rows", partial(random_units, shape, 0.05, "row"), bar=1 / 0.075, contenders=by_rows),
+        linear("5 % of the columns", partial(random_units, shape, 0.05, "column"), bar=1 / 0.075, contenders=by_rows),
+        linear(f"5 % in blocks of {block[0]} x {block[1]}", partial(random_units, shape, 0.05, "block", block), bar=10),
         embedding("18 rows", few, {**EMBEDDING, LOOKUP: embedding_lookup}, {DENSE: None, LOOKUP: None}),
         embedding("1 %", lambda ids: random_elements(table, 0.01), EMBEDDING, {DENSE: None}),
         layer(

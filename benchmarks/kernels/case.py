@@ -202,12 +202,38 @@ def positions(index: sk.Index) -> Tensor:
 
 def addressed(tensor: Tensor, index: sk.Index) -> Tensor:
     """A view of the tensor whose dimension 0 the positions of the index count."""
-    return tensor if index.rows else tensor.view(-1)
+    return tensor if index.granularity == "row" else tensor.view(-1)
 
 
 def take(tensor: Tensor, index: sk.Index) -> Tensor:
     """The selected part, by torch alone."""
+    if index.granularity == "column":
+        return tensor.detach().index_select(1, positions(index))
+    if index.granularity == "block":
+        return tiles(tensor.detach(), index)[places(index)]
     return addressed(tensor.detach(), index).index_select(0, positions(index))
+
+
+def tiles(tensor: Tensor, index: sk.Index) -> Tensor:
+    """A view of a matrix that blocks divide without a rest: [down, across, height, width]."""
+    height, width = index.tile
+    return tensor.unflatten(0, (-1, height)).unflatten(2, (-1, width)).transpose(1, 2)
+
+
+def places(index: sk.Index) -> tuple[Tensor, Tensor]:
+    """Which of these tiles are selected."""
+    across = index.shape[1] // index.tile[1]
+    return positions(index) // across, positions(index) % across
+
+
+def write(tensor: Tensor, index: sk.Index, values: Tensor) -> None:
+    """Write the selected part, by torch alone."""
+    if index.granularity == "column":
+        tensor.index_copy_(1, positions(index), values)
+    elif index.granularity == "block":
+        tiles(tensor, index)[places(index)] = values
+    else:
+        addressed(tensor, index).index_copy_(0, positions(index), values)
 
 
 def random_elements(shape: Sequence[int], density: float) -> sk.Index:
@@ -217,13 +243,21 @@ def random_elements(shape: Sequence[int], density: float) -> sk.Index:
 
 def random_rows(shape: Sequence[int], count: int) -> sk.Index:
     """`count` rows of dimension 0."""
-    return sk.Index(torch.randperm(shape[0], device=DEVICE)[:count].sort().values, shape, rows=True)
+    return sk.Index(torch.randperm(shape[0], device=DEVICE)[:count].sort().values, shape, granularity="row")
+
+
+def random_units(shape: Sequence[int], density: float, granularity: Any, block: Any = None) -> sk.Index:
+    """A share of the rows, columns or blocks of a matrix."""
+    units: dict[str, Any] = {"granularity": granularity, "block": block}
+    return sk.Selection.random({"weight": shape}, density, **units)["weight"].to(DEVICE)
 
 
 def touched(index: sk.Index, itemsize: int) -> int:
     """Bytes of the cache lines that hold the selected part of a tensor."""
-    if index.rows:
+    if index.granularity == "row":
         return index.numel * itemsize
+    if index.granularity != "element":
+        return LINE * int(index.mask().view(-1, LINE // itemsize).any(1).sum())
     return LINE * int(torch.unique_consecutive(positions(index) * itemsize // LINE).numel())
 
 

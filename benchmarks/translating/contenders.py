@@ -66,7 +66,7 @@ class Ticket:
         counts = {correction or "none": sum(map(len, rows.values())) for correction, rows in found.items()}
         name, shape = next((name, index.shape) for name, index in embed.selection.items())
         smallest = report["pvalues"].argsort(stable=True)[: int(cls.SHARE * shape[0])].sort().values
-        rows = sk.Selection({name: sk.Index(smallest, shape, rows=True)})
+        rows = sk.Selection({name: sk.Index(smallest, shape, granularity="row")})
         return cls(rows, counts, report["pvalues"], report["statistics"])
 
     @property
@@ -95,8 +95,8 @@ def choose(
         TICKET: ticket.selection,
         SHIFT: sk.methods.ks_lottery.by_shift(embed, k=len(index)),
         FREQUENCY: sk.methods.ks_lottery.by_frequency(embed.model, batches, k=len(index)),
-        RANDOM: sk.Selection({name: sk.Index(drawn, index.shape, rows=True)}),
-        ONE_ROW: sk.Selection({name: sk.Index(torch.tensor([before_answer]), index.shape, rows=True)}),
+        RANDOM: sk.Selection({name: sk.Index(drawn, index.shape, granularity="row")}),
+        ONE_ROW: sk.Selection({name: sk.Index(torch.tensor([before_answer]), index.shape, granularity="row")}),
     }
 
 

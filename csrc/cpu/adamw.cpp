@@ -2,7 +2,9 @@
 #include "adamw.h"
 
 #include "../common.h"
+#include "../units.h"
 #include "positions.h"
+#include "scratch.h"
 
 namespace sk {
 namespace {
@@ -30,12 +32,13 @@ struct Memory {
 
 void adamw_(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-    Tensors positions, Tensors weights, double lr, double beta1, double beta2, double weight_decay, double eps,
-    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf,
-    std::vector<int64_t> rounding) {
+    Tensors positions, Tensors weights, std::vector<int64_t> tiles, double lr, double beta1, double beta2,
+    double weight_decay, double eps, bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale,
+    MaybeTensor found_inf, std::vector<int64_t> rounding) {
   check_lists(
       params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
       {max_exp_avg_sqs.size(), weights.size()});
+  STD_TORCH_CHECK(tiles.size() == 2 * params.size(), "tiles must be two numbers for each parameter");
   STD_TORCH_CHECK(rounding.empty() || rounding.size() == 2, "rounding must be empty, or seed and first stream");
   if (lr_tensor) lr = number(*lr_tensor, "lr");
   const double scale = grad_scale ? number(*grad_scale, "grad_scale") : 1.0;
@@ -44,6 +47,7 @@ void adamw_(
   std::vector<cpu::AdamwRun> runs(params.size());
   std::vector<int64_t> ends;
   int64_t total = 0;
+  std::vector<Scratch<int64_t>> begins;
   Memory memory;
   memory.positions.reserve(params.size());
   memory.changed.reserve(5 * params.size());
@@ -55,8 +59,9 @@ void adamw_(
     check_same(param, grads[i], "grads");
     check_same(exp_avg, exp_avg_sq, "exp_avg_sqs");
     if (!max_exp_avg_sqs.empty()) check_same(exp_avg, max_exp_avg_sqs[i], "max_exp_avg_sqs");
-    const int64_t count = positions[i].numel(), numel = exp_avg.numel(), width = count == 0 ? 1 : numel / count;
-    STD_TORCH_CHECK(width * count == numel, "the state does not fit its positions");
+    const Units units = units_of(weight, tiles[2 * i], tiles[2 * i + 1]);
+    const int64_t count = positions[i].numel(), numel = exp_avg.numel();
+    STD_TORCH_CHECK(product(count, units.size()) == numel, "the state does not fit its positions");
     STD_TORCH_CHECK(weights.empty() || param.numel() == numel, "exp_avgs must have the size of params");
     STD_TORCH_CHECK(
         step.is_cpu() && step.scalar_type() == ScalarType::Float && step.is_contiguous() &&
@@ -65,8 +70,8 @@ void adamw_(
     const auto* step_count = data<float>(step, "steps");
     const bool per_position = step.numel() != 1;
     cpu::AdamwTask& task = tasks[i];
-    task.numel = numel;
-    task.width = width;
+    task.units = units;
+    task.count = count;
     task.step_counts = per_position ? step_count : nullptr;
     task.options = &options;
     if (!rounding.empty()) {
@@ -98,13 +103,19 @@ void adamw_(
       task.exp_avg_sq = change_state(exp_avg_sq, "exp_avg_sqs");
       if (!max_exp_avg_sqs.empty()) task.maximum = change_state(max_exp_avg_sqs[i], "max_exp_avg_sqs");
     });
+    ScalarType index_type = positions[i].scalar_type();
     with_positions(positions[i], [&](const auto* index) {
-      check_positions(index, count, width == 0 ? weight.size(0) : weight.numel() / width);
+      check_positions(index, count, units.limit);
       task.positions = index;
       memory.positions.emplace_back(index, count * int64_t(sizeof(*index)));
+      if (!units.side_by_side() || units.limit == units.n) return;
+      begins.push_back(scratch<int64_t>(count));  // columns of several matrices
+      for (int64_t k = 0; k < count; ++k) begins.back()[k] = units.tile(index[k]).begin;
+      task.positions = begins.back().get();
+      index_type = ScalarType::Long;
     });
     const auto kernel = weights.empty() ? cpu::adamw_kernel<false> : cpu::adamw_kernel<true>;
-    runs[i] = kernel(task, weight.scalar_type(), exp_avg.scalar_type(), positions[i].scalar_type());
+    runs[i] = kernel(task, weight.scalar_type(), exp_avg.scalar_type(), index_type);
     ends.push_back(total += numel);
   }
   check_apart(memory.positions, memory.changed, "positions");

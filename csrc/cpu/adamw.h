@@ -7,6 +7,7 @@
 
 #include "../common.h"
 #include "../rules/adamw.h"
+#include "../rules/units.h"
 #include "prefetch.h"
 #include "round.h"
 
@@ -54,15 +55,16 @@ struct SameSteps {
 };
 
 struct AdamwTask {
-  void* values;      // [K * width]: compact form. null: the weight and its gradient are read where they lie
-  const void* grad;  // [K * width], or as the weight
-  void *exp_avg, *exp_avg_sq, *maximum;  // [K * width]; maximum may be null
+  void* values;      // [numel]: compact form. null: the weight and its gradient are read where they lie
+  const void* grad;  // [numel], or as the weight
+  void *exp_avg, *exp_avg_sq, *maximum;  // [numel]; maximum may be null
   void* dense;                           // the weight
-  const void* positions;                 // [K]
+  const void* positions;                 // [K]; of columns, where they begin
   const float* step_counts;              // [K], or null: all positions have taken the same steps
   const AdamwOptions* options;           // for step counts
   Rounding rounding;  // of what is narrower than the arithmetic; step: where there are no step counts
-  int64_t numel, width;
+  Units units;
+  int64_t count;  // K
   AdamwStep<float> step32;
   AdamwStep<double> step64;
 
@@ -108,21 +110,35 @@ inline __attribute__((always_inline)) void adamw_run_per_position(
   }
 }
 
-// Calls f(first, slot, column, n) for every run of elements that lies in one row.
-template <typename F>
-inline __attribute__((always_inline)) void for_rows(int64_t width, int64_t begin, int64_t end, const F& f) {
+// Calls f(first, slot, at, n) for every run of elements that are neighbours in both tensors: of rows and blocks.
+template <typename I, typename F>
+inline __attribute__((always_inline)) void for_runs(
+    const Units& units, const I* positions, int64_t begin, int64_t end, const F& f) {
   for (int64_t i = begin; i < end;) {
-    const int64_t slot = i / width;
-    const int64_t column = i - slot * width;
-    const int64_t n = std::min(end - i, width - column);
-    f(i, slot, column, n);
+    const int64_t run = i / units.width;
+    const int64_t column = i - run * units.width;
+    const int64_t n = std::min(end - i, units.width - column);
+    if (units.one_run()) {
+      f(i, run, int64_t(positions[run]) * units.width + column, n);
+    } else {
+      const int64_t slot = run / units.height, row = run - slot * units.height;
+      const auto tile = units.tile(positions[slot]);
+      if (row < tile.rows && column < tile.columns) {
+        f(i, slot, tile.begin + row * units.n + column, std::min(n, tile.columns - column));
+      }
+    }
     i += n;
   }
 }
 
-// Fetches the scattered lines of one block, kAhead positions before they are needed.
+// Fetches the scattered lines of one block: kAhead positions before they are needed, or one line of the matrix.
 template <typename I, typename P>
-inline __attribute__((always_inline)) void prefetch_block(const P* dense, const I* positions, int64_t i, int64_t end) {
+inline __attribute__((always_inline)) void prefetch_block(
+    const P* dense, const I* positions, int64_t i, int64_t end, int64_t pitch) {
+  if (pitch != 0) {
+    for (int64_t j = i; j < std::min(i + kBlock, end); ++j) prefetch(dense + pitch + positions[j]);
+    return;
+  }
   for (int64_t j = i + kAhead; j < std::min(i + kAhead + kBlock, end); ++j) prefetch(dense + positions[j]);
 }
 
@@ -143,14 +159,15 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
   const bool stochastic = task.rounding.stochastic;
   std::conditional_t<per_position, PositionSteps<T>, SameSteps> step_counts(task.step_counts, *task.options);
   alignas(64) T x[kBlock], g[kBlock];
-  if (task.width != 1) {
+  const Units units = task.units;
+  const bool columns = units.side_by_side();
+  if (units.size() != 1 && !columns) {
     constexpr int64_t kRun = compact && std::is_same_v<S, T> ? INT64_MAX : kBlock;
-    for_rows(task.width, begin, end, [&](int64_t i, int64_t slot, int64_t column, int64_t count) {
+    for_runs(units, positions, begin, end, [&](int64_t i, int64_t slot, int64_t first, int64_t count) {
       AdamwStep<T> own = step;
       if constexpr (per_position) step_counts.set(slot, own.step_size, own.inv_sqrt_bias2);
       for (int64_t done = 0; done < count; done += kRun) {
-        const int64_t n = std::min(count - done, kRun), o = i + done;
-        const int64_t at = int64_t(positions[slot]) * task.width + column + done;
+        const int64_t n = std::min(count - done, kRun), o = i + done, at = first + done;
         const auto draw = [&](int64_t j, uint32_t array) { return task.random(slot, at + j, array); };
         if constexpr (!compact) {
           for (int64_t j = 0; j < n; ++j) {
@@ -175,35 +192,46 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
     });
     return;
   }
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(end - i, kBlock);
-    const auto draw = [&](int64_t j, uint32_t array) { return task.random(i + j, positions[i + j], array); };
-    prefetch_block(dense, positions, i, end);
-    if constexpr (!compact) {
-      prefetch_block(grad, positions, i, end);
-      for (int64_t j = 0; j < n; ++j) {
-        x[j] = T(dense[positions[i + j]]);
-        g[j] = T(grad[positions[i + j]]);
+  // Elements make one line; columns make one for each row of the matrix, `pitch` elements apart.
+  const int64_t pitch = columns ? units.n : 0;
+  for (int64_t start = begin; start < end;) {
+    const int64_t line = columns ? start / task.count : 0, before = line * task.count, first = start - before;
+    const int64_t last = std::min(task.count, end - before);
+    W* line_dense = dense + line * pitch;
+    const auto* line_grad = grad + (compact ? before : line * pitch);
+    for (int64_t i = first; i < last; i += kBlock) {
+      const int64_t n = std::min(last - i, kBlock), o = before + i;
+      const auto draw = [&](int64_t j, uint32_t array) {
+        return task.random(i + j, positions[i + j] + line * pitch, array);
+      };
+      prefetch_block(line_dense, positions, i, last, pitch);
+      if constexpr (!compact) {
+        prefetch_block(line_grad, positions, i, last, pitch);
+        for (int64_t j = 0; j < n; ++j) {
+          x[j] = T(line_dense[positions[i + j]]);
+          g[j] = T(line_grad[positions[i + j]]);
+        }
+      }
+      with_state<amsgrad, kBlock, T>(m + o, v + o, maximum + o, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
+        const auto run = [&](T* own, const T* own_grad) __attribute__((always_inline)) {
+          if constexpr (per_position) {
+            adamw_run_per_position<amsgrad>(own, own_grad, m, v, maximum, own, n, step, step_counts, i);
+          } else {
+            adamw_run<amsgrad>(own, own_grad, m, v, maximum, own, n, step);
+          }
+        };
+        if constexpr (compact) run(values + o, line_grad + i);
+        else run(x, g);
+      });
+      if constexpr (compact) {
+        for (int64_t j = 0; j < n; ++j) line_dense[positions[i + j]] = W(values[o + j]);
+      } else {
+        W out[kBlock];
+        narrow(x, out, n, stochastic, kWeight, draw);
+        for (int64_t j = 0; j < n; ++j) line_dense[positions[i + j]] = out[j];
       }
     }
-    with_state<amsgrad, kBlock, T>(m + i, v + i, maximum + i, n, stochastic, draw, [&](T* m, T* v, T* maximum) {
-      const auto run = [&](T* own, const T* own_grad) __attribute__((always_inline)) {
-        if constexpr (per_position) {
-          adamw_run_per_position<amsgrad>(own, own_grad, m, v, maximum, own, n, step, step_counts, i);
-        } else {
-          adamw_run<amsgrad>(own, own_grad, m, v, maximum, own, n, step);
-        }
-      };
-      if constexpr (compact) run(values + i, grad + i);
-      else run(x, g);
-    });
-    if constexpr (compact) {
-      for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = W(values[i + j]);
-    } else {
-      W out[kBlock];
-      narrow(x, out, n, stochastic, kWeight, draw);
-      for (int64_t j = 0; j < n; ++j) dense[positions[i + j]] = out[j];
-    }
+    start = before + last;
   }
 }
 

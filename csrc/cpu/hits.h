@@ -31,10 +31,12 @@ inline void keep_rows_whole(const std::vector<Hit>& hits, int64_t& begin, int64_
 
 // The hits in order of position, then of token. Bisection looks at few of many positions: to check them all would cost
 // more than the rest. Where they are not sorted, a hit may list positions of other rows: see check_hits. At most
-// `per_row` positions lie in a row: 1, or the row's width.
+// `per_row` positions lie in a row: 1, or the row's width. Where `height` is given, so many rows of the table count as
+// one: those of a block.
 template <typename Id, typename I>
 std::vector<Hit> find_hits(
-    const Id* ids, int64_t tokens, const I* index, int64_t count, int64_t per_row, int64_t padding_idx) {
+    const Id* ids, int64_t tokens, const I* index, int64_t count, int64_t per_row, int64_t padding_idx,
+    int64_t height = 1) {
   if (count == 0) return {};
   STD_TORCH_CHECK(per_row > 0, "rows without elements have no positions");
   check_ends(index, count, std::numeric_limits<int64_t>::max() - per_row);  // there is a row after the last
@@ -42,9 +44,10 @@ std::vector<Hit> find_hits(
   std::vector<Hit> hits(tokens);
   parallel_for(0, tokens, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t id = ids[t];
       hits[t] = {t, 0, 0};
-      if (id == padding_idx || id < first_row || id > last_row) continue;
+      if (ids[t] == padding_idx || ids[t] < 0) continue;
+      const int64_t id = ids[t] / height;
+      if (id < first_row || id > last_row) continue;
       const I* from = std::lower_bound(index, index + count, id * per_row);
       const int64_t at = from - index, left = std::min(per_row, count - at);
       if (left == 0) continue;

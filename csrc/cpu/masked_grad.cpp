@@ -5,6 +5,8 @@
 #include <limits>
 
 #include "../common.h"
+#include "../units.h"
+#include "block_product.h"
 #include "hits.h"
 #include "positions.h"
 #include "scratch.h"
@@ -14,6 +16,7 @@ namespace {
 
 constexpr int64_t kTokens = 256;    // tokens whose panels exist at a time
 constexpr int64_t kGrain = 1 << 15;  // sums that are worth a thread
+constexpr int64_t kBlockWork = 1 << 18;  // products in blocks that are worth a thread
 
 // positions -> row and column of the [M, N] weight.
 template <typename I>
@@ -63,72 +66,92 @@ void sum_tokens(
   }
 }
 
-Tensor masked_grad_linear(const Tensor& grad_output, const Tensor& input, const Tensor& positions) {
+template <typename S, typename T, typename I>
+void sum_blocks(const T* dy, const T* x, int64_t tokens, const Units& units, const I* index, int64_t count, S* out) {
+  const int64_t work = units.size() * std::max<int64_t>(tokens, 1);
+  parallel_for(0, count, kBlockWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    const auto dy_panel = scratch<S>(cpu::kDepth * cpu::round_up(units.height, cpu::kRows));
+    const auto x_panel = scratch<S>(cpu::kDepth * cpu::round_up(units.width, cpu::kLanes<S>));
+    cpu::block_products(dy, x, tokens, units, index, count, dy_panel.get(), x_panel.get(), out, begin, end);
+  });
+}
+
+Tensor masked_grad_linear(
+    const Tensor& grad_output, const Tensor& input, const Tensor& positions, std::vector<int64_t> tile) {
   STD_TORCH_CHECK(
       grad_output.dim() == 2 && input.dim() == 2 && grad_output.size(0) == input.size(0) &&
           grad_output.scalar_type() == input.scalar_type() && grad_output.is_contiguous() && input.is_contiguous(),
       "grad_output [T, M] and input [T, N] must be contiguous and of one dtype");
   const int64_t tokens = input.size(0), m = grad_output.size(1), n = input.size(1), count = positions.numel();
   STD_TORCH_CHECK(std::max(m, n) <= std::numeric_limits<int32_t>::max(), "rows and columns must be below 2^31");
+  const Units units = units_of(m, n, tile);
   Tensor result;
   with_floating(input.scalar_type(), "masked_grad_linear", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    result = torch::stable::new_zeros(input, {count}, scalar_type<S>());
-    auto row = scratch<int32_t>(count);
-    auto column = scratch<int32_t>(count);
-    with_positions(positions, [&](const auto* index) {
-      check_positions(index, count, m * n);
-      split_positions(index, count, n, row.get(), column.get());
-    });
+    result = torch::stable::new_zeros(input, {product(count, units.size())}, scalar_type<S>());
+    auto* out = static_cast<S*>(result.mutable_data_ptr());
     const T *dy = data<T>(grad_output, "grad_output"), *x = data<T>(input, "input");
-    if (count == 0 || tokens == 0) return;
-    sum_tokens<S>(dy, x, tokens, m, n, row.get(), column.get(), static_cast<S*>(result.mutable_data_ptr()), count);
+    with_positions(positions, [&](const auto* index) {
+      check_positions(index, count, units.limit);
+      if (result.numel() == 0 || tokens == 0) return;
+      if (units.size() != 1) return sum_blocks(dy, x, tokens, units, index, count, out);
+      auto row = scratch<int32_t>(count);
+      auto column = scratch<int32_t>(count);
+      split_positions(index, count, n, row.get(), column.get());
+      sum_tokens<S>(dy, x, tokens, m, n, row.get(), column.get(), out, count);
+    });
   });
   return result;
 }
 
-// Hits of one row follow each other and are summed by one thread: [begin, end) is moved on to where rows change.
-template <typename S, typename T, typename I>
+// Hits of one row, or of one row of blocks, follow each other and are summed by one thread: [begin, end) is moved on to
+// where these change.
+template <typename S, typename T, typename I, typename Id>
 void sum_hits(
-    const std::vector<Hit>& hits, int64_t begin, int64_t end, const T* dy, const I* index, int64_t width, bool rows,
-    S* out) {
+    const std::vector<Hit>& hits, int64_t begin, int64_t end, const T* dy, const Id* ids, const I* index,
+    const Units& units, S* out) {
   keep_rows_whole(hits, begin, end);
   for (int64_t i = begin; i < end; ++i) {
     const Hit& hit = hits[i];
-    const T* row = dy + hit.token * width;
-    if (rows) {
-      S* sum = out + hit.from * width;
-      for (int64_t j = 0; j < width; ++j) sum[j] += S(row[j]);
-    } else {
-      const int64_t start = index[hit.from] / width * width;
-      for (int64_t p = hit.from; p < hit.to; ++p) out[p] += S(row[index[p] - start]);
+    const T* row = dy + hit.token * units.n;
+    const int64_t down = ids[hit.token] / units.height, first = down * units.across;
+    if (units.size() == 1) {
+      for (int64_t p = hit.from; p < hit.to; ++p) out[p] += S(row[index[p] - first]);
+      continue;
+    }
+    S* sums = out + (ids[hit.token] - down * units.height) * units.width;
+    for (int64_t p = hit.from; p < hit.to; ++p) {
+      const int64_t column = (index[p] - first) * units.width, count = std::min(units.width, units.n - column);
+      S* sum = sums + p * units.size();
+      for (int64_t j = 0; j < count; ++j) sum[j] += S(row[column + j]);
     }
   }
 }
 
 Tensor masked_grad_embedding(
-    const Tensor& grad_output, const Tensor& ids, const Tensor& positions, bool rows, int64_t padding_idx) {
+    const Tensor& grad_output, const Tensor& ids, const Tensor& positions, std::vector<int64_t> tile,
+    int64_t padding_idx) {
   STD_TORCH_CHECK(
       grad_output.dim() == 2 && ids.dim() == 1 && grad_output.size(0) == ids.size(0) && grad_output.is_contiguous() &&
           ids.is_contiguous(),
       "grad_output [T, D] and ids [T] must be contiguous");
   const int64_t tokens = ids.size(0), width = grad_output.size(1), count = positions.numel();
+  const Units units = units_of(1, width, tile);  // of one row of the table, whose height is not known
   Tensor result;
   with_floating(grad_output.scalar_type(), "masked_grad_embedding", [&](auto zero) {
     using T = decltype(zero);
     using S = opmath_t<T>;
-    std::vector<int64_t> shape{count};
-    if (rows) shape.push_back(width);
-    result = torch::stable::new_zeros(grad_output, shape, scalar_type<S>());
+    result = torch::stable::new_zeros(grad_output, {product(count, units.size())}, scalar_type<S>());
+    auto* out = static_cast<S*>(result.mutable_data_ptr());
     const T* dy = data<T>(grad_output, "grad_output");
     with_positions(positions, [&](const auto* index) {
-      std::vector<Hit> hits;
-      with_positions(
-          ids, [&](const auto* id) { hits = find_hits(id, tokens, index, count, rows ? 1 : width, padding_idx); });
-      if (!rows) check_hits(hits, index, width);
-      parallel_for(0, int64_t(hits.size()), kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-        sum_hits(hits, begin, end, dy, index, width, rows, static_cast<S*>(result.mutable_data_ptr()));
+      with_positions(ids, [&](const auto* id) {
+        const auto hits = find_hits(id, tokens, index, count, units.across, padding_idx, units.height);
+        if (units.across != 1) check_hits(hits, index, units.across);
+        parallel_for(0, int64_t(hits.size()), kGrain / (width + 1) + 1, [&](int64_t begin, int64_t end) {
+          sum_hits(hits, begin, end, dy, id, index, units, out);
+        });
       });
     });
   });

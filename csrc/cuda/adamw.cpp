@@ -1,6 +1,7 @@
 // adamw_ on CUDA: checks, one launch for all tensors of one kind, registration.
 #include "adamw.h"
 
+#include "../units.h"
 #include "host.h"
 
 namespace sk::cuda {
@@ -35,9 +36,9 @@ void check_state(const Tensor& state, int64_t numel, ScalarType dtype, int32_t d
 // All but the values of the compact form, and the gradient.
 AdamwTensor make_tensor(
     const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor* maximum, const Tensor& step, const Tensor& weight,
-    const Tensor& positions, const std::vector<int64_t>& rounding, size_t number, int32_t device) {
+    const Tensor& positions, const std::vector<int64_t>& tiles, const std::vector<int64_t>& rounding, size_t number,
+    int32_t device) {
   check_device(weight, device, "weights");
-  STD_TORCH_CHECK(weight.is_contiguous(), "dense parameters must be contiguous");
   const int64_t numel = exp_avg.numel(), count = positions.numel();
   const ScalarType compute = computed_in(dtype_of(weight)), dtype = exp_avg.scalar_type();
   STD_TORCH_CHECK(
@@ -50,9 +51,9 @@ AdamwTensor make_tensor(
   AdamwTensor tensor{};
   if (!rounding.empty()) tensor.stream = uint32_t(rounding[1] + number);
   tensor.numel = numel;
-  tensor.width = count == 0 ? 1 : numel / count;
-  STD_TORCH_CHECK(tensor.width * count == numel, "the state does not fit its positions");
-  tensor.positions = positions_of(positions, device, tensor.width == 0 ? 0 : weight.numel() / tensor.width);
+  tensor.units = units_of(weight, tiles[2 * number], tiles[2 * number + 1]);
+  STD_TORCH_CHECK(product(count, tensor.units.size()) == numel, "the state does not fit its positions");
+  tensor.positions = positions_of(positions, device, tensor.units.limit);
   tensor.exp_avg = exp_avg.mutable_data_ptr();
   tensor.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
   tensor.maximum = maximum ? maximum->mutable_data_ptr() : nullptr;
@@ -80,8 +81,8 @@ bool is_narrow(const Tensor& exp_avg, const Tensor& weight) {
   return exp_avg.scalar_type() != computed_in(dtype_of(weight));
 }
 
-// Tensors of one dtype of weights, of positions and of moments go together, whatever lies between them. `call` says the
-// rest.
+// Tensors of one dtype of weights, of positions and of moments go together, whatever lies between them; elements and
+// rows apart from columns and blocks. `call` says the rest.
 void run(
     const std::vector<AdamwTensor>& tensors, const Tensors& weights, const Tensors& exp_avgs, AdamwCall call,
     int32_t device) {
@@ -92,12 +93,13 @@ void run(
     call.dtype = dtype_of(weights[first]);
     call.is_int64 = tensors[first].positions.is_int64;
     call.narrow = is_narrow(exp_avgs[first], weights[first]);
+    call.tiled = !tensors[first].units.one_run();
     call.scales = nullptr;
     std::vector<AdamwTensor> alike;
     bool on_device = call.lr || call.grad_scale;
     for (size_t i = first; i < tensors.size(); ++i) {
       if (done[i] || dtype_of(weights[i]) != call.dtype || tensors[i].positions.is_int64 != call.is_int64) continue;
-      if (is_narrow(exp_avgs[i], weights[i]) != call.narrow) continue;
+      if (is_narrow(exp_avgs[i], weights[i]) != call.narrow || tensors[i].units.one_run() == call.tiled) continue;
       done[i] = true;
       alike.push_back(tensors[i]);
       on_device |= tensors[i].device_step != nullptr;
@@ -113,12 +115,13 @@ void run(
 
 void adamw_(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors steps,
-    Tensors positions, Tensors weights, double lr, double beta1, double beta2, double weight_decay, double eps,
-    bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale, MaybeTensor found_inf,
-    std::vector<int64_t> rounding) {
+    Tensors positions, Tensors weights, std::vector<int64_t> tiles, double lr, double beta1, double beta2,
+    double weight_decay, double eps, bool maximize, MaybeTensor lr_tensor, MaybeTensor grad_scale,
+    MaybeTensor found_inf, std::vector<int64_t> rounding) {
   check_lists(
       params.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), positions.size()},
       {max_exp_avg_sqs.size(), weights.size()});
+  STD_TORCH_CHECK(tiles.size() == 2 * params.size(), "tiles must be two numbers for each parameter");
   if (params.empty()) return;
   const int32_t device = device_of(params[0], "params");
   auto call =
@@ -130,7 +133,7 @@ void adamw_(
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor* maximum = call.amsgrad ? &max_exp_avg_sqs[i] : nullptr;
     auto tensor =
-        make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], dense[i], positions[i], rounding, i, device);
+        make_tensor(exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], dense[i], positions[i], tiles, rounding, i, device);
     if (call.compact) {
       check_state(params[i], tensor.numel, computed_in(dtype_of(weights[i])), device, "params");
       tensor.values = params[i].mutable_data_ptr();

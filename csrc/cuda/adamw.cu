@@ -1,7 +1,8 @@
 // AdamW over many tensors at once: elementwise, one thread for 16 bytes of each compact array.
 //
 // The tensors of a launch travel as its argument, some 30 of them in 4 kB: no table has to reach the device, nothing
-// has to outlive the call, and a CUDA graph records it as it is. More tensors take more launches.
+// has to outlive the call, and a CUDA graph records it as it is. More tensors take more launches. Columns and blocks
+// need more said about them: launches of their own leave elements and rows as many, and as fast, as they are alone.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -26,7 +27,19 @@ struct alignas(4 * sizeof(T)) Scales {
   T decay, step_size, inv_sqrt_bias2, sign;
 };
 
-template <typename T>
+// The units of a tensor: elements and rows, which begin at a multiple of their width; anything else.
+struct Runs {
+  int64_t width, limit;
+  Runs() = default;
+  Runs(const Units& units, int64_t) : width(units.width), limit(units.limit) {}
+};
+struct Tiles : Units {
+  int64_t count;  // positions
+  Tiles() = default;
+  Tiles(const Units& units, int64_t count) : Units(units), count(count) {}
+};
+
+template <typename T, bool tiled>
 struct Entry {
   void* values;
   const void* grad;
@@ -38,7 +51,8 @@ struct Entry {
   T step_size, inv_sqrt_bias2;
   const float* device_step;  // the number of the step for random bits, or null: then it is
   uint32_t number, stream;
-  int64_t numel, width, limit;
+  std::conditional_t<tiled, Tiles, Runs> units;
+  int64_t numel;
   int64_t first_block;
   bool aligned;   // whole vectors of the compact arrays may be read
   bool together;  // a vector lies in one row, and whole vectors of the weight may be read
@@ -54,12 +68,12 @@ struct Shared {
   int count;
 };
 
-template <typename T>
-constexpr int kTensors = (kArgumentBytes - sizeof(Shared<T>)) / sizeof(Entry<T>);  // of a launch
+template <typename T, bool tiled>
+constexpr int kTensors = (kArgumentBytes - sizeof(Shared<T>)) / sizeof(Entry<T, tiled>);  // of a launch
 
-template <typename T>
+template <typename T, bool tiled>
 struct Table : Shared<T> {
-  Entry<T> entries[kTensors<T>];
+  Entry<T, tiled> entries[kTensors<T, tiled>];
 };
 
 // a / b for a >= 0, b > 0; a 64-bit division takes several times as long.
@@ -67,27 +81,48 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   return ((a | b) >> 32) == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
 }
 
-// Where elements [i, i + N) of the compact arrays lie in the weight.
-template <int N, typename T, typename I>
-__device__ __forceinline__ Vector<int64_t, N> locate(const Entry<T>& entry, int64_t i, int64_t n) {
+// Which position element i of the compact arrays belongs to.
+__device__ __forceinline__ int64_t slot_of(const Runs& units, int64_t i) { return divide(i, units.width); }
+__device__ __forceinline__ int64_t slot_of(const Tiles& units, int64_t i) {
+  return units.side_by_side() ? i - divide(i, units.count) * units.count : divide(i, units.size());
+}
+
+// Where element i of the compact arrays lies in the weight.
+template <typename I>
+__device__ __forceinline__ int64_t place_of(const Runs& units, const I* positions, int64_t i) {
+  const int64_t slot = slot_of(units, i);
+  return checked(positions[slot], units.limit) * units.width + (i - slot * units.width);
+}
+// -1 where an edge cuts it off.
+template <typename I>
+__device__ __forceinline__ int64_t place_of(const Tiles& units, const I* positions, int64_t i) {
+  const bool beside = units.side_by_side();
+  const int64_t line = divide(i, beside ? units.count : units.width);
+  const int64_t slot = beside ? i - line * units.count : divide(line, units.height);
+  const int64_t row = beside ? line : line - slot * units.height, column = beside ? 0 : i - line * units.width;
+  const auto tile = units.tile(checked(positions[slot], units.limit));
+  return row < tile.rows && column < tile.columns ? tile.begin + row * units.n + column : -1;
+}
+
+// Where elements [i, i + N) lie; -1 for those that do not exist.
+template <int N, typename I, typename T, bool tiled>
+__device__ __forceinline__ Vector<int64_t, N> locate(const Entry<T, tiled>& entry, int64_t i, int64_t n) {
   const I* positions = static_cast<const I*>(entry.positions);
   Vector<int64_t, N> at{};
-  if (entry.width == 1) {
+  if (!tiled && entry.units.width == 1) {
     const auto position = read<N>(positions + i, n, entry.aligned && n == N);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      if (j < n) at.at[j] = checked(position.at[j], entry.limit);
+      if (j < n) at.at[j] = checked(position.at[j], entry.units.limit);
     }
   } else if (entry.together) {
-    const int64_t slot = divide(i, entry.width);
-    const int64_t first = checked(positions[slot], entry.limit) * entry.width + (i - slot * entry.width);
+    const int64_t first = place_of(entry.units, positions, i);
 #pragma unroll
-    for (int j = 0; j < N; ++j) at.at[j] = first + j;
+    for (int j = 0; j < N; ++j) at.at[j] = tiled && first < 0 ? -1 : first + j;
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const int64_t slot = divide(i + j, entry.width);
-      if (j < n) at.at[j] = checked(positions[slot], entry.limit) * entry.width + (i + j - slot * entry.width);
+      if (j < n) at.at[j] = place_of(entry.units, positions, i + j);
     }
   }
   return at;
@@ -129,8 +164,8 @@ __device__ __forceinline__ Vector<T, N> widened(const Vector<S, N>& from) {
 // The rule of rules/adamw.h for N elements a thread; blocks are dealt to the tensors in order. `plain` launches know
 // all numbers on the host, have one step for each tensor and round to nearest: they are not to pay in registers for
 // what others need. T is the arithmetic's type, W the weight's, S the state's, I the positions'.
-template <typename T, typename W, typename S, typename I, bool compact, bool amsgrad, bool plain>
-__global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constant__ Table<T> table) {
+template <typename T, typename W, typename S, typename I, bool compact, bool amsgrad, bool plain, bool tiled>
+__global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constant__ Table<T, tiled> table) {
   constexpr int N = kVector<T>;
   int low = 0, high = table.count;  // the entry of this block is in [low, high)
   while (high - low > 1) {
@@ -138,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
     if (table.entries[middle].first_block <= int64_t(blockIdx.x)) low = middle;
     else high = middle;
   }
-  const Entry<T>& entry = table.entries[low];
+  const Entry<T, tiled>& entry = table.entries[low];
   const int64_t i = ((int64_t(blockIdx.x) - entry.first_block) * kThreads + threadIdx.x) * N;
   const int64_t n = entry.numel - i;
   if (n <= 0) return;
@@ -162,14 +197,15 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
   S* exp_avg_sq = static_cast<S*>(entry.exp_avg_sq) + i;
   S* maximum = static_cast<S*>(entry.maximum) + i;
 
-  const auto at = locate<N, T, I>(entry, i, n);
+  const auto at = locate<N, I>(entry, i, n);
+  if (tiled && entry.together && at.at[0] < 0) return;
   Vector<T, N> x, g, largest{};
   if constexpr (compact) {
     x = read<N>(static_cast<const T*>(entry.values) + i, n, whole);
     g = read<N>(static_cast<const T*>(entry.grad) + i, n, whole);
   } else {
-    const auto dense_x = read_at<N>(static_cast<const W*>(weight), at, n, entry.together);
-    const auto dense_g = read_at<N>(static_cast<const W*>(entry.grad), at, n, entry.together);
+    const auto dense_x = read_at<N, tiled>(static_cast<const W*>(weight), at, n, entry.together);
+    const auto dense_g = read_at<N, tiled>(static_cast<const W*>(entry.grad), at, n, entry.together);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       x.at[j] = static_cast<T>(dense_x.at[j]);
@@ -182,12 +218,14 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
 
 #pragma unroll
   for (int j = 0; j < N; ++j) {
+    if (tiled && at.at[j] < 0) continue;  // it stays what it is: zero
     if constexpr (plain) {
       x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], step);
     } else {
       AdamwStep<T> own = step;
       if (entry.step_counts && j < n) {
-        set_step<T>(own, step, entry.step_counts[divide(i + j, entry.width)], table.log_beta1, table.log_beta2);
+        const T step_count = entry.step_counts[slot_of(entry.units, i + j)];
+        set_step<T>(own, step, step_count, table.log_beta1, table.log_beta2);
       }
       x.at[j] = adamw<amsgrad>(x.at[j], g.at[j], m.at[j], v.at[j], &largest.at[j], own);
     }
@@ -199,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
 #pragma unroll
     for (int j = 0; j < N && table.stochastic; ++j) {
       const uint32_t same = entry.device_step ? uint32_t(*entry.device_step) : entry.number;
-      steps.at[j] = entry.step_counts && j < n ? uint32_t(entry.step_counts[divide(i + j, entry.width)]) : same;
+      steps.at[j] = entry.step_counts && j < n ? uint32_t(entry.step_counts[slot_of(entry.units, i + j)]) : same;
     }
   }
   write<N>(exp_avg, narrowed<S>(m, rounding, steps, at, kExpAvg), n, whole);
@@ -209,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1) adamw_kernel(const __grid_constan
     write<N>(static_cast<T*>(entry.values) + i, x, n, whole);
     rounding.stochastic = false;  // nothing is lost by rounding to nearest: the values stay
   }
-  write_at<N>(weight, at, narrowed<W>(x, rounding, steps, at, kWeight), n, entry.together);
+  write_at<N, tiled>(weight, at, narrowed<W>(x, rounding, steps, at, kWeight), n, entry.together);
 }
 
 constexpr int kSteps = 256;
@@ -248,11 +286,12 @@ const char* launch_scales(const AdamwTensor* tensors, int64_t count, const Adamw
   return nullptr;
 }
 
-template <typename T>
-Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& call, size_t weight_size) {
+template <typename T, bool tiled>
+Entry<T, tiled> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& call, size_t weight_size) {
   constexpr int N = kVector<T>;
   const bool compact = call.compact;
-  Entry<T> entry{};
+  const Units& units = tensor.units;
+  Entry<T, tiled> entry{};
   entry.values = tensor.values;
   entry.grad = tensor.grad;
   entry.exp_avg = tensor.exp_avg;
@@ -260,9 +299,8 @@ Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& 
   entry.maximum = tensor.maximum;
   entry.weight = tensor.weight;
   entry.positions = tensor.positions.data;
-  entry.limit = tensor.positions.limit;
+  entry.units = {units, tensor.positions.count};
   entry.numel = tensor.numel;
-  entry.width = tensor.width;
   entry.step_counts = tensor.step_counts;
   entry.device_step = tensor.device_step;
   entry.number = tensor.step_counts || tensor.device_step ? 0 : counter_of(float(tensor.step));
@@ -277,31 +315,30 @@ Entry<T> make_entry(const AdamwTensor& tensor, int64_t number, const AdamwCall& 
   entry.aligned = is_aligned(tensor.exp_avg, 16) && is_aligned(tensor.exp_avg_sq, 16) &&
                   is_aligned(tensor.maximum, 16) && is_aligned(tensor.values, 16) &&
                   (!compact || is_aligned(tensor.grad, 16)) &&
-                  (tensor.width > 1 || is_aligned(tensor.positions.data, 16));
-  entry.together = tensor.width % N == 0 && is_aligned(tensor.weight, N * weight_size) &&
+                  (units.size() > 1 || is_aligned(tensor.positions.data, 16));
+  entry.together = units.width % N == 0 && units.n % N == 0 && is_aligned(tensor.weight, N * weight_size) &&
                    (compact || is_aligned(tensor.grad, N * weight_size));
   return entry;
 }
 
-template <typename T, typename W, typename S, typename I, bool plain>
-void launch_table(const Table<T>& table, int64_t blocks, const AdamwCall& call, cudaStream_t stream) {
-  const unsigned grid = unsigned(blocks);
-  if (call.compact && call.amsgrad) adamw_kernel<T, W, S, I, true, true, plain><<<grid, kThreads, 0, stream>>>(table);
-  if (call.compact && !call.amsgrad) adamw_kernel<T, W, S, I, true, false, plain><<<grid, kThreads, 0, stream>>>(table);
-  if (!call.compact && call.amsgrad) adamw_kernel<T, W, S, I, false, true, plain><<<grid, kThreads, 0, stream>>>(table);
-  if (!call.compact && !call.amsgrad)
-    adamw_kernel<T, W, S, I, false, false, plain><<<grid, kThreads, 0, stream>>>(table);
+template <typename T, typename W, typename S, typename I, bool plain, bool tiled>
+void launch_table(const Table<T, tiled>& table, int64_t blocks, const AdamwCall& call, cudaStream_t stream) {
+  const auto run = [&](auto kernel) { kernel<<<unsigned(blocks), kThreads, 0, stream>>>(table); };
+  if (call.compact && call.amsgrad) run(adamw_kernel<T, W, S, I, true, true, plain, tiled>);
+  if (call.compact && !call.amsgrad) run(adamw_kernel<T, W, S, I, true, false, plain, tiled>);
+  if (!call.compact && call.amsgrad) run(adamw_kernel<T, W, S, I, false, true, plain, tiled>);
+  if (!call.compact && !call.amsgrad) run(adamw_kernel<T, W, S, I, false, false, plain, tiled>);
 }
 
-template <typename T, typename W, typename I>
+template <typename T, typename W, typename I, bool tiled>
 const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& call, cudaStream_t stream) {
-  static_assert(sizeof(Table<T>) <= kArgumentBytes);
+  static_assert(sizeof(Table<T, tiled>) <= kArgumentBytes);
   static_assert(sizeof(Steps) + sizeof(AdamwOptions) + 64 <= kArgumentBytes);
   static_assert(sizeof(Scales<T>) == kScales * sizeof(T));
   if (call.scales) {
     if (const char* error = launch_scales<T>(tensors, count, call, stream)) return error;
   }
-  Table<T> table{};
+  Table<T, tiled> table{};
   // Any step does: what depends on it stands in the entries.
   table.step = adamw_step<T>(1, call.options);
   table.log_beta1 = T(std::log(call.options.beta1));
@@ -310,19 +347,19 @@ const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& c
   table.seed = call.seed;
   table.stochastic = call.stochastic;
   int64_t blocks = 0;
-  const bool ordinary = !call.found_inf && !call.stochastic && !call.narrow;
+  const bool ordinary = !tiled && !call.found_inf && !call.stochastic && !call.narrow;
   bool plain = ordinary;
   for (int64_t number = 0; number < count; ++number) {
     if (tensors[number].numel > 0) {
-      Entry<T>& entry = table.entries[table.count++];
-      entry = make_entry<T>(tensors[number], number, call, sizeof(W));
+      Entry<T, tiled>& entry = table.entries[table.count++];
+      entry = make_entry<T, tiled>(tensors[number], number, call, sizeof(W));
       entry.first_block = blocks;
       plain = plain && !entry.step_counts && !entry.scales;
       blocks += divide_up(entry.numel, int64_t(kThreads) * kVector<T>);
     }
-    if (table.count == kTensors<T> || (table.count > 0 && number + 1 == count)) {
+    if (table.count == kTensors<T, tiled> || (table.count > 0 && number + 1 == count)) {
       if (plain) {
-        launch_table<T, W, T, I, true>(table, blocks, call, stream);
+        if constexpr (!tiled) launch_table<T, W, T, I, true>(table, blocks, call, stream);
       } else if (!call.narrow) {
         launch_table<T, W, T, I, false>(table, blocks, call, stream);
       } else if constexpr (std::is_same_v<T, float>) {
@@ -342,8 +379,9 @@ const char* launch(const AdamwTensor* tensors, int64_t count, const AdamwCall& c
 const char* launch_adamw(const AdamwTensor* tensors, int64_t count, const AdamwCall& call, void* stream) {
   return with_dtype(call.dtype, [&](auto weight, auto number) {
     return with_positions(call.is_int64, [&](auto index) {
-      return launch<decltype(number), decltype(weight), decltype(index)>(
-          tensors, count, call, static_cast<cudaStream_t>(stream));
+      const auto run = call.tiled ? launch<decltype(number), decltype(weight), decltype(index), true>
+                                  : launch<decltype(number), decltype(weight), decltype(index), false>;
+      return run(tensors, count, call, static_cast<cudaStream_t>(stream));
     });
   });
 }

@@ -1,20 +1,22 @@
 // Launcher of the AdamW step, compact and gathered, over many tensors.
 #pragma once
 #include "../rules/adamw.h"
+#include "../rules/units.h"
 #include "types.h"
 
 namespace sk::cuda {
 
-// One tensor. M is fp32, fp64 where W, the dtype of the weight, is fp64. A position stands for `width` elements.
+// One tensor. M is fp32, fp64 where W, the dtype of the weight, is fp64.
 struct AdamwTensor {
   void* values;       // [numel], M: compact form. null: the weight and its gradient are read where they lie
-  const void* grad;   // [numel], M: compact form. [limit * width], W: gathered form
+  const void* grad;   // [numel], M: compact form. As the weight: gathered form
   void* exp_avg;      // [numel], M, or bf16 where the call says so
   void* exp_avg_sq;   // likewise
   void* maximum;      // likewise, or null
-  void* weight;       // [positions.limit * width], W
+  void* weight;       // [units.limit units], W
   Positions positions;
-  int64_t numel, width;       // numel = positions.count * width
+  Units units;
+  int64_t numel;              // positions.count * units.size()
   double step;                // the number of this step,
   const float* device_step;   // unless it is here, on the device,
   const float* step_counts;   // or, there too, one for each position. Either may be null
@@ -28,6 +30,7 @@ struct AdamwCall {
   const float *lr = nullptr, *grad_scale = nullptr;
   const float* found_inf = nullptr;  // nothing changes where it is not 0
   bool compact = false, amsgrad = false;
+  bool tiled = false;       // all units are columns and blocks, else elements and rows
   bool narrow = false;      // the moments are bf16
   bool stochastic = false;  // what is narrower than M is rounded stochastically, but for the weights of compact values
   uint64_t seed = 0;

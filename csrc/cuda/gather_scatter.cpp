@@ -1,51 +1,38 @@
 // gather and scatter_ on CUDA: checks and registrations.
 #include "gather_scatter.h"
 
+#include "../units.h"
 #include "host.h"
 
 namespace sk::cuda {
 namespace {
 
-// How many positions a dense tensor has, and how many elements one stands for.
-struct Layout {
-  int64_t limit, width;
-};
-
-Layout layout_of(const Tensor& dense, bool rows) {
-  STD_TORCH_CHECK(dense.is_contiguous(), "the dense tensor must be contiguous");
-  if (!rows) return {dense.numel(), 1};
-  STD_TORCH_CHECK(dense.dim() >= 1, "rows of a tensor without dimensions");
-  return {dense.size(0), dense.size(0) == 0 ? 0 : dense.numel() / dense.size(0)};
-}
-
-Tensor gather(const Tensor& source, const Tensor& positions, bool rows) {
+Tensor gather(const Tensor& source, const Tensor& positions, std::vector<int64_t> tile) {
   const int32_t device = device_of(source, "source");
-  const Layout layout = layout_of(source, rows);
-  const Positions index = positions_of(positions, device, layout.limit);
-  std::vector<int64_t> shape{index.count};
-  if (rows) shape.insert(shape.end(), source.sizes().begin() + 1, source.sizes().end());
+  const Units units = units_of(source, tile);
+  const Positions index = positions_of(positions, device, units.limit);
   const DeviceGuard guard(device);
-  Tensor out = torch::stable::new_empty(source, shape);
-  const int64_t bytes = layout.width * int64_t(source.element_size());
+  Tensor out = torch::stable::new_empty(source, {product(index.count, units.size())});
+  const int64_t item = source.element_size();
   const char* error =
-      launch_gather(source.const_data_ptr(), out.mutable_data_ptr(), index, bytes, current_stream(device));
+      launch_gather(source.const_data_ptr(), out.mutable_data_ptr(), index, units, item, current_stream(device));
   check_launch("gather", error);
   return out;
 }
 
-void scatter_(Tensor target, const Tensor& positions, const Tensor& values, bool rows) {
+void scatter_(Tensor target, const Tensor& positions, const Tensor& values, std::vector<int64_t> tile) {
   const int32_t device = device_of(target, "target");
-  const Layout layout = layout_of(target, rows);
-  const Positions index = positions_of(positions, device, layout.limit);
+  const Units units = units_of(target, tile);
+  const Positions index = positions_of(positions, device, units.limit);
   check_device(values, device, "values");
   STD_TORCH_CHECK(
       values.is_contiguous() && values.scalar_type() == target.scalar_type() &&
-          values.numel() == product(index.count, layout.width),
+          values.numel() == product(index.count, units.size()),
       "values do not fit positions and target");
   const DeviceGuard guard(device);
-  const int64_t bytes = layout.width * int64_t(target.element_size());
+  const int64_t item = target.element_size();
   const char* error =
-      launch_scatter(target.mutable_data_ptr(), values.const_data_ptr(), index, bytes, current_stream(device));
+      launch_scatter(target.mutable_data_ptr(), values.const_data_ptr(), index, units, item, current_stream(device));
   check_launch("scatter_", error);
 }
 

@@ -1,19 +1,18 @@
 // Launchers of gather and scatter_. They return what went wrong, or null.
 #pragma once
+#include "../rules/units.h"
 #include "types.h"
 
 namespace sk::cuda {
 
-// out[k] = source[positions[k]]; a position stands for `bytes` neighbouring bytes.
+// compact = the units of dense at the positions, elements of `item` bytes; zero where a unit is cut off.
 const char* launch_gather(
-    const void* source,  // [positions.limit * bytes]
-    void* out,           // [positions.count * bytes]
-    const Positions& positions, int64_t bytes, void* stream);
+    const void* dense,  // [units.limit units]
+    void* compact,      // [positions.count, height, width], or [height, positions.count] of columns
+    const Positions& positions, const Units& units, int64_t item, void* stream);
 
-// target[positions[k]] = values[k]; likewise.
+// The units of dense at the positions = compact, likewise; what is cut off is left out.
 const char* launch_scatter(
-    void* target,        // [positions.limit * bytes]
-    const void* values,  // [positions.count * bytes]
-    const Positions& positions, int64_t bytes, void* stream);
+    void* dense, const void* compact, const Positions& positions, const Units& units, int64_t item, void* stream);
 
 }  // namespace sk::cuda

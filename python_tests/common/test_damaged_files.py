@@ -40,7 +40,7 @@ def reductions(path: Path) -> None:
 def use_selection(path: Path, model: nn.Module) -> None:
     selection = Selection.load(path)
     for index in selection.values():
-        assert Index(index.positions, index.shape, index.rows) == index
+        assert Index(index.positions, index.shape, index.granularity, index.block) == index
     selection.save(path.with_name("again"))
     assert dict(Selection.load(path.with_name("again"))) == dict(selection)
     selection.check(model)
@@ -134,9 +134,12 @@ BROKEN: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("selection", put(["up.weight", "shape"], [2**70]), "damaged"),
     ("selection", put(["up.weight", "shape"], [True, 512]), "unexpected bool in its metadata"),
     ("selection", put(["up.weight", "shape"], "ab"), "unexpected str in its metadata"),
-    ("selection", put(["up.weight", "rows"], 1), "unexpected int in its metadata"),
+    ("selection", put(["up.weight", "granularity"], 1), "unexpected int in its metadata"),
+    ("selection", put(["up.weight", "granularity"], "diagonal"), "granularity must be"),
+    ("selection", put(["up.weight", "block"], [4, 4]), "block is the shape of a unit"),
+    ("selection", put(["up.weight", "block"], ["a"]), "unexpected str in its metadata"),
     ("selection", put(["up.weight"], None), "unexpected NoneType in its metadata"),
-    ("selection", put(["up.weight", "more"], 1), r"\['more', 'rows', 'shape'\] instead of \['rows', 'shape'\]"),
+    ("selection", put(["up.weight", "more"], 1), r"'more', 'shape'\] instead of \['block', 'gran"),
     ("selection", lambda described, _: json.dumps(described)[:-1] + ', "up.weight": {}}', "a name occurs twice"),
     ("selection", drop("up.weight"), "lacks 'up.weight'"),
     ("selection", tensor("other", lambda _: torch.zeros(1)), "should not contain 'other'"),

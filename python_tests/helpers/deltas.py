@@ -20,9 +20,12 @@ def zoo(dtype: torch.dtype = torch.float32) -> Zoo:
 
 
 def mixed(model: nn.Module, seed: int = 0) -> Selection:
-    rows = Selection({"embed.weight": Index(torch.tensor([2, 3, 40]), (61, 16), rows=True)})
+    """Elements, rows, columns and blocks."""
+    rows = Selection({"embed.weight": Index(torch.tensor([2, 3, 40]), (61, 16), granularity="row")})
     return (
         Selection.random(model, 0.1, seed=seed, names=["up.weight", "conv.weight", "experts.weight", "norm.bias"])
+        | Selection.random(model, 0.1, seed=seed, names=["down.weight"], granularity="column")
+        | Selection.random(model, 0.1, seed=seed, names=["head.weight"], granularity="block", block=(3, 5))
         | rows
     )
 

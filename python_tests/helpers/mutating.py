@@ -13,7 +13,7 @@ MUTATIONS = int(os.environ.get("SPARSEKERNELS_MUTATIONS", "100"))  # files for e
 DTYPES = ["F32", "F64", "F16", "BF16", "I64", "I32", "I16", "U8", "U64", "BOOL", "C64", "F8_E4M3", "F4", "X"]
 SIZES = [-1, 0, 1, 2, 3, 15, 16, 17, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30]
 ODD = [*SIZES, -(2**63), True, False, None, 0.5, 1.0, -0.0, 1e308, float("nan"), float("inf"), "", "x", "up.weight"]
-ODD += ["a" * 32, "*", "[", "\x00", "ä", "rows", [], [[]], [1], [-1, -1], [2**40, 2**40], [1, "x"]]
+ODD += ["a" * 32, "*", "[", "\x00", "ä", "rows", "row", "column", [], [[]], [1], [-1, -1], [2**40, 2**40], [1, "x"]]
 
 
 class Pairs(list[tuple[str, Any]]):

@@ -22,7 +22,7 @@ def selection(number: int) -> Selection:
     for name in names:
         if name != "norm.bias" and (number + len(name)) % 3 == 0:
             shape = SHAPES[name]
-            chosen[name] = Index(torch.arange(number % 2, shape[0], 2), shape, rows=True)
+            chosen[name] = Index(torch.arange(number % 2, shape[0], 2), shape, granularity="row")
     return Selection({name: chosen[name] for name in (names if number % 2 else reversed(names))})
 
 

@@ -63,7 +63,7 @@ def cases() -> Iterator[Case]:
 def selection(number: int) -> Selection:
     """Two selections that share positions, drop a tensor and bring in another, in an order of their own."""
     shapes = {"up.weight": (8, 8), "up.bias": (8,), "norm.weight": (8,)}
-    rows = Index(torch.tensor([[1, 2, 5], [2, 5, 6, 20]][number]), (23, 8), rows=True)
+    rows = Index(torch.tensor([[1, 2, 5], [2, 5, 6, 20]][number]), (23, 8), granularity="row")
     names = [["up.weight", "norm.weight"], ["up.bias", "up.weight"]][number]
     chosen = dict(Selection.random(shapes, 0.5, seed=number, names=names))
     return Selection({names[0]: chosen[names[0]], "embed.weight": rows, names[1]: chosen[names[1]]})

@@ -43,7 +43,7 @@ def changed(before: dict[str, Any], model: nn.Module) -> set[str]:
 
 def rows(*chosen: int, name: str = NAME) -> Selection:
     shape = llama().get_parameter(NAME).shape
-    return Selection({name: Index(torch.tensor(chosen), shape, rows=True)})
+    return Selection({name: Index(torch.tensor(chosen), shape, granularity="row")})
 
 
 def test_embed_tuning_is_adamw_on_the_table() -> None:

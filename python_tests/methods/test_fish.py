@@ -69,7 +69,9 @@ def test_fish_takes_the_largest_of_all_tensors(net: Any, batches: Any, squares: 
         assert_largest(mask, squares.sum(0), k)
     assert int(mask.sum()) == k
     assert {name for name in found if name in HEAD} == set(HEAD)
-    assert all(found[name].rows and found[name].numel == net.get_parameter(name).numel() for name in HEAD)
+    assert all(
+        found[name].granularity == "row" and found[name].numel == net.get_parameter(name).numel() for name in HEAD
+    )
     assert found.report["samples"] == 13
     carried = float(squares.sum(0)[mask].sum() / squares.sum())
     assert found.report["carried"] == pytest.approx(carried, rel=1e-4)

@@ -44,7 +44,7 @@ def expected(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 def rows(selection: Selection) -> list[int]:
     ((name, index),) = selection.items()
     assert name == NAME
-    assert index.rows
+    assert index.granularity == "row"
     return index.positions.tolist()
 
 
@@ -276,7 +276,7 @@ def test_a_sparse_model_must_train_every_row() -> None:
     name = "model.embed_tokens.weight"
     shape = model.get_parameter(name).shape
     with (
-        sk.train_only(model, Selection({name: Index(torch.tensor([1, 2]), shape, rows=True)})) as tuned,
+        sk.train_only(model, Selection({name: Index(torch.tensor([1, 2]), shape, granularity="row")})) as tuned,
         pytest.raises(ValueError, match=f"does not train every row of '{name}'"),
     ):
         ks_lottery.select(tuned)

@@ -37,7 +37,7 @@ def test_targets_and_head(kind: str) -> None:
     assert len(expected) == {"gpt2": 8, "llama": 14}.get(kind, 12)
     assert [name for name in found if name in heads] == heads == default_head(model)
     assert all(found[name] == Index.full(model.get_parameter(name).shape) for name in heads)
-    assert not any(found[name].rows for name in targets)
+    assert all(found[name].granularity == "element" for name in targets)
     for name in targets:
         numel = model.get_parameter(name).numel()
         assert len(found[name]) == int(0.05 * numel) + 1
@@ -82,7 +82,7 @@ def test_patterns(targets: Any, head: Any, expected: list[str]) -> None:
     assert list(found) == full + (["head.weight", "head.bias"] if targets == "*.weight" else [])
     in_head = [name for name in found if name.startswith("head") and head]
     assert all(found[name].numel == Zoo().get_parameter(name).numel() for name in in_head)
-    assert all(found[name].rows for name in in_head)
+    assert all(found[name].granularity == "row" for name in in_head)
 
 
 def test_the_head_does_not_compete() -> None:

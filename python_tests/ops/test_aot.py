@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -26,8 +27,12 @@ ARCHITECTURES = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FAMILIES = sorted({op.family for op in OPS})
 SHARED_BYTES = 48 * 1024  # what a kernel gets without asking
-# Two rows of 4096 keys of 64 bits; two tiles of activations, three or four times. Triton asks, and a GPU has as much.
-ASKING = {"ks_kernel": {80: 64 * 1024, 90: 64 * 1024}, "fisher_linear_kernel": {80: 65 * 1024, 90: 129 * 1024}}
+# Two rows of 4096 keys of 64 bits; pairs of tiles of activations, three or four times. Triton asks; a GPU has as much.
+ASKING = {
+    "ks_kernel": {80: 64 * 1024, 90: 64 * 1024},
+    "fisher_linear_kernel": {80: 65 * 1024, 90: 129 * 1024},
+    "block_product_kernel": {90: 64 * 1024},
+}
 pytestmark = pytest.mark.xdist_group("aot")  # all of them read what one process compiles
 
 
@@ -85,10 +90,20 @@ def test_double_precision_only_where_it_was_asked_for(compiled: list[dict[str, A
 
 
 def test_compact_arrays_move_in_vectors(compiled: list[dict[str, Any]]) -> None:
-    """16 bytes a thread, for elements as for rows."""
+    """16 bytes a thread, for elements as for rows, columns and blocks; but not for blocks of 5 x 7."""
     for each in compiled:
-        if each["kernel"] == "adamw_kernel" and each["dtype"] == "torch.float32":
+        if each["kernel"] == "adamw_kernel" and each["dtype"] == "torch.float32" and each["options"]["BLOCK_D"] != "8":
             assert each["vectors"] >= 2, each  # of both moments at the least
+
+
+def test_tensor_cores_multiply_blocks(compiled: list[dict[str, Any]]) -> None:
+    """Never fp32 rounded to TF32, unless torch's matmul may do that too."""
+    products = [each for each in compiled if each["kernel"] == "block_product_kernel"]
+    for each in products:
+        narrow = each["dtype"] in ("torch.bfloat16", "torch.float16") or each["options"]["PRECISION"] == "tf32"
+        assert each["tensor_cores"] == narrow, each
+    dtypes = [each["dtype"] for each in products if each["tensor_cores"] and each["architecture"] == 90]
+    assert [dtypes.count(f"torch.{name}") for name in ("bfloat16", "float16", "float32", "float64")] == [6, 6, 6, 0]
 
 
 def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
@@ -96,38 +111,44 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     kernel = backend.triton_kernel
     dense = torch.zeros(64, 2048, dtype=dtype)
     options = (1e-3, 0.9, 0.999, 0.1, 1e-8, False)
-    elements = torch.arange(2048, dtype=torch.int32)
-    selections = [(torch.arange(3, dtype=torch.int32), True), (elements, False)]
+    elements, few = torch.arange(2048, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    selections = [(few, (1, 2048)), (elements, (1, 1)), (elements[:80], (64, 1)), (few, (16, 32))]
     if dtype == torch.float32:
-        selections.append((elements.long(), False))
-    for positions, rows in selections:
-        moments = torch.zeros((3, 2048) if rows else 2048, dtype=torch.promote_types(dtype, torch.float32))
-        yield lambda p=positions, r=rows: kernel("gather")(dense, p, r)
-        yield lambda p=positions, r=rows, v=moments: kernel("scatter_")(dense, p, v, r)
+        selections += [(elements.long(), (1, 1)), (few, (5, 7))]
+    for positions, tile in selections:
+        size = len(positions) * math.prod(tile)
+        moments = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32))
+        yield lambda p=positions, t=tile: kernel("gather")(dense, p, t)
+        yield lambda p=positions, t=tile, v=moments: kernel("scatter_")(dense, p, v, t)
         for maximum in ([], [moments]):
             state = ([moments], [moments], maximum, [torch.tensor(1.0)], [positions])
-            yield lambda v=moments, s=state: kernel("adamw_")([v], [v], *s, [dense], *options)
-            yield lambda s=state: kernel("adamw_")([dense], [dense], *s, [], *options)
+            yield lambda v=moments, s=state, t=tile: kernel("adamw_")([v], [v], *s, [dense], t, *options)
+            yield lambda s=state, t=tile: kernel("adamw_")([dense], [dense], *s, [], t, *options)
         one, step_counts = torch.tensor(1.0), torch.ones(len(positions))
         for step, rest in ((step_counts, ()), (one, (one, one, one)), (step_counts, (one, one, one))):
-            state = ([moments], [moments], [], [step], [positions], [dense], *options, *rest)
+            state = ([moments], [moments], [], [step], [positions], [dense], tile, *options, *rest)
             yield lambda v=moments, s=state: kernel("adamw_")([v], [v], *s)
         narrow = moments.bfloat16() if dtype == torch.bfloat16 else moments
-        rest = (*options, None, None, None, [3, 0])
+        rest = (tile, *options, None, None, None, [3, 0])
         for step in (one, step_counts):
             state = ([narrow], [narrow], [narrow], [step], [positions])
             yield lambda v=moments, s=state, r=rest: kernel("adamw_")([v], [v], *s, [dense], *r)
             yield lambda s=state, r=rest: kernel("adamw_")([dense], [dense], *s, [], *r)
+        if tile != (64, 1):  # of a table, columns are those of a narrower one
+            tokens = torch.zeros(32, 2048, dtype=dtype), torch.arange(32)
+            yield lambda p=positions, t=tile, k=tokens: kernel("masked_grad_embedding")(*k, p, t, 0)
+    for shape in ((3, 2048), (2048,)):
+        moments = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
         tokens = torch.zeros(32, 2048, dtype=dtype), torch.arange(32)
         ways = ((None, None, 1, []), (torch.arange(32).int(), moments, 32, []), (None, moments, 1, [3, 1, 0]))
         for slots, maximum, lines, rounding in ways:
             scales = torch.ones(lines, 2, dtype=moments.dtype)
             listed = (*tokens, slots, moments, moments, maximum, scales, 0.9, 0.999, 1e-8, False, rounding)
             yield lambda a=listed: kernel("adamw_rows_")(torch.zeros(64, 2048, dtype=dtype), *a)
-        yield lambda p=positions, r=rows, t=tokens: kernel("masked_grad_embedding")(*t, p, r, 0)
     for chosen in (elements[:7], torch.arange(64 * 2048, dtype=torch.int32), torch.arange(64 * 2048)):
         activations = torch.zeros(32, 64, dtype=dtype), torch.zeros(32, 2048, dtype=dtype)
-        yield lambda a=(*activations, chosen): kernel("masked_grad_linear")(*a)
+        yield lambda a=(*activations, chosen): kernel("masked_grad_linear")(*a, (1, 1))
+    yield from block_calls(dtype)
     yield from fisher_calls(dtype)
     for rank in (1, 7, 48):
         wide = torch.promote_types(dtype, torch.float32)
@@ -145,6 +166,16 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     yield from gates_calls(dtype)
     yield lambda: kernel("topk")([dense, dense[:, :7].contiguous()], 5, False)
     yield lambda: kernel("topk")([dense], 5, True)
+
+
+def block_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Products of every size, the last of columns; of fp32 with TF32, too."""
+    activations, positions = torch.zeros(32, 2048, dtype=dtype), torch.arange(3)
+    for precision in ("tf32", "ieee") if dtype == torch.float32 else ("ieee",):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        for block in ((128, 128), (64, 64), (32, 16), (16, 256), (5, 7), (2048, 1)):
+            arguments = (activations, activations, positions, block)
+            yield lambda a=arguments: backend.triton_kernel("masked_grad_linear")(*a)
 
 
 def gates_calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
@@ -226,15 +257,16 @@ def compile_everything() -> list[dict[str, Any]]:
     def compile_only(self, *arguments, **options):
         kernel = run(self, *arguments, **{**options, "warmup": True})
         if kernel.hash not in made:
-            made[kernel.hash] = {"kernel": self.__name__, **label, **facts_of(kernel)}
+            chosen = {name: str(value) for name, value in options.items()}
+            made[kernel.hash] = {"kernel": self.__name__, "options": chosen, **label, **facts_of(kernel)}
         return kernel
 
     JITFunction.run = compile_only
     for architecture in ARCHITECTURES:
         triton.runtime.driver.set_active(Target(architecture))
-        for dtype in DTYPES:
+        for dtype in (*DTYPES, torch.float16):
             label = {"architecture": architecture, "dtype": str(dtype)}
-            for call in calls(dtype):
+            for call in calls(dtype) if dtype in DTYPES else block_calls(dtype):
                 call()
     return list(made.values())
 
@@ -256,6 +288,7 @@ def facts_of(kernel: Any) -> dict[str, Any]:
         "local": int(found[3]),
         "shared": kernel.metadata.shared,
         "double": ".f64" in ptx,
+        "tensor_cores": "mma." in ptx,
         "vectors": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
     }
 

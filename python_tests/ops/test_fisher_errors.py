@@ -20,7 +20,7 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def index(*shape: int, rows: bool = False) -> Index:
-    return Index(torch.tensor([1]), shape, rows)
+    return Index(torch.tensor([1]), shape, "row" if rows else "element")
 
 
 def linear(**other: Any) -> dict[str, Any]:

@@ -30,14 +30,15 @@ def places(form: str, device: torch.device) -> tuple[Index, Index]:
     """In the large tensor, and in a small one that holds what is selected and nothing else."""
     rows = form == "rows"
     found = sorted({place // WIDTH for place in PLACES}) if rows else PLACES
-    many = Index(torch.tensor(found), (ROWS, WIDTH), rows=rows).to(device)
+    units = "row" if rows else "element"
+    many = Index(torch.tensor(found), (ROWS, WIDTH), units).to(device)
     shape = (len(found), WIDTH if rows else 1)
-    few = Index(torch.arange(len(found)), shape, rows=rows).to(device)
+    few = Index(torch.arange(len(found)), shape, units).to(device)
     return many, few
 
 
 def pick(dense: Tensor, index: Index) -> Tensor:
-    return (dense if index.rows else dense.view(-1))[index.positions.long()].view(-1)
+    return (dense if index.granularity == "row" else dense.view(-1))[index.positions.long()].view(-1)
 
 
 def skip_without(op: str, name: str, device: torch.device) -> None:
@@ -84,6 +85,7 @@ def step(dense: Tensor, index: Index, values: Tensor, given: Tensor, compact: bo
     own, moments = values.clone(), [torch.zeros_like(values) for _ in range(2)]
     state = ([moments[0]], [moments[1]], [], [torch.tensor(1.0)], [index.positions])
     options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "backend": name}
+    options["tiles"] = [index.tile]
     if compact:
         ops.adamw_([own], [given], *state, [dense], **options)
         return [own, *moments]
@@ -95,7 +97,7 @@ def step(dense: Tensor, index: Index, values: Tensor, given: Tensor, compact: bo
 
 def check_neighbours(dense: Tensor, index: Index) -> None:
     """What lies beside the selected elements, and where a position lands that lost its upper bits, is still zero."""
-    flat, width = dense.view(-1), WIDTH if index.rows else 1
+    flat, width = dense.view(-1), WIDTH if index.granularity == "row" else 1
     chosen = {int(p) * width + i for p in index.positions for i in range(width)}
     beside = {p + d for p in chosen for d in (-1, 1)} | {p % 2**31 for p in chosen}
     beside = {p for p in beside if 0 <= p < flat.numel()} - chosen

@@ -69,7 +69,7 @@ def test_lookups_check_the_positions_that_they_read(positions: list[int]) -> Non
     """Those of the rows that are looked up: bisection finds them, and does not look at the others."""
     index, ids = torch.tensor(positions), torch.tensor([1, 1])
     with pytest.raises(RuntimeError, match="positions must be sorted and unique"):
-        RAW.masked_grad_embedding(torch.ones(2, 4), ids, index, False, -1)
+        RAW.masked_grad_embedding(torch.ones(2, 4), ids, index, [1, 1], -1)
     total = torch.zeros(len(positions))
     with pytest.raises(RuntimeError, match="positions must be sorted and unique"):
         RAW.fisher_embedding_(torch.ones(1, 2, 4), ids[None], total, None, index, False, -1)
@@ -86,15 +86,18 @@ def around() -> Tensor:
 @pytest.mark.parametrize("positions", [[0, 700, 5], [0, -700, 5], [-1, 3, 5], [0, 3, 100], [100], [-1]])
 def test_gather_reads_no_further(around: Tensor, positions: list[int], wide: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match="positions"):
-        RAW.gather(around[1000:1100], torch.tensor(positions, dtype=wide), False)
+        RAW.gather(around[1000:1100], torch.tensor(positions, dtype=wide), [1, 1])
     with pytest.raises(RuntimeError, match="positions"):
-        RAW.gather(around[1000:1100].view(100, 1), torch.tensor(positions, dtype=wide), True)
+        RAW.gather(around[1000:1100].view(1, 100), torch.tensor(positions, dtype=wide), [1, 1])
+    for shape, tile in (((100, 10), [1, 10]), ((10, 100), [10, 1]), ((100, 20), [10, 2])):  # 100 units each
+        with pytest.raises(RuntimeError, match="positions"):
+            RAW.gather(around[1000 : 1000 + shape[0] * shape[1]].view(shape), torch.tensor(positions, dtype=wide), tile)
 
 
 @pytest.mark.parametrize("positions", [[0, 700, 5], [0, -700, 5], [-1, 3, 5], [0, 3, 100]])
 def test_scatter_writes_no_further(around: Tensor, positions: list[int]) -> None:
     with pytest.raises(RuntimeError, match="positions"):
-        RAW.scatter_(around[1000:1100], torch.tensor(positions), torch.ones(3), False)
+        RAW.scatter_(around[1000:1100], torch.tensor(positions), torch.ones(3), [1, 1])
     assert torch.equal(around, torch.arange(4096.0))
 
 
@@ -108,7 +111,7 @@ def test_many_positions_are_checked_by_several_threads() -> None:
             positions = torch.arange(0, 4 * count, 4, dtype=torch.int32)
             positions[place] = positions[place - 1]
             with pytest.raises(RuntimeError, match="sorted and unique"):
-                RAW.gather(source, positions, False)
+                RAW.gather(source, positions, [1, 1])
     finally:
         torch.set_num_threads(1)
 
@@ -120,7 +123,7 @@ def test_positions_that_the_call_itself_changes() -> None:
     target.copy_(torch.arange(1, 11))
     before = around.clone()
     with pytest.raises(RuntimeError, match="share memory"):
-        RAW.scatter_(target, target[:9], torch.full((9,), 700), False)
+        RAW.scatter_(target, target[:9], torch.full((9,), 700), [1, 1])
     assert torch.equal(around, before)
 
 
@@ -144,11 +147,11 @@ def test_storage_that_is_too_small() -> None:
     """A tensor says a size that its storage does not have any more."""
     index = torch.tensor([0, 1, 99])
     with pytest.raises(RuntimeError, match="source has no memory"):
-        RAW.gather(freed(torch.zeros(100)), index, False)
+        RAW.gather(freed(torch.zeros(100)), index, [1, 1])
     with pytest.raises(RuntimeError, match="target has no memory"):
-        RAW.scatter_(freed(torch.zeros(100)), index, torch.ones(3), False)
+        RAW.scatter_(freed(torch.zeros(100)), index, torch.ones(3), [1, 1])
     with pytest.raises(RuntimeError, match="positions has no memory"):
-        RAW.gather(torch.zeros(100), freed(index), False)
+        RAW.gather(torch.zeros(100), freed(index), [1, 1])
     with pytest.raises(RuntimeError, match="x has no memory"):
         RAW.take_columns(freed(torch.zeros(10, 10)[:, :5]), torch.tensor([0, 1]))
 
@@ -157,9 +160,14 @@ CRASHES = {
     "positions in the moments of another parameter": (
         "adamw_([ones(4), ones(4)], [ones(4), ones(4)], [m := zeros(8), ones(8)][:1] and [m[2:6], ones(4)], "
         "[ones(4), ones(4)], [], [tensor(1.0)] * 2, [arange(4), m.view(torch.int32)[:4].copy_(arange(4))], "
-        "[ones(9), ones(9)], 0.1, 0.9, 0.999, 0.0, 1e-8, False)"
+        "[ones(9), ones(9)], [1, 1] * 2, 0.1, 0.9, 0.999, 0.0, 1e-8, False)"
     ),
-    "an embedding without columns": "masked_grad_embedding(zeros(3, 0), arange(3), arange(2), False, -1)",
+    "blocks higher than a number": "gather(zeros(4, 4), arange(2), [2**62, 2**62])",
+    "blocks of nothing": "gather(zeros(4, 4), arange(2), [0, 1])",
+    "negative blocks": "scatter_(zeros(4, 4), arange(2), ones(2), [-1, -1])",
+    "a tile of one number": "gather(zeros(4, 4), arange(2), [1])",
+    "negative ids of blocks": "masked_grad_embedding(ones(3, 4), tensor([-1, -5, 2]), arange(2), [4, 2], -100)",
+    "an embedding without columns": "masked_grad_embedding(zeros(3, 0), arange(3), arange(2), [1, 1], -1)",
     "group times gates is 2**64 + 4, of a gradient": (
         "gate_gradient(zeros(5, 4), zeros(5, 4), zeros(4), 0, 0.5, None, 0, 2**62 + 1)"
     ),

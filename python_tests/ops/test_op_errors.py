@@ -14,7 +14,7 @@ from sparsekernels.ops import backend
 
 
 def index(*positions: int, shape: tuple[int, ...] = (4, 3), rows: bool = False) -> Index:
-    return Index(torch.tensor(positions, dtype=torch.int64), shape, rows)
+    return Index(torch.tensor(positions, dtype=torch.int64), shape, "row" if rows else "element")
 
 
 def dense(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

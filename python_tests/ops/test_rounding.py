@@ -86,7 +86,8 @@ def step_at_positions(
         args = (values, grads, *state, weights)
     else:
         args = (weights, [g.to(dtype) for g in grads], *state, [])
-    ops.adamw_(*args, **options, rounding=rounding, backend=name)
+    tiles = [(1, 70 if rows else 1)] * 2
+    ops.adamw_(*args, tiles=tiles, **options, rounding=rounding, backend=name)
     return [*weights, *m, *v]
 
 

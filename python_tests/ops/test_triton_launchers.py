@@ -145,7 +145,7 @@ def test_launches_keep_to_their_memory(sample: Sample, watched: None) -> None:
 def test_blocks_of_a_product_keep_to_their_memory(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("sparsekernels.ops.masked_grad.triton"), "BLOCK_BYTES", 4 * 11 * 5)
     grad, x = torch.randn(29, 17), torch.randn(29, 11)
-    found = backend.triton_kernel("masked_grad_linear")(grad, x, torch.arange(17 * 11))
+    found = backend.triton_kernel("masked_grad_linear")(grad, x, torch.arange(17 * 11), (1, 1))
     torch.testing.assert_close(found.view(17, 11), grad.T @ x, rtol=1e-5, atol=1e-5)
 
 
@@ -173,9 +173,9 @@ def test_embedding_adds_in_the_order_of_tokens(device: torch.device) -> None:
     for token, row in zip(ids.tolist(), grad, strict=True):
         expected[token] += row
     run = backend.triton_kernel("masked_grad_embedding")
-    rows = run(grad.to(device), ids.to(device), torch.arange(3, device=device), True, -1)
-    elements = run(grad.to(device), ids.to(device), torch.arange(15, device=device), False, -1)
-    assert torch.equal(rows.cpu(), expected)
+    rows = run(grad.to(device), ids.to(device), torch.arange(3, device=device), (1, 5), -1)
+    elements = run(grad.to(device), ids.to(device), torch.arange(15, device=device), (1, 1), -1)
+    assert torch.equal(rows.cpu(), expected.flatten())
     assert torch.equal(elements.cpu(), expected.flatten())
 
 
@@ -214,10 +214,10 @@ def test_bits_move_unchanged(dtype: torch.dtype, device: torch.device) -> None:
     integer, nan = integers[dtype]
     source = torch.full((9,), nan, dtype=integer, device=device).view(dtype)
     positions = torch.tensor([1, 4, 8], device=device)
-    values = backend.triton_kernel("gather")(source, positions, False)
+    values = backend.triton_kernel("gather")(source, positions, (1, 1))
     assert values.view(integer).tolist() == [nan] * 3
     target = torch.zeros_like(source)
-    backend.triton_kernel("scatter_")(target, positions, values, False)
+    backend.triton_kernel("scatter_")(target, positions, values, (1, 1))
     assert target.view(integer).tolist() == [nan if i in (1, 4, 8) else 0 for i in range(9)]
 
 
@@ -231,7 +231,7 @@ def step_in_place(run, steps: list[torch.Tensor], device: torch.device) -> list[
     made = [[torch.rand(20, generator=generator).to(device) for _ in range(4)] for _ in range(2)]
     values, grads, exp_avgs, exp_avg_sqs = zip(*made, strict=True)
     weights = [torch.zeros(60, device=device) for _ in range(2)]
-    run(values, grads, exp_avgs, exp_avg_sqs, [], steps, [positions] * 2, weights, *OPTIONS)
+    run(values, grads, exp_avgs, exp_avg_sqs, [], steps, [positions] * 2, weights, [1, 1] * 2, *OPTIONS)
     return [*values, *exp_avgs, *exp_avg_sqs, *weights]
 
 

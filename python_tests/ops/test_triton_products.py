@@ -102,7 +102,7 @@ def test_one_block_of_the_product_at_a_time(device: torch.device, monkeypatch: p
 
     monkeypatch.setattr(module, "product", watched_product)
     grad, x, every = torch.randn(29, 17), torch.randn(29, 11), torch.arange(17 * 11)
-    found = module.masked_grad_linear(*(t.to(device) for t in (grad, x, every))).cpu()
+    found = module.masked_grad_linear(*(t.to(device) for t in (grad, x, every)), (1, 1)).cpu()
     assert len(made) == 4
     torch.testing.assert_close(found.view(17, 11), grad.T @ x, rtol=1e-5, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_the_way_is_chosen_by_density_and_tokens(
     asked: list[int] = []
     monkeypatch.setattr(module, "product", lambda *args: asked.append(1) or product(*args))
     grad, x = torch.randn(tokens, 60, device=device), torch.randn(tokens, 50, device=device)
-    module.masked_grad_linear(grad, x, torch.arange(count, device=device))
+    module.masked_grad_linear(grad, x, torch.arange(count, device=device), (1, 1))
     assert bool(asked) == by_blocks
 
 

@@ -31,7 +31,7 @@ def gradient(step: int) -> Tensor:
 
 def compact(dtype: torch.dtype, steps: int, **options: Any) -> tuple[Tensor, Any]:
     model = nn.Embedding(V, D, _weight=start().to(dtype))
-    tuned = sk.train_only(model, sk.Selection({"weight": sk.Index(ROWS, (V, D), rows=True)}))
+    tuned = sk.train_only(model, sk.Selection({"weight": sk.Index(ROWS, (V, D), granularity="row")}))
     optimizer = sk.SparseAdamW(tuned.parameters(), LR, weight_decay=0.01, **options)
     (values,) = tuned.parameters()
     for step in range(steps):
@@ -42,7 +42,7 @@ def compact(dtype: torch.dtype, steps: int, **options: Any) -> tuple[Tensor, Any
 
 def indexed(dtype: torch.dtype, steps: int, **options: Any) -> tuple[Tensor, Any]:
     p = nn.Parameter(start().to(dtype))
-    groups = [{"params": [p], "indices": [sk.Index(ROWS, (V, D), rows=True)]}]
+    groups = [{"params": [p], "indices": [sk.Index(ROWS, (V, D), granularity="row")]}]
     optimizer = sk.SparseAdamW(groups, LR, weight_decay=0.01, **options)
     for step in range(steps):
         p.grad = torch.zeros(V, D, dtype=dtype)
@@ -116,7 +116,7 @@ def test_random_bits_can_be_drawn_again(run: Run) -> None:
 def test_parameters_draw_other_bits() -> None:
     """Two tables with the same numbers do not round alike, in whatever group they are."""
     tables = [nn.Parameter(torch.ones(V, D, dtype=BF16)) for _ in range(4)]
-    index = [sk.Index(ROWS, (V, D), rows=True)]
+    index = [sk.Index(ROWS, (V, D), granularity="row")]
     groups = [{"params": tables[:1], "indices": index}, {"params": tables[1:2], "indices": index}]
     groups += [{"params": tables[2:3]}, {"params": tables[3:]}]
     optimizer = sk.SparseAdamW(groups, 1e-3, stochastic_rounding=True)

@@ -69,7 +69,7 @@ def selection(model: nn.Module, kind: str) -> Selection:
     if kind == "all":
         elements = Selection.random(model, 1.0)
         return Selection({n: Index.full(p.shape) if n in "ac" else elements[n] for n, p in model.named_parameters()})
-    rows = Index(torch.tensor([0, 2]), SHAPES["c"], rows=True)
+    rows = Index(torch.tensor([0, 2]), SHAPES["c"], granularity="row")
     nothing = Index(torch.zeros(0, dtype=torch.int64), SHAPES["b"])
     return Selection({**Selection.random(model, 0.4), "c": rows, "b": nothing})
 

@@ -69,7 +69,7 @@ def step(optimizer: Any, ids: list[int], kind: str) -> None:
 def test_goes_on_bit_for_bit(way: str, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     group: dict[str, Any] = {"params": [nn.Parameter(torch.randn(V, D))]}
     if kind == "indices":
-        group["indices"] = [Index(torch.arange(0, V, 3), (V, D), rows=True)]
+        group["indices"] = [Index(torch.arange(0, V, 3), (V, D), granularity="row")]
     optimizer = sk.SparseAdamW([group], lr=0.1, **options)
     for ids in ([1, 2], [2, 5, 7]):
         step(optimizer, ids, kind)

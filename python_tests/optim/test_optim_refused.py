@@ -20,13 +20,13 @@ SHAPE = (6, 4)
 
 def compact() -> tuple[dict[str, Any], Tensor]:
     model = nn.Sequential(nn.Linear(4, 6, bias=False))
-    tuned = sk.train_only(model, Selection({"0.weight": Index(torch.tensor([1, 3]), SHAPE, rows=True)}))
+    tuned = sk.train_only(model, Selection({"0.weight": Index(torch.tensor([1, 3]), SHAPE, granularity="row")}))
     return {"params": list(tuned.named_parameters())}, model[0].weight
 
 
 def indexed() -> tuple[dict[str, Any], Tensor]:
     p = nn.Parameter(torch.randn(SHAPE))
-    return {"params": [("0.weight", p)], "indices": [Index(torch.tensor([1, 3]), SHAPE, rows=True)]}, p
+    return {"params": [("0.weight", p)], "indices": [Index(torch.tensor([1, 3]), SHAPE, granularity="row")]}, p
 
 
 def dense() -> tuple[dict[str, Any], Tensor]:

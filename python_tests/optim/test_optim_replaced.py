@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import sparsekernels as sk
 
-ROWS = sk.Index(torch.tensor([0, 2]), (4, 3), rows=True)
+ROWS = sk.Index(torch.tensor([0, 2]), (4, 3), granularity="row")
 FORMS = pytest.mark.parametrize("form", ["compact", "indexed"])
 
 

@@ -361,7 +361,7 @@ def test_a_step_between_forward_and_backward_is_noticed() -> None:
 
 def test_indices_want_dense_gradients() -> None:
     p = table()
-    optimizer = sk.SparseAdamW([{"params": [p], "indices": [sk.Index(torch.tensor([1]), p.shape, rows=True)]}])
+    optimizer = sk.SparseAdamW([{"params": [p], "indices": [sk.Index(torch.tensor([1]), p.shape, granularity="row")]}])
     p.grad = torch.ones(V, D).to_sparse(1)
     with pytest.raises(ValueError, match="sparse, but it is stepped at positions of its own"):
         optimizer.step()

@@ -26,7 +26,7 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def chosen(of: nn.Module, seed: int = 0) -> Selection:
-    rows = Selection({"2.weight": Index(torch.tensor([0, 2]), (3, 5), rows=True)})
+    rows = Selection({"2.weight": Index(torch.tensor([0, 2]), (3, 5), granularity="row")})
     return Selection.random(of, 0.4, seed=seed, names=["0.weight", "0.bias"]) | rows
 
 

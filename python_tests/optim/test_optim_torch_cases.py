@@ -195,7 +195,7 @@ def test_gradients_are_read_only(form: str, device: torch.device) -> None:
 
 def test_the_unselected_stay_through_every_input(device: torch.device) -> None:
     """What torch's suite cannot ask: over some positions, the others keep their bits."""
-    index = Index(torch.tensor([1, 4, 7]), (10, 5), rows=True)
+    index = Index(torch.tensor([1, 4, 7]), (10, 5), granularity="row")
     for what, options in optimizer_inputs(device):
         for form in ("compact", "indexed"):
             problem, before = Problem(device), Problem(device).weight.detach()

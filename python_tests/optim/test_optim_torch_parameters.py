@@ -174,7 +174,9 @@ def test_a_differentiable_lr_gets_its_gradient() -> None:
 
 def _indexed(change: str) -> tuple[sk.SparseAdamW, nn.Parameter]:
     p = nn.Parameter(torch.randn(6, 4))
-    optimizer = sk.SparseAdamW([{"params": [("w", p)], "indices": [Index(torch.tensor([1, 3]), (6, 4), rows=True)]}])
+    optimizer = sk.SparseAdamW(
+        [{"params": [("w", p)], "indices": [Index(torch.tensor([1, 3]), (6, 4), granularity="row")]}]
+    )
     p.grad = torch.ones_like(p)
     optimizer.step()
     p.grad = None

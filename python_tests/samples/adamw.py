@@ -79,13 +79,16 @@ def oracle(
 
 
 def oracle_of_step_counts(
-    x: Tensor, grad: Tensor, moments: list[Tensor], step_counts: Tensor, *rest: Any
+    index: Index, x: Tensor, grad: Tensor, moments: list[Tensor], step_counts: Tensor, *rest: Any
 ) -> list[Tensor]:
     """Each step_count by itself: what torch.optim.AdamW makes of all positions, kept at those of that step_count."""
     out = [torch.zeros_like(t.cpu(), dtype=rest[1]) for t in (x, *moments)]
     for step_count in step_counts.unique().tolist():
         for into, found in zip(out, oracle(x, grad, moments, int(step_count), *rest), strict=True):
-            into[step_counts == step_count] = found[step_counts == step_count]
+            if index.granularity == "column":
+                into[:, step_counts == step_count] = found[:, step_counts == step_count]
+            else:
+                into[step_counts == step_count] = found[step_counts == step_count]
     return out
 
 
@@ -119,6 +122,9 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
             moments[-1] += [maker.put(maker.randn(*shape, dtype=kept, scale=scale).square().cpu())]
             if plan.amsgrad:
                 moments[-1] += [maker.put(maker.randn(*shape, dtype=kept, scale=scale).square().cpu())]
+            exists = take(torch.ones(index.shape), index)  # what a block lacks at an edge is zero
+            for tensor in (values[-1], *moments[-1], *([grad] if compact else [])):
+                tensor.masked_fill_(exists.to(tensor.device) == 0, 0)
         for i in range(n):
             x, grad = (values[i], grads[i]) if compact else (take(dense[i], indices[i]), take(grads[i], indices[i]))
             wide = masters[i] if plan.special else FP64
@@ -128,7 +134,7 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
             elif steps[i].dim() == 0:
                 expected.append(oracle(x, grad, moments[i], *rest))
             else:
-                expected.append(oracle_of_step_counts(x, grad, moments[i], *rest))
+                expected.append(oracle_of_step_counts(indices[i], x, grad, moments[i], *rest))
         exp_avgs, exp_avg_sqs = [m[0] for m in moments], [m[1] for m in moments]
         maxima = [m[2] for m in moments] if plan.amsgrad else []
         step_tensors = [step if step.dim() == 0 else maker.put(step) for step in steps]
@@ -138,6 +144,8 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
         on_device = {name: None if x is None else maker.put(torch.tensor(x)) for name, x in given.items()}
         keywords = {**options.keywords(), **{name: on_device[name] for name in ("grad_scale", "found_inf")}}
         keywords["rounding"] = plan.rounding
+        keywords["tiles"] = [index.tile for index in indices]
+        tiles = [size for index in indices for size in index.tile]
         if plan.lr_tensor:
             keywords["lr"] = on_device["lr_tensor"]
         params, weights = (values, dense) if compact else (dense, [])
@@ -150,7 +158,7 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
         return Case(
             ops.adamw_,
             args,
-            (*args, *options.positional(), *on_device.values(), list(plan.rounding)),
+            (*args, tiles, *options.positional(), *on_device.values(), list(plan.rounding)),
             [*results, *(tensor for column in columns for tensor in column)],
             kwargs=keywords,
             mutated=mutated,
@@ -162,7 +170,8 @@ def adamw(plan: Plan, compact: bool) -> Callable[[Maker], Case]:
     return make
 
 
-SMALL = tuple(BY_NAME[name] for name in ("some", "rows-int64", "rows-3d"))
+SMALL = tuple(BY_NAME[name] for name in ("some", "rows-int64", "rows-3d", "columns-3d", "blocks-cut"))
+MANY = tuple(BY_NAME[name] for name in ("many", "rows-many", "columns-many", "blocks-many"))
 DEFAULT = Options()
 
 
@@ -173,7 +182,7 @@ def plans() -> Iterator[tuple[str, Plan]]:
     yield "first-step", Plan(SMALL, steps=(1,), fresh=True)
     yield "step-1e6", Plan(SMALL, steps=(10**6,))
     yield "amsgrad", Plan(SMALL, amsgrad=True)
-    yield "amsgrad-many", Plan((BY_NAME["many"], BY_NAME["rows-many"]), amsgrad=True)
+    yield "amsgrad-many", Plan(MANY, amsgrad=True)
     yield "maximize", Plan(SMALL, options=replace(DEFAULT, maximize=True))
     yield "maximize-amsgrad", Plan(SMALL, options=replace(DEFAULT, maximize=True), amsgrad=True)
     yield "no-decay", Plan(SMALL, options=replace(DEFAULT, weight_decay=0.0))
@@ -188,7 +197,7 @@ def plans() -> Iterator[tuple[str, Plan]]:
     yield "mixed-dtypes", Plan(SMALL * 2, dtypes=(BF16, FP32, FP16, FP64))
     step_counts = (1, 10**6, 3, 17, 3, 1000, 40, 10**5, 2)
     yield "step-counts", Plan(LAYOUTS, step_counts=step_counts)
-    yield "step-counts-many", Plan((BY_NAME["many"], BY_NAME["rows-many"]), step_counts=tuple(range(1, 600, 2)))
+    yield "step-counts-many", Plan(MANY, step_counts=tuple(range(1, 600, 2)))
     yield "step-counts-of-some", Plan(SMALL * 3, step_counts=step_counts, per_position=2, steps=(7, 100), amsgrad=True)
     yield "step-counts-fresh", Plan(SMALL, step_counts=(1,), fresh=True)
     yield (
@@ -218,7 +227,7 @@ def plans() -> Iterator[tuple[str, Plan]]:
     yield "found-inf", Plan(SMALL, grad_scale=1024.0, found_inf=1.0)
     yield "found-inf-everything", replace(everything, found_inf=2.0, grads=(float("inf"), float("nan")))
     yield "bf16-state", Plan(LAYOUTS, state=BF16, amsgrad=True)
-    yield "bf16-state-many", Plan((BY_NAME["many"], BY_NAME["rows-many"]), dtypes=(BF16, FP16), state=BF16)
+    yield "bf16-state-many", Plan(MANY, dtypes=(BF16, FP16), state=BF16)
     yield "stochastic", Plan(SMALL * 2, dtypes=(BF16, FP16, FP32, BF16), rounding=(3, 0))
     yield "stochastic-state", Plan(SMALL, dtypes=(FP32, BF16), state=BF16, amsgrad=True, rounding=(2**40, 9))
     yield (

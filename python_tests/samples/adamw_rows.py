@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsekernels import Index, ops
+from sparsekernels import ops
 
-from .case import BF16, FP16, FP32, FP64, Case, Maker, Sample, short
+from .case import BF16, FP16, FP32, FP64, Case, Maker, Sample, short, slices
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def adamw_rows(plan: Rows) -> Callable[[Maker], Case]:
         mutated = [param, m, v] if largest is None else [param, m, v, largest]
         touched = ids.unique()
         lines_touched = touched if plan.slots is None else slots[touched].sort().values
-        inside = [(param, Index(touched, param.shape, rows=True))]
-        inside += [(x, Index(lines_touched, x.shape, rows=True)) for x in mutated[1:]]
+        inside = [(param, slices(touched, param.shape))]
+        inside += [(x, slices(lines_touched, x.shape)) for x in mutated[1:]]
         tables = None if plan.slots is None else maker.put(slots.to(torch.int32))
         args = (param, grads, maker.put(ids), tables, m, v, largest, scales)
         numbers = {"beta1": plan.beta1, "beta2": plan.beta2, "eps": plan.eps, "maximize": plan.maximize}

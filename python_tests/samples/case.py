@@ -85,12 +85,13 @@ class Maker:
         return torch.randint(0, high, (count,), generator=self.generator)
 
     def index(self, layout: Layout) -> Index:
-        limit = layout.shape[0] if layout.rows else torch.Size(layout.shape).numel()
+        units = layout.units()
+        limit = units.num_positions
         order = torch.randperm(limit, generator=self.generator)
         count = round(layout.share * limit)
         chosen = torch.tensor([limit - 1]) if layout.share == LAST else order[:count].sort().values
         positions = self.put(chosen.to(torch.int64 if layout.wide else torch.int32))
-        return Index.unchecked(positions, torch.Size(layout.shape), layout.rows)
+        return units.with_positions(positions)
 
 
 LAST = -1.0  # the share that stands for the last position alone
@@ -101,8 +102,12 @@ class Layout:
     name: str
     shape: tuple[int, ...]
     share: float
-    rows: bool = False
+    granularity: str = "element"
     wide: bool = False  # int64 positions
+    block: tuple[int, int] | None = None
+
+    def units(self) -> Index:
+        return Index(torch.empty(0, dtype=torch.int32), self.shape, self.granularity, self.block)
 
 
 LAYOUTS = (
@@ -116,18 +121,33 @@ LAYOUTS = (
     Layout("0d", (), 1),
     Layout("3d", (3, 4, 5), 0.3),
     Layout("many", (301, 299), 0.3),
-    Layout("rows-one", (1, 7), 1, rows=True),
-    Layout("rows-none", (5, 7), 0, rows=True),
-    Layout("rows-all", (5, 7), 1, rows=True),
-    Layout("rows-last", (17, 33), LAST, rows=True),
-    Layout("rows-int64", (17, 33), 0.3, rows=True, wide=True),
-    Layout("rows-1d", (13,), 0.5, rows=True),
-    Layout("rows-width1", (13, 1), 0.5, rows=True),
-    Layout("rows-3d", (4, 3, 5), 0.5, rows=True),
-    Layout("rows-many", (200, 300), 0.2, rows=True),
+    Layout("rows-one", (1, 7), 1, "row"),
+    Layout("rows-none", (5, 7), 0, "row"),
+    Layout("rows-all", (5, 7), 1, "row"),
+    Layout("rows-last", (17, 33), LAST, "row"),
+    Layout("rows-int64", (17, 33), 0.3, "row", wide=True),
+    Layout("rows-1d", (13,), 0.5, "row"),
+    Layout("rows-width1", (13, 1), 0.5, "row"),
+    Layout("rows-3d", (4, 3, 5), 0.5, "row"),
+    Layout("rows-many", (200, 300), 0.2, "row"),
+    Layout("columns-none", (5, 7), 0, "column"),
+    Layout("columns-all", (5, 7), 1, "column"),
+    Layout("columns-last", (17, 33), LAST, "column"),
+    Layout("columns-int64", (17, 33), 0.3, "column", wide=True),
+    Layout("columns-height1", (1, 13), 0.5, "column"),
+    Layout("columns-3d", (4, 3, 5), 0.5, "column"),
+    Layout("columns-many", (200, 300), 0.2, "column"),
+    Layout("blocks-none", (5, 7), 0, "block", block=(2, 2)),
+    Layout("blocks-whole", (6, 8), 0.5, "block", block=(3, 4)),
+    Layout("blocks-cut", (17, 33), 1, "block", block=(4, 8)),
+    Layout("blocks-last", (17, 33), LAST, "block", block=(4, 8)),
+    Layout("blocks-int64", (17, 33), 0.3, "block", wide=True, block=(5, 3)),
+    Layout("blocks-narrow", (17, 33), 0.3, "block", block=(4, 1)),
+    Layout("blocks-3d", (3, 5, 7), 0.4, "block", block=(2, 3)),
+    Layout("blocks-many", (200, 300), 0.2, "block", block=(16, 32)),
 )
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
-HALF_LAYOUTS = [BY_NAME[name] for name in ("none", "some", "many", "rows-int64", "rows-3d")]
+HALF_LAYOUTS = [BY_NAME[name] for name in ("none", "some", "many", "rows-int64", "rows-3d", "columns-3d", "blocks-3d")]
 
 
 def grid() -> Iterator[tuple[Layout, torch.dtype]]:
@@ -140,23 +160,59 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
 
 
+def boxes(index: Index) -> Iterator[tuple[int, slice, slice]]:
+    """Of each column or block, its matrix, and its rows and columns there, counted apart from the package."""
+    m, n = index.shape[-2:]
+    height, width = (m, 1) if index.granularity == "column" else index.block
+    starts = [(i, j) for i in range(0, m, height) for j in range(0, n, width)]
+    for position in index.positions.tolist():
+        matrix, at = divmod(position, len(starts))
+        i, j = starts[at]
+        yield matrix, slice(i, min(i + height, m)), slice(j, min(j + width, n))
+
+
 def take(dense: Tensor, index: Index) -> Tensor:
     """The selected values, by plain indexing: the oracle of gather."""
-    positions = index.positions.cpu().long()
-    dense = dense.cpu()
-    return (dense[positions] if index.rows else dense.reshape(-1)[positions]).clone()
+    positions, dense = index.positions.cpu().long(), dense.cpu()
+    if index.granularity == "element":
+        return dense.reshape(-1)[positions].clone()
+    if index.granularity == "row":
+        return (dense.flatten(0, -2) if dense.dim() > 1 else dense)[positions].clone()
+    matrices = dense.reshape(-1, *dense.shape[-2:])
+    found = [matrices[at][rows, columns] for at, rows, columns in boxes(index)]
+    if index.granularity == "column":
+        return torch.cat([matrices.new_zeros(matrices.shape[1], 0), *found], 1)
+    out = matrices.new_zeros(len(found), *index.block)
+    for block, values in zip(out, found, strict=True):
+        block[: values.shape[0], : values.shape[1]] = values
+    return out
 
 
 def put(dense: Tensor, index: Index, values: Tensor) -> Tensor:
     """A copy of `dense` with `values` at the selected positions: the oracle of scatter."""
     positions = index.positions.cpu().long()
-    out = dense.cpu().clone()
-    (out if index.rows else out.view(-1))[positions] = values.cpu().to(out.dtype)
+    out, values = dense.cpu().clone(), values.cpu().to(dense.dtype)
+    if index.granularity == "element":
+        out.view(-1)[positions] = values
+    elif index.granularity == "row":
+        (out.flatten(0, -2) if out.dim() > 1 else out)[positions] = values
+    else:
+        matrices = out.view(-1, *out.shape[-2:])
+        for k, (at, rows, columns) in enumerate(boxes(index)):
+            box = matrices[at][rows, columns]
+            box[:] = values[:, k : k + 1] if index.granularity == "column" else values[k, : len(box), : box.shape[1]]
     return out
 
 
-def raw_of(index: Index) -> tuple[Tensor, bool]:
-    return index.positions, index.rows
+def slices(numbers: Tensor, shape: torch.Size) -> Index:
+    """The elements with these numbers in the first dimension."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[numbers.cpu().long()] = True
+    return Index.from_mask(mask)
+
+
+def raw_of(index: Index) -> tuple[Tensor, list[int]]:
+    return index.positions, list(index.tile)
 
 
 def with_specials(x: Tensor) -> None:

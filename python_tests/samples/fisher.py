@@ -15,13 +15,13 @@ from sparsekernels import Index, ops
 
 from . import masked_grad
 from .case import BF16, FP16, FP32, FP64, Case, Layout, Maker, Sample, short, take
-from .masked_grad import INF, NAN, SHAPE
+from .masked_grad import INF, NAN, SHAPE, rows_of, rows_or_elements
 
 LAYOUTS = (
     *masked_grad.LAYOUTS,
     Layout("sparse", (150, 130), 0.008),
     Layout("sparse-int64", (150, 130), 0.005, wide=True),
-    Layout("rows-last", SHAPE, -1.0, rows=True),
+    Layout("rows-last", SHAPE, -1.0, "row"),
 )
 WHOLE = (  # of these no index is given
     Layout("whole", SHAPE, 1),
@@ -74,8 +74,12 @@ def adding(
         expected = [x.to(wide) for x in expected]
     mutated = [x for x in (total, norms) if x is not None]
     contiguous = [None if x is None else x.contiguous() for x in activations]
-    positions, rows = (None, False) if index is None else (index.positions, index.rows)
-    raw = (*contiguous, total, norms, positions, *(() if options is None else (rows, *options)))
+    positions, rows = (None, False) if index is None else rows_or_elements(index)
+    if index is not None and index.granularity in ("column", "block") and total is not None:
+        total_of_op = maker.randn(len(positions), dtype=wide)
+    else:
+        total_of_op = total
+    raw = (*contiguous, total_of_op, norms, positions, *(() if options is None else (rows, *options)))
     return Case(call, (*activations, total, norms, index), raw, expected, kwargs=kwargs, mutated=mutated)
 
 
@@ -129,8 +133,7 @@ def linear(
             grad[0, -1, 0], x[-1, -1, -1] = special, special
         if unseen:
             assert index is not None
-            positions = index.positions.cpu().long()
-            seen = positions if index.rows else positions // columns
+            seen = rows_of(index)
             grad[0, 1] = torch.ones(rows, dtype=dtype).index_fill_(0, seen, 0.0)
             x[0, 1] = INF
         filled = x.cpu().double().masked_fill(~real[:, :, None], 0)
@@ -240,10 +243,10 @@ def embedding(
 def choose_ids(
     maker: Maker, layout: Layout, index: Index | None, size: tuple[int, int], contention: int | None, misses: bool
 ) -> Tensor:
-    table, width = layout.shape
+    table = layout.shape[0]
     pool = torch.randperm(table, generator=maker.generator)
     if index is not None:
-        chosen = index.positions.cpu().long() // (1 if index.rows else width)
+        chosen = rows_of(index)
         if misses:
             pool = pool[~torch.isin(pool, chosen)]
         elif len(chosen) and contention is not None:
@@ -256,9 +259,13 @@ def looked_up(total: Tensor, index: Index | None, ids: Tensor, width: int) -> In
     """The part of `total` that may change."""
     ids = ids.cpu().long().unique()
     if index is None:
-        return Index.unchecked(ids, total.shape, rows=True)
-    rows = index.positions.cpu().long() // (1 if index.rows else width)
-    return Index.unchecked(torch.isin(rows, ids).nonzero().view(-1), total.shape, index.rows)
+        return Index.unchecked(ids, total.shape, "row")
+    if index.granularity == "column":
+        return Index.unchecked(ids, total.shape, "row")
+    if index.granularity == "block":
+        return Index.full(total.shape)
+    rows = index.positions.cpu().long() // (1 if index.granularity == "row" else width)
+    return Index.unchecked(torch.isin(rows, ids).nonzero().view(-1), total.shape, index.granularity)
 
 
 def embedding_samples() -> Iterator[Sample]:

@@ -22,7 +22,7 @@ LAYOUTS = (
     Layout("last", (33,), -1.0),
     Layout("some", (300,), 0.3),
     Layout("int64", (300,), 0.3, wide=True),
-    Layout("rows", (33,), 0.5, rows=True),
+    Layout("rows", (33,), 0.5, "row"),
 )
 
 

@@ -46,7 +46,7 @@ def scatter_(
         if special:
             with_specials(values)
         expected = put(target, index, values.cpu())
-        raw = (target, index.positions, values.to(dtype), index.rows)
+        raw = (target, index.positions, values.to(dtype), list(index.tile))
         touched = {"mutated": [target], "inside": [(target, index)]}
         return Case(ops.scatter_, (target, index, values), raw, [expected], exact=True, **touched)
 
@@ -60,12 +60,12 @@ def gather_scatter_samples() -> Iterator[Sample]:
         yield Sample("scatter_", tag, scatter_(layout, dtype, dtype))
     for dtype in (torch.int64, torch.uint8, torch.bool):
         yield Sample("gather", f"some-{short(dtype)}", gather(BY_NAME["some"], dtype))
-    for name, dtype in itertools.product(("some", "many", "rows-3d"), (BF16, FP16)):
+    for name, dtype in itertools.product(("some", "many", "rows-3d", "columns-many", "blocks-cut"), (BF16, FP16)):
         yield Sample("scatter_", f"{name}-{short(dtype)}-from-f32", scatter_(BY_NAME[name], dtype, FP32))
-    for dtype in (FP32, BF16, FP16):
-        layout = BY_NAME["int64"]
-        yield Sample("gather", f"special-{short(dtype)}", gather(layout, dtype, special=True))
-        yield Sample("scatter_", f"special-{short(dtype)}", scatter_(layout, dtype, dtype, special=True))
+    for dtype, name in itertools.product((FP32, BF16, FP16), ("int64", "columns-int64", "blocks-cut")):
+        tag = f"special-{name}-{short(dtype)}"
+        yield Sample("gather", tag, gather(BY_NAME[name], dtype, special=True))
+        yield Sample("scatter_", tag, scatter_(BY_NAME[name], dtype, dtype, special=True))
 
 
 def strided_values(maker: Maker) -> Case:
@@ -73,6 +73,6 @@ def strided_values(maker: Maker) -> Case:
     layout = BY_NAME["rows-int64"]
     target, index = maker.randn(*layout.shape), maker.index(layout)
     values = maker.strided(*index.compact_shape, dtype=FP32)
-    raw = (target, index.positions, values.contiguous(), index.rows)
+    raw = (target, index.positions, values.contiguous(), list(index.tile))
     touched = {"mutated": [target], "inside": [(target, index)]}
     return Case(ops.scatter_, (target, index, values), raw, [put(target, index, values.cpu())], exact=True, **touched)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sparsekernels import ops
+from sparsekernels import Index, ops
 
-from .case import BF16, FP16, FP32, FP64, Case, Layout, Maker, Sample, short, take
+from .case import BF16, FP16, FP32, FP64, Case, Layout, Maker, Sample, raw_of, short, take
 
 NAN, INF = float("nan"), float("inf")
 SHAPE = (17, 33)
@@ -23,12 +23,23 @@ LAYOUTS = (
     Layout("wide", (3, 200), 0.1),
     Layout("tall", (300, 5), 0.1),
     Layout("many", (150, 130), 0.4),
-    Layout("rows-none", SHAPE, 0, rows=True),
-    Layout("rows-all", SHAPE, 1, rows=True),
-    Layout("rows-some", SHAPE, 0.3, rows=True),
-    Layout("rows-int64", SHAPE, 0.3, rows=True, wide=True),
-    Layout("rows-width1", (13, 1), 0.5, rows=True),
-    Layout("rows-many", (300, 65), 0.3, rows=True),
+    Layout("rows-none", SHAPE, 0, "row"),
+    Layout("rows-all", SHAPE, 1, "row"),
+    Layout("rows-some", SHAPE, 0.3, "row"),
+    Layout("rows-int64", SHAPE, 0.3, "row", wide=True),
+    Layout("rows-width1", (13, 1), 0.5, "row"),
+    Layout("rows-many", (300, 65), 0.3, "row"),
+    Layout("columns-none", SHAPE, 0, "column"),
+    Layout("columns-all", SHAPE, 1, "column"),
+    Layout("columns-some", SHAPE, 0.3, "column"),
+    Layout("columns-int64", SHAPE, 0.3, "column", wide=True),
+    Layout("columns-many", (300, 65), 0.3, "column"),
+    Layout("blocks-none", SHAPE, 0, "block", block=(4, 8)),
+    Layout("blocks-cut", SHAPE, 1, "block", block=(4, 8)),
+    Layout("blocks-some", SHAPE, 0.4, "block", block=(3, 5)),
+    Layout("blocks-int64", SHAPE, 0.3, "block", wide=True, block=(16, 16)),
+    Layout("blocks-narrow", SHAPE, 0.3, "block", block=(4, 1)),
+    Layout("blocks-many", (300, 65), 0.3, "block", block=(32, 48)),
 )
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
@@ -50,9 +61,10 @@ def linear(
         wide = FP64 if special is None else FP32
         flat_grad, flat_x = grad.cpu().to(wide).flatten(0, -2), x.cpu().to(wide).flatten(0, -2)
         expected = take(flat_grad.T @ flat_x, index)
-        raw = (grad.flatten(0, -2).contiguous(), x.flatten(0, -2).contiguous(), index.positions)
-        # Rows are a plain matmul, which rounds its result to the dtype of the activations.
-        return Case(ops.masked_grad_linear, (grad, x, index), raw, [expected], rounds_to=dtype if index.rows else None)
+        raw = (grad.flatten(0, -2).contiguous(), x.flatten(0, -2).contiguous(), *raw_of(index))
+        # Rows and columns are a plain matmul, which rounds its result to the dtype of the activations.
+        rounds_to = dtype if index.granularity in ("row", "column") else None
+        return Case(ops.masked_grad_linear, (grad, x, index), raw, [expected], rounds_to=rounds_to)
 
     return make
 
@@ -64,19 +76,24 @@ def linear_samples() -> Iterator[Sample]:
     for name in BY_NAME:
         yield sample(name, name)
     for dtype in (BF16, FP16, FP64):
-        for name in ("none", "some", "many", "rows-some"):
+        for name in ("none", "some", "many", "rows-some", "columns-some", "blocks-cut", "blocks-many"):
             yield sample(f"{name}-{short(dtype)}", name, dtype)
     for tokens in (1, 7, 64, 129, 300):
         yield sample(f"tokens-{tokens}", "some", tokens=(tokens,))
+        yield sample(f"tokens-{tokens}-blocks", "blocks-some", tokens=(tokens,))
     yield sample("no-tokens", "some", tokens=(0,))
-    yield sample("no-tokens-rows", "rows-some", tokens=(0,))
+    for name in ("rows", "columns", "blocks"):
+        yield sample(f"no-tokens-{name}", f"{name}-some", tokens=(0,))
+        yield sample(f"3d-{name}", f"{name}-some", tokens=(3, 5))
     yield sample("3d", "some", tokens=(3, 5))
     yield sample("4d-bf16", "some", BF16, tokens=(2, 3, 5))
     for dtype in (FP32, BF16):
         yield sample(f"strided-{short(dtype)}", "some", dtype, strided=True)
-        yield sample(f"strided-rows-{short(dtype)}", "rows-some", dtype, strided=True)
+        for name in ("rows", "columns", "blocks"):
+            yield sample(f"strided-{name}-{short(dtype)}", f"{name}-some", dtype, strided=True)
     for value in (NAN, INF, 1e30, 1e-40):
         yield sample(f"special-{value}", "all", special=value)
+        yield sample(f"special-{value}-blocks", "blocks-cut", special=value)
     yield sample("special-nan-some", "int64", special=NAN)
 
 
@@ -100,7 +117,7 @@ def embedding(
     def make(maker: Maker) -> Case:
         table, width = layout.shape
         index = maker.index(layout)
-        chosen = index.positions.cpu().long() if index.rows else index.positions.cpu().long() // width
+        chosen = rows_of(index)
         pool = torch.randperm(table, generator=maker.generator)
         if misses:
             pool = pool[~torch.isin(pool, chosen)]
@@ -119,11 +136,28 @@ def embedding(
             )
         expected = take(embedding_oracle(grad, ids, table, padding_idx), index)
         raw_padding = -1 if padding_idx is None else padding_idx
-        raw = (grad.flatten(0, -2).contiguous(), ids.flatten(), index.positions, index.rows, raw_padding)
+        raw = (grad.flatten(0, -2).contiguous(), ids.flatten(), *raw_of(index), raw_padding)
+        if index.granularity == "column":
+            narrow = raw[0][:, index.positions.long()].contiguous()
+            raw = (narrow, raw[1], torch.arange(table, device=narrow.device), [1, len(index)], raw_padding)
         kwargs = {"padding_idx": padding_idx}
         return Case(ops.masked_grad_embedding, (grad, ids, index), raw, [expected], kwargs=kwargs)
 
     return make
+
+
+def rows_of(index: Index) -> Tensor:
+    """The rows of a table that are selected, as a whole or in part."""
+    positions = index.positions.cpu().long()
+    if index.granularity == "row":
+        return positions
+    return (index.to_elements().positions.cpu().long() // index.shape[-1]).unique()
+
+
+def rows_or_elements(index: Index) -> tuple[Tensor, bool]:
+    """Positions and `rows` of an op that knows no other units."""
+    rows = index.granularity == "row"
+    return (index if rows else index.to_elements()).positions, rows
 
 
 def embedding_oracle(grad: Tensor, ids: Tensor, table: int, padding_idx: int | None) -> Tensor:
@@ -142,9 +176,9 @@ def embedding_samples() -> Iterator[Sample]:
     for name in BY_NAME:
         yield sample(name, name)
     for dtype in (BF16, FP16, FP64):
-        for name in ("some", "rows-some"):
+        for name in ("some", "rows-some", "columns-some", "blocks-some"):
             yield sample(f"{name}-{short(dtype)}", name, dtype, contention=4)
-    for layout in ("int64", "rows-some"):
+    for layout in ("int64", "rows-some", "columns-some", "blocks-cut"):
         for contention in (1, 3, 10):
             yield sample(f"{layout}-contention-{contention}", layout, tokens=(200,), contention=contention)
         yield sample(f"{layout}-padding-hit", layout, contention=3, padding="hit")

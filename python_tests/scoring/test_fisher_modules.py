@@ -110,7 +110,7 @@ def test_selection() -> None:
     grads = zoo_gradients(net, tokens)
     names = [name for name in grads[0] if name != "down.weight"]
     chosen = Selection.random(net, 0.2, names=names) | Selection(
-        {"down.weight": Index(torch.tensor([0, 3, 15]), net.down.weight.shape, rows=True)}
+        {"down.weight": Index(torch.tensor([0, 3, 15]), net.down.weight.shape, granularity="row")}
     )
     with pytest.warns(RuntimeWarning):
         found, lengths = fisher_and_norms(net, [{"ids": tokens}], loss=zoo_loss, selection=chosen, **QUIET)

@@ -25,7 +25,7 @@ def model() -> nn.Module:
 
 
 def selection(of: nn.Module) -> Selection:
-    rows = Selection({"0.weight": Index(torch.arange(0, 13, 2), (13, 8), rows=True)})
+    rows = Selection({"0.weight": Index(torch.arange(0, 13, 2), (13, 8), granularity="row")})
     return rows | Selection.random(of, 0.3, names=["1.weight", "2.weight", "3.weight", "3.bias"])
 
 

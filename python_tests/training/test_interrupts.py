@@ -159,7 +159,7 @@ def compact() -> tuple[Groups, list[Tensor]]:
 
 def indexed() -> tuple[Groups, list[Tensor]]:
     p = nn.Parameter(torch.randn(6, 4))
-    return [{"params": [p], "indices": [Index(torch.tensor([1, 3]), (6, 4), rows=True)]}], []
+    return [{"params": [p], "indices": [Index(torch.tensor([1, 3]), (6, 4), granularity="row")]}], []
 
 
 def rows() -> tuple[Groups, list[Tensor]]:

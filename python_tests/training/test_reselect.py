@@ -10,13 +10,20 @@ from typing import Any
 import pytest
 import torch
 from models import Zoo, ids, transformer
-from reselecting import Oracle, by_elements, pick, random_grads, selection, stepped
+from reselecting import SHAPES, Oracle, by_elements, pick, random_grads, selection, stepped
 from samples.case import put, take
 from test_train_only import found
 from torch import Tensor, nn
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
+
+
+UNITS: dict[str, dict[str, Any]] = {
+    "rows": {"granularity": "row"},
+    "columns": {"granularity": "column"},
+    "blocks": {"granularity": "block", "block": (5, 3)},
+}
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -53,6 +60,29 @@ def test_every_position_is_trained_as_if_it_were_alone(form: str, amsgrad: bool,
             assert torch.allclose(model.get_parameter(name), expected, rtol=1e-11, atol=1e-13), (number, name)
 
 
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("units", UNITS)
+def test_every_unit_is_trained_as_if_it_were_alone(units: str, restore: bool) -> None:
+    model = Zoo().double()
+    options: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.1, "amsgrad": False}
+    oracle = Oracle(model, **options)
+    chosen = [
+        Selection.random(SHAPES, 0.4, seed=seed, names=list(SHAPES)[seed % 2 :], **UNITS[units]) for seed in range(4)
+    ]
+    oracle.select(chosen[0], restore)
+    tuned = sk.train_only(model, chosen[0])
+    optimizer = sk.SparseAdamW(tuned.parameters(), **options)
+    for number, following in enumerate([*chosen[1:], None]):
+        for seed in range(3):
+            oracle.step(stepped(tuned, optimizer, 3 * number + seed))
+        if following is not None:
+            oracle.select(following, restore)
+            tuned.reselect(following, optimizer, restore=restore)
+        for name, expected in oracle.weights.items():
+            assert torch.allclose(model.get_parameter(name), expected, rtol=1e-11, atol=1e-13), (number, name)
+    assert restore or tuned.left
+
+
 def test_an_age_for_each_position_only_where_they_differ() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     tuned = sk.train_only(
@@ -65,7 +95,9 @@ def test_an_age_for_each_position_only_where_they_differ() -> None:
 
     def state(name: str, positions: list[int], rows: bool = False) -> dict[str, Tensor]:
         shape = model.get_parameter(name).shape
-        tuned.reselect(Selection({name: Index(torch.tensor(positions), shape, rows)}), optimizer)
+        tuned.reselect(
+            Selection({name: Index(torch.tensor(positions), shape, "row" if rows else "element")}), optimizer
+        )
         return optimizer.state[dict(tuned.named_parameters())[name]]
 
     twin = copy.deepcopy((tuned, optimizer))
@@ -275,7 +307,7 @@ def test_a_tied_weight_under_its_other_name() -> None:
     shape = model.get_output_embeddings().weight.shape
 
     def rows(name: str, *positions: int) -> Selection:
-        return Selection({name: Index(torch.tensor(positions), shape, rows=True)})
+        return Selection({name: Index(torch.tensor(positions), shape, granularity="row")})
 
     tuned = sk.train_only(model, rows(names[0], 1, 3))
     optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.1)

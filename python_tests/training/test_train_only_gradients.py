@@ -55,7 +55,7 @@ def assert_gathered(
 
 def rows_of(model: nn.Module, every: int = 2) -> Selection:
     return Selection(
-        {n: Index(torch.arange(0, p.shape[0], every), p.shape, rows=True) for n, p in model.named_parameters()}
+        {n: Index(torch.arange(0, p.shape[0], every), p.shape, granularity="row") for n, p in model.named_parameters()}
     )
 
 
@@ -69,7 +69,11 @@ SELECTIONS = {
     "all-elements": lambda model: Selection.random(model, 1.0),
     "rows": rows_of,
     "all-rows": everything,
+    "columns": lambda model: Selection.random(model, 0.3, granularity="column"),
+    "blocks": lambda model: Selection.random(model, 0.3, granularity="block", block=(3, 5)),
+    "few-blocks": lambda model: Selection.random(model, 1e-9, granularity="block", block=(8, 8)),
 }
+GRAINS = ("some", "rows", "columns", "blocks")
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -79,7 +83,7 @@ def test_every_kind_of_module(kind: str, dtype: torch.dtype) -> None:
     assert_gathered(model, SELECTIONS[kind](model), energy(ids(4, 7)))
 
 
-@pytest.mark.parametrize("kind", ["some", "rows"])
+@pytest.mark.parametrize("kind", GRAINS)
 @pytest.mark.parametrize("name", [name for name, _ in Zoo().named_parameters()])
 def test_each_parameter_alone(name: str, kind: str) -> None:
     model = Zoo().double()
@@ -92,7 +96,7 @@ def test_rows_and_elements_and_nothing_together() -> None:
     names = list(rows)
     mixed = {n: (rows, elements)[i % 2][n] for i, n in enumerate(names)}
     mixed["up.weight"] = Index(torch.zeros(0, dtype=torch.int64), model.up.weight.shape)
-    mixed["embed.weight"] = Index(torch.zeros(0, dtype=torch.int64), model.embed.weight.shape, rows=True)
+    mixed["embed.weight"] = Index(torch.zeros(0, dtype=torch.int64), model.embed.weight.shape, granularity="row")
     assert_gathered(model, Selection(mixed), energy(ids(4, 7)))
 
 
@@ -100,9 +104,11 @@ def test_rows_and_elements_and_nothing_together() -> None:
     "shape", [(WIDTH,), (1, WIDTH), (5, WIDTH), (2, 3, WIDTH), (2, 3, 2, WIDTH), (0, WIDTH)], ids=str
 )
 @pytest.mark.parametrize("names", [("weight",), ("bias",), ("weight", "bias"), ("no bias", "weight")], ids="+".join)
-def test_linear_inputs(shape: tuple[int, ...], names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("kind", GRAINS)
+def test_linear_inputs(shape: tuple[int, ...], names: tuple[str, ...], kind: str) -> None:
     model = nn.Linear(WIDTH, 9, bias="no bias" not in names).double()
-    chosen = Selection.random(model, 0.4, names=[name for name in names if name != "no bias"])
+    chosen = SELECTIONS[kind](model)
+    chosen = Selection({name: chosen[name] for name in names if name != "no bias"})
     assert_gathered(model, chosen, energy(torch.randn(shape, dtype=torch.float64)))
 
 
@@ -128,7 +134,7 @@ def test_inputs_that_are_not_contiguous(strides: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"padding_idx": 2}, {"padding_idx": -1}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str
 )
-@pytest.mark.parametrize("kind", ["some", "rows"])
+@pytest.mark.parametrize("kind", GRAINS)
 @pytest.mark.parametrize("shape", [(1,), (40,), (3, 9), ()], ids=str)
 def test_embedding(options: dict, kind: str, shape: tuple[int, ...]) -> None:
     model = nn.Embedding(7, 5, **options).double()
@@ -164,7 +170,7 @@ def test_one_module_called_twice() -> None:
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-@pytest.mark.parametrize("selection", ["some", "rows", "all-rows"])
+@pytest.mark.parametrize("selection", [*GRAINS, "all-rows", "few-blocks"])
 def test_transformers(kind: str, selection: str) -> None:
     """Tied embeddings included: both uses add into one compact Parameter."""
     model = transformer(kind).double()
@@ -184,10 +190,11 @@ def test_a_tied_weight_under_its_other_name(kind: str, name: str) -> None:
 @pytest.mark.compatibility("torch", "gradient checkpointing", "works")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
-def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
+@pytest.mark.parametrize("grain", GRAINS)
+def test_gradient_checkpointing(grain: str, kind: str, reentrant: bool) -> None:
     model = transformer(kind).double()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    assert_gathered(model, Selection.random(model, 0.2), lambda m: 100 * m(**batch(kind)).loss)
+    assert_gathered(model, SELECTIONS[grain](model), lambda m: 100 * m(**batch(kind)).loss)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -216,7 +223,8 @@ def test_checkpointing_through_hooked_modules(reentrant: bool) -> None:
 @pytest.mark.compatibility("torch", "autocast", "works")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_autocast(dtype: torch.dtype, checkpointed: bool) -> None:
+@pytest.mark.parametrize("grain", GRAINS)
+def test_autocast(grain: str, dtype: torch.dtype, checkpointed: bool) -> None:
     model = Zoo()
 
     def loss(m: nn.Module) -> Tensor:
@@ -225,7 +233,7 @@ def test_autocast(dtype: torch.dtype, checkpointed: bool) -> None:
             assert out.dtype == dtype
         return out.float().square().sum()
 
-    assert_gathered(model, Selection.random(model, 0.3), loss, tolerance=2e-2)
+    assert_gathered(model, SELECTIONS[grain](model), loss, tolerance=2e-2)
 
 
 def test_no_grad_and_inference_mode() -> None:
@@ -240,10 +248,11 @@ def test_no_grad_and_inference_mode() -> None:
 
 
 @pytest.mark.compatibility("torch.compile", "forward and backward, `fullgraph=True`", "works")
-def test_compiled_model() -> None:
+@pytest.mark.parametrize("grain", GRAINS)
+def test_compiled_model(grain: str) -> None:
     """One graph for a model of Linear and Embedding; the same gradients as without."""
     model = nn.Sequential(nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, 4)).double()
-    selection = Selection.random(model, 0.2, names=["0.weight", "1.weight", "3.weight", "3.bias"])
+    selection = SELECTIONS[grain](model)
     compiled: dict[int, Callable] = {}
 
     def loss(m: nn.Module) -> Tensor:
@@ -255,15 +264,18 @@ def test_compiled_model() -> None:
 
 @pytest.mark.compatibility("torch.compile", "`dynamic=True`", "works")
 def test_compiled_with_dynamic_shapes() -> None:
-    """Several sparse layers, few positions and many, rows and elements, batches of several lengths; as without."""
+    """Several sparse layers, few positions and many, units of all kinds, batches of several lengths; as without."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, 9), nn.LayerNorm(9), nn.Linear(9, 4)
-    ).double()
-    rows = Selection({"0.weight": Index(torch.arange(0, 11, 3), (11, WIDTH), rows=True)})
-    rows |= Selection({"3.weight": Index(torch.arange(0, 9, 2), (9, 9), rows=True)})
+        nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, 9), nn.LayerNorm(9), nn.Linear(9, 4),
+        nn.Linear(4, 10), nn.Linear(10, 7),
+    ).double()  # fmt: skip
+    rows = Selection({"0.weight": Index(torch.arange(0, 11, 3), (11, WIDTH), granularity="row")})
+    rows |= Selection({"3.weight": Index(torch.arange(0, 9, 2), (9, 9), granularity="row")})
     selection = rows | Selection.random(model, 0.04, names=["1.weight"])
     selection |= Selection.random(model, 0.4, names=["4.weight", "5.weight", "5.bias"])
+    selection |= Selection.random(model, 0.4, names=["6.weight"], granularity="column")
+    selection |= Selection.random(model, 0.2, names=["7.weight"], granularity="block", block=(3, 4))
     sk.train_only(model, selection)
     run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     values = [p for p in model.parameters() if p.requires_grad]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekernels as sk
-from sparsekernels import Index, Selection
+from sparsekernels import Selection
 from sparsekernels.ops import backend
 from sparsekernels.training.layers import SLOTS
 
@@ -60,19 +60,23 @@ def embedding() -> tuple[nn.Module, Tensor]:
 
 
 KINDS = {"linear": linear, "embedding": embedding}
+UNITS = {
+    "elements": {},
+    "rows": {"granularity": "row"},
+    "columns": {"granularity": "column"},
+    "blocks": {"granularity": "block", "block": (32, 16)},
+}
 
 
 @pytest.mark.parametrize("measure", [largest_result, largest_allocation])
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_backward_makes_no_dense_gradient(kind: str, rows: bool, measure: Callable[[Any], int]) -> None:
+def test_backward_makes_no_dense_gradient(kind: str, units: str, measure: Callable[[Any], int]) -> None:
     model, x = KINDS[kind]()
     limit = WEIGHT_BYTES // 4
     dense = copy.deepcopy(model)(x).sum()
     assert measure(dense.backward) >= limit, "the dense model shows that the measure sees a dense gradient"
-    selection = Selection.random(model, 0.01, names=["weight"])
-    if rows:
-        selection = Selection({"weight": Index(torch.arange(0, OUT, 100), (OUT, IN), rows=True)})
+    selection = Selection.random(model, 0.01, names=["weight"], **UNITS[units])
     tuned = sk.train_only(model, selection)
     loss = model(x).sum()
     found = measure(loss.backward)
@@ -82,12 +86,12 @@ def test_backward_makes_no_dense_gradient(kind: str, rows: bool, measure: Callab
 
 
 @pytest.mark.parametrize("name", ["reference", "triton", "native"])
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("units", UNITS)
 @pytest.mark.parametrize("op", [sk.ops.masked_grad_linear, sk.ops.masked_grad_embedding])
-def test_no_backend_makes_a_dense_gradient(op: Callable[..., Tensor], rows: bool, name: str) -> None:
+def test_no_backend_makes_a_dense_gradient(op: Callable[..., Tensor], units: str, name: str) -> None:
     if reason := backend.why_not(op.__name__, name, "cpu"):
         pytest.skip(reason)
-    index = Index(torch.arange(0, OUT if rows else OUT * IN, 100), (OUT, IN), rows)
+    index = Selection.random({"weight": (OUT, IN)}, 0.01, **UNITS[units])["weight"]
     linear = op is sk.ops.masked_grad_linear
     x, grad = (
         (torch.randn(TOKENS, IN), torch.randn(TOKENS, OUT))
@@ -108,7 +112,8 @@ def test_forward_makes_no_copy_of_the_weight(kind: str) -> None:
 def held(model: nn.Module) -> list[Tensor]:
     """The parameters of a model, and what its slots keep."""
     slots = [slot for module in model.modules() for slot in module.__dict__.get(SLOTS, {}).values()]
-    return [*model.parameters(), *(t for slot in slots for t in (slot.positions, slot.originals))]
+    narrow = [slot.narrow.index.positions for slot in slots if slot.narrow is not None]
+    return [*model.parameters(), *narrow, *(t for slot in slots for t in (slot.positions, slot.originals))]
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:

@@ -59,7 +59,9 @@ def test_one_weight_is_enough() -> None:
     base = Zoo()
     base.embed.weight.data[-1, -1] = 0.0
     model = copy.deepcopy(base)
-    sk.train_only(model, Selection({"embed.weight": sk.Index(torch.arange(5), base.embed.weight.shape, rows=True)}))
+    sk.train_only(
+        model, Selection({"embed.weight": sk.Index(torch.arange(5), base.embed.weight.shape, granularity="row")})
+    )
     state = copy.deepcopy(base.state_dict())
     state["embed.weight"][:5] += 1
     model.load_state_dict(state)

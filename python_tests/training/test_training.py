@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import Zoo, ids, transformer
+from models import Zoo, batch, ids, transformer
 from samples.case import put, take
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -40,10 +41,18 @@ def assert_only_selected_changed(model: nn.Module, before: dict[str, Tensor], se
         assert not torch.equal(now, before[name]), f"{name} did not train"
 
 
+GRAINS: dict[str, dict[str, Any]] = {
+    "elements": {},
+    "rows": {"granularity": "row"},
+    "columns": {"granularity": "column"},
+    "blocks": {"granularity": "block", "block": (5, 3)},
+}
+
+
 def mixed(model: nn.Module) -> Selection:
-    rows = {n: Index(torch.arange(0, p.shape[0], 3), p.shape, rows=True) for n, p in model.named_parameters()}
-    elements = Selection.random(model, 0.1)
-    return Selection({n: (rows if i % 2 else elements)[n] for i, n in enumerate(rows)})
+    """Elements, rows, columns and blocks in turn."""
+    each = [Selection.random(model, 0.2, **units) for units in GRAINS.values()]
+    return Selection({name: each[i % len(each)][name] for i, name in enumerate(each[0])})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -96,6 +105,28 @@ def test_all_positions_are_dense_fine_tuning() -> None:
             stepper.zero_grad()
     for key, value in dense.state_dict().items():
         assert torch.allclose(value, model.state_dict()[key], rtol=1e-6, atol=1e-9), key
+
+
+@pytest.mark.parametrize("units", GRAINS)
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_is_dense_training_with_masked_gradients(kind: str, units: str) -> None:
+    """The oracle: torch's AdamW over whole weights whose gradients are masked; moments stay zero elsewhere."""
+    model = transformer(kind).double()
+    dense = copy.deepcopy(model)
+    selection = Selection.random(model, 0.3, **GRAINS[units])
+    tuned = sk.train_only(model, selection)
+    own = sk.SparseAdamW(tuned.parameters(), lr=0.01, weight_decay=0.0)
+    theirs = torch.optim.AdamW(dense.parameters(), lr=0.01, weight_decay=0.0)
+    for _ in range(4):
+        for m, stepper in ((model, own), (dense, theirs)):
+            stepper.zero_grad()
+            (100 * m(**batch(kind)).loss).backward()
+        for name, p in dense.named_parameters():
+            p.grad.mul_(put(torch.zeros_like(p), selection[name], torch.ones(selection[name].compact_shape)))
+        own.step()
+        theirs.step()
+    for name, p in dense.named_parameters():
+        assert torch.allclose(model.get_parameter(name), p, rtol=1e-8, atol=1e-11), name
 
 
 @pytest.mark.parametrize("optimizer", ["SparseAdamW", "AdamW"])
@@ -169,14 +200,15 @@ def test_grad_scaler(optimizer: str) -> None:
 
 @pytest.mark.compatibility("Trainer", "gradient accumulation and clipping, with its own AdamW too", "works")
 @pytest.mark.compatibility("Trainer", "resume_from_checkpoint", "works")
+@pytest.mark.parametrize("units", GRAINS)
 @pytest.mark.parametrize("optimizer", ["Trainer's own", "SparseAdamW"])
-def test_hugging_face_trainer(optimizer: str, tmp_path: Path) -> None:
+def test_hugging_face_trainer(optimizer: str, units: str, tmp_path: Path) -> None:
     """Trains, clips, saves plain checkpoints, and goes on from one as if it had never stopped."""
 
     def prepared() -> tuple[nn.Module, sk.SparseModel, torch.optim.Optimizer | None]:
         model = transformer("bert")
         names = [n for n, p in model.named_parameters() if p.dim() == 2 and "embeddings" not in n]
-        tuned = sk.train_only(model, Selection.random(model, 0.1, names=names))
+        tuned = sk.train_only(model, Selection.random(model, 0.1, names=names, **GRAINS[units]))
         own = sk.SparseAdamW(tuned.parameters(), lr=0.02, weight_decay=0.1) if optimizer == "SparseAdamW" else None
         return model, tuned, own
 

@@ -131,8 +131,8 @@ def _once(path: str | Path, opened: int) -> str:
 def described(path: str | Path, text: str | None, schema: Any) -> Any:
     """Parse the JSON in a file's metadata; raises ValueError unless it matches `schema`.
 
-    A schema is a type, which a value has exactly (True is not an int); a tuple of types; [schema], a list; {str:
-    schema}, an object with any names; or {"name": schema, ...}, an object with exactly these names.
+    A schema is a type, which a value has exactly (True is not an int); [schema], a list; {str: schema}, an object with
+    any names; {"name": schema, ...}, an object with exactly these names; or a tuple of schemas, one of which matches.
     """
     if text is None:
         raise ValueError(f"{path} is damaged: its metadata is missing")
@@ -145,7 +145,12 @@ def described(path: str | Path, text: str | None, schema: Any) -> Any:
 
 
 def _check(path: str | Path, value: Any, schema: Any) -> None:
-    if isinstance(schema, dict) and isinstance(value, dict):
+    if isinstance(schema, tuple):
+        for option in schema[:-1]:
+            with suppress(ValueError):
+                return _check(path, value, option)
+        _check(path, value, schema[-1])
+    elif isinstance(schema, dict) and isinstance(value, dict):
         if str not in schema and value.keys() != schema.keys():
             raise ValueError(f"{path} is damaged: {sorted(value)} instead of {sorted(schema)} in its metadata")
         for name, entry in value.items():
@@ -153,7 +158,7 @@ def _check(path: str | Path, value: Any, schema: Any) -> None:
     elif isinstance(schema, list) and isinstance(value, list):
         for entry in value:
             _check(path, entry, schema[0])
-    elif type(value) not in (schema if isinstance(schema, tuple) else (schema,)):
+    elif type(value) is not schema:
         raise ValueError(f"{path} is damaged: unexpected {type(value).__name__} in its metadata")
 
 

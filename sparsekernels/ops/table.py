@@ -4,9 +4,11 @@ A row names an op, its schema, what it computes, and its reference. torch's disp
 a native library registered the op for the device, Triton on CUDA if none did, else the PyTorch reference. Arguments
 that are the same everywhere:
 
-    positions   sorted unique int32 or int64; row numbers where `rows` is true, else flat row-major offsets. CPU
-                kernels that read others raise before they change anything
-    rows        whether a position stands for a whole row of dimension 0 or for one element
+    positions   sorted unique int32 or int64 numbers of units; CPU kernels that read others raise before they change
+                anything
+    tile        height and width of a unit: 1 x 1 an element, 1 x N a row, M x 1 a column, else a block; see
+                common/units.py. `tiles` has one for each tensor of a list, flat
+    rows        whether a position stands for a whole row of a matrix or for one element
 """
 
 from __future__ import annotations
@@ -47,23 +49,23 @@ OPS: tuple[Op, ...] = (
     Op(
         "gather",
         "gather_scatter",
-        "(Tensor source, Tensor positions, bool rows) -> Tensor",
-        "read the selected elements or rows into a compact tensor",
+        "(Tensor source, Tensor positions, int[] tile) -> Tensor",
+        "read the selected elements, rows, columns or blocks into a compact tensor",
         gather_scatter.gather,
         gather_scatter.gather_fake,
     ),
     Op(
         "scatter_",
         "gather_scatter",
-        "(Tensor(a!) target, Tensor positions, Tensor values, bool rows) -> ()",
-        "write compact values over the selected elements or rows",
+        "(Tensor(a!) target, Tensor positions, Tensor values, int[] tile) -> ()",
+        "write compact values over the selected elements, rows, columns or blocks",
         gather_scatter.scatter_,
     ),
     Op(
         "adamw_",
         "adamw",
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor[] positions, Tensor(e!)[] weights, "
+        "Tensor(d!)[] max_exp_avg_sqs, Tensor[] steps, Tensor[] positions, Tensor(e!)[] weights, int[] tiles, "
         "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize, "
         "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, int[] rounding=[]) -> ()",
         "AdamW at selected positions of dense parameters, or on compact ones, written through into dense weights",
@@ -81,16 +83,16 @@ OPS: tuple[Op, ...] = (
     Op(
         "masked_grad_linear",
         "masked_grad",
-        "(Tensor grad_output, Tensor input, Tensor positions) -> Tensor",
-        "weight gradient of a Linear at selected elements, without the dense gradient",
+        "(Tensor grad_output, Tensor input, Tensor positions, int[] tile) -> Tensor",
+        "weight gradient of a Linear at selected elements or blocks, without the dense gradient",
         masked_grad.masked_grad_linear,
         masked_grad.masked_grad_linear_fake,
     ),
     Op(
         "masked_grad_embedding",
         "masked_grad",
-        "(Tensor grad_output, Tensor ids, Tensor positions, bool rows, int padding_idx) -> Tensor",
-        "weight gradient of an Embedding at selected rows or elements, without the dense gradient",
+        "(Tensor grad_output, Tensor ids, Tensor positions, int[] tile, int padding_idx) -> Tensor",
+        "weight gradient of an Embedding at selected elements, rows or blocks, without the dense gradient",
         masked_grad.masked_grad_embedding,
         masked_grad.masked_grad_embedding_fake,
     ),

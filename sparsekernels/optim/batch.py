@@ -50,7 +50,8 @@ class Batch:
         self.steps = [state["step"] for state in found]
         self.dense: list[Tensor] = [slot.weight for slot in self.slots]
         positions = [index.positions for index in indices]
-        self.lists = self.exp_avgs, self.exp_avg_sqs, self.maxima, self.steps, positions, self.dense
+        tiles = [size for index in indices for size in index.tile]
+        self.lists = self.exp_avgs, self.exp_avg_sqs, self.maxima, self.steps, positions, self.dense, tiles
         self.mutated = [*params, *self.dense]
         self.op: Any = torch.ops.sparsekernels.adamw_.default._op
         self.infinite: Tensor | None = None  # found_inf=1, for the dry run

@@ -55,6 +55,10 @@ class Installation:
             hooks += attach(module)
         elif type(module) is nn.Linear:
             module.__class__ = SparseLinear
+        elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+            from .conv1d import SparseConv1D
+
+            module.__class__ = SparseConv1D
         elif type(module) is nn.Embedding and not module.scale_grad_by_freq:
             module.__class__ = SparseEmbedding
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..common.files import check_names, described, load_tensors, reading, save_tensors
 from ..common.names import plain_names
-from ..index import Index
+from ..index import KIND, OLD_KIND, Index, index_of, kind_of
 from ..ops import gather, scatter_
 from ..selection import Selection
 from .layers import refuse_train_only
@@ -111,7 +111,7 @@ class Delta:
         for name, change in self.changes.items():
             tensors[f"{name}.indices"] = change.index.positions
             tensors[f"{name}.values"] = change.values
-            kinds[name] = {"shape": list(change.index.shape), "rows": change.index.rows, "base": change.base}
+            kinds[name] = {**kind_of(change.index), "base": change.base}
         save_tensors(path, tensors, {"sparsekernels": "delta", "tensors": json.dumps(kinds)})
 
     @classmethod
@@ -122,13 +122,17 @@ class Delta:
             FileNotFoundError: no such file. ValueError: the file is truncated, damaged, or of another kind.
         """
         tensors, metadata = load_tensors(path, "delta")
-        kinds = described(path, metadata.get("tensors"), {str: {"shape": [int], "rows": bool, "base": str}})
+        kinds = described(
+            path, metadata.get("tensors"), {str: tuple({**kind, "base": str} for kind in (OLD_KIND, KIND))}
+        )
         check_names(path, tensors, (f"{name}.{part}" for name in kinds for part in ("indices", "values")))
         changes = {}
         with reading(path):
             for name, kind in kinds.items():
-                index = Index(tensors[f"{name}.indices"], kind["shape"], kind["rows"])
+                index = index_of(tensors[f"{name}.indices"], kind)
                 values = tensors[f"{name}.values"]
+                if "rows" in kind and len(index.shape) > 2 and values.shape[1:] == index.shape[1:]:
+                    values = values.reshape(-1, index.shape[-1])
                 if values.shape != index.compact_shape or not values.is_floating_point():
                     raise ValueError(f"{name!r} has {values.dtype} {list(values.shape)} for the values of {index}")
                 if not re.fullmatch("" if _is_whole(index) else "[0-9a-f]{32}", kind["base"]):

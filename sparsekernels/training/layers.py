@@ -1,4 +1,4 @@
-"""Modules with a sparse backward: two subclasses, and hooks for every other module.
+"""Modules with a sparse backward: subclasses, and hooks for every other module.
 
 The autograd functions run the plain dense forward and return the gradient of the compact values, not of the weight.
 """
@@ -6,6 +6,7 @@ The autograd functions run the plain dense forward and return the gradient of th
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -39,32 +40,51 @@ def refuse_train_only(model: nn.Module) -> None:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b; the gradient of `values` is that of W at the index."""
+    """y = x W^T + b, or x W + b where the weight is transposed; the gradient of `values` is that of W at the index.
+
+    `kept` is what backward needs of x: all of it, or the features that the gradient of the selected weights depends
+    on; `index` is the selection in the weight of these features.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, positions: Tensor, slot: Slot
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        kept: Tensor | None,
+        positions: Tensor,
+        index: Index,
+        transposed: bool,
+        slot: Slot,
     ) -> Tensor:
         input_needed, values_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        ctx.save_for_backward(input if values_needed else None, weight if input_needed else None, positions)
-        ctx.shape, ctx.rows, ctx.slot, ctx.dtype = weight.shape, slot.rows, slot, values.dtype
-        return F.linear(input, weight, bias)
+        kept = input if kept is None else kept
+        ctx.save_for_backward(kept if values_needed else None, weight if input_needed else None, positions)
+        ctx.index, ctx.transposed, ctx.slot, ctx.dtype = index, transposed, slot, values.dtype
+        if not transposed:
+            return F.linear(input, weight, bias)
+        flat = _matrix(input)
+        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        return y.view(*input.shape[:-1], weight.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        input, weight, positions = ctx.saved_tensors
+        kept, weight, positions = ctx.saved_tensors
         grad_input = grad_bias = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_input = grad @ weight
+            grad_input = grad @ (weight.T if ctx.transposed else weight)
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)
         if ctx.needs_input_grad[3]:
-            index = Index.unchecked(positions, ctx.shape, ctx.rows)
-            grad_values = masked_grad_linear(_matrix(grad), _matrix(input), index).to(ctx.dtype)
+            index = ctx.index.with_positions(positions)
+            left, right = (kept, grad) if ctx.transposed else (grad, kept)
+            grad_values = masked_grad_linear(_matrix(left), _matrix(right), index).to(ctx.dtype)
             _gradient_came(ctx)
-        return grad_input, None, grad_bias, grad_values, None, None
+        return grad_input, None, grad_bias, grad_values, None, None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -75,16 +95,15 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, positions: Tensor, slot: Slot, padding_idx: int | None
     ) -> Tensor:
         ctx.save_for_backward(ids, positions)
-        ctx.shape, ctx.rows, ctx.slot = weight.shape, slot.rows, slot
-        ctx.dtype, ctx.padding_idx = values.dtype, padding_idx
+        ctx.index, ctx.slot, ctx.dtype, ctx.padding_idx = slot.index, slot, values.dtype, padding_idx
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids, positions = ctx.saved_tensors
-        index = Index.unchecked(positions, ctx.shape, ctx.rows)
-        grad = grads[0].reshape(ids.numel(), ctx.shape[1])
+        index = ctx.index.with_positions(positions)
+        grad = grads[0].reshape(ids.numel(), index.shape[1])
         found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx)
         _gradient_came(ctx)
         return None, None, found.to(ctx.dtype), None, None, None
@@ -96,7 +115,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor, positions: Tensor, slot: Slot) -> Tensor:
         ctx.save_for_backward(positions)
-        ctx.shape, ctx.rows, ctx.slot, ctx.dtype = weight.shape, slot.rows, slot, values.dtype
+        ctx.index, ctx.slot, ctx.dtype = slot.index, slot, values.dtype
         return weight.view_as(weight)
 
     @staticmethod
@@ -104,7 +123,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
         dense = grads[0].to_dense() if grads[0].is_sparse else grads[0]
-        found = gather(dense.contiguous(), Index.unchecked(positions, ctx.shape, ctx.rows))
+        found = gather(dense.contiguous(), ctx.index.with_positions(positions))
         _gradient_came(ctx)
         return None, found.to(ctx.dtype), None, None
 
@@ -120,8 +139,39 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _attached(slot: Slot) -> Tensor:
-    values, positions = slot.sync_()
-    result: Tensor = _Attach.apply(slot.weight, values, positions, slot)
+    values = slot.sync_()
+    result: Tensor = _Attach.apply(slot.weight, values, slot.positions, slot)
+    return result
+
+
+def sparse_linear(module: Any, input: Tensor, *, transposed: bool) -> Tensor:
+    """The forward of a Linear, or of one whose weight is transposed, whose parameters have slots."""
+    weight, bias = module.weight, module.bias
+    slots = slots_of(module)
+    if "bias" in slots:
+        bias = _attached(slots["bias"])
+    slot = slots.get("weight")
+    if slot is None:
+        return (
+            torch.addmm(bias, _matrix(input), weight).view(*input.shape[:-1], -1)
+            if transposed
+            else F.linear(input, weight, bias)
+        )
+    values, index, kept = slot.sync_(), slot.index, None
+    kind = input.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    # As autocast does for F.linear; cast here so that backward sees the dtypes of forward.
+    dtype = torch.get_autocast_dtype(kind) if autocast else None
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        return x if dtype is None or x is None or x.dtype == torch.float64 else x.to(dtype)
+
+    if slot.narrow is not None and torch.is_grad_enabled() and values.requires_grad:
+        index = slot.narrow.index
+        kept = slot.narrow.features.take(input, input.dtype if dtype is None or input.dtype == torch.float64 else dtype)
+    args = cast(input), cast(weight), cast(bias), values, kept, index.positions, index, transposed, slot
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        result: Tensor = _Linear.apply(*args)
     return result
 
 
@@ -129,22 +179,7 @@ class SparseLinear(nn.Linear):
     """A Linear whose weight, bias or both have slots. Made by `train_only` from an existing module."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        slots = slots_of(self)
-        if "bias" in slots:
-            bias = _attached(slots["bias"])  # type: ignore[assignment]
-        slot = slots.get("weight")
-        if slot is None:
-            return F.linear(input, weight, bias)
-        values, positions = slot.sync_()
-        kind = input.device.type
-        if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return _Linear.apply(input, weight, bias, values, positions, slot)  # type: ignore[no-any-return]
-        # As autocast does for F.linear; cast here so that backward sees the dtypes of forward.
-        dtype = torch.get_autocast_dtype(kind)
-        args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
-        with torch.autocast(kind, enabled=False):
-            return _Linear.apply(*args, values, positions, slot)  # type: ignore[no-any-return]
+        return sparse_linear(self, input, transposed=False)
 
 
 class SparseEmbedding(nn.Embedding):
@@ -152,8 +187,8 @@ class SparseEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         slot = slots_of(self)["weight"]
-        values, positions = slot.sync_()
-        result: Tensor = _Embedding.apply(input, self.weight, values, positions, slot, self.padding_idx)
+        values = slot.sync_()
+        result: Tensor = _Embedding.apply(input, self.weight, values, slot.positions, slot, self.padding_idx)
         return result
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..index import Index
+from .narrow import Narrow
 
 
 class Replicated(Protocol):
@@ -20,6 +21,7 @@ class Replicated(Protocol):
 
     label: str
     replicas: Replicas
+    narrow: Narrow | None
 
     @property
     def index(self) -> Index: ...
@@ -94,6 +96,6 @@ check_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def fingerprint(index: Index) -> str:
     """A 128-bit hash of an Index."""
-    head = f"{list(index.shape)} {index.rows} {index.positions.dtype}".encode()
+    head = f"{list(index.shape)} {index.granularity} {index.tile} {index.positions.dtype}".encode()
     raw = index.positions.cpu().numpy().tobytes()
     return hashlib.blake2b(raw, digest_size=16, key=hashlib.sha256(head).digest()).hexdigest()

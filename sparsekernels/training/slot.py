@@ -16,6 +16,8 @@ from ..common.messages import listed, warn
 from ..common.supported import SHARDED, as_integers, refuse_sharded, refuse_unsupported
 from ..index import Index
 from ..ops import gather, scatter_
+from ..structure.layers import kind_of
+from .narrow import Narrow, narrow_of
 from .remap import IndexedValues
 from .replicas import Replicas, check_while_tracing
 
@@ -84,6 +86,7 @@ class Slot:
     clears the buffers of a model must not change them.
 
     Attributes:
+        narrow: the input features that the gradient depends on, where these are fewer than all.
         written: version of the values that the weight has. address: data pointer of the values at that time if they own
             their memory; -1 if they share it or have none.
         pending: whether a gradient arrived since. The optimizer step that follows may change values without a new
@@ -92,9 +95,8 @@ class Slot:
             one was reported.
     """
 
-    shape: torch.Size
-    rows: bool
-    _positions: Tensor
+    _index: Index
+    narrow: Narrow | None
     _originals: Tensor
     address: int
 
@@ -119,17 +121,17 @@ class Slot:
     @property
     def positions(self) -> Tensor:
         """The positions, on the device of the weight."""
-        device = self.weight.device
-        if self._positions.device != device:
-            moved = self._positions.to(device)
-            if device.type == "meta":
-                return moved
-            self._positions = moved
-        return self._positions
+        return self.index.positions
 
     @property
     def index(self) -> Index:
-        return Index.unchecked(self.positions, self.shape, self.rows)
+        device = self.weight.device
+        if self._index.positions.device != device:
+            moved = self._index.to(device)
+            if device.type == "meta":
+                return moved
+            self._index = moved
+        return self._index
 
     @property
     def originals(self) -> Tensor:
@@ -146,7 +148,13 @@ class Slot:
         before = self.owner._parameters.get(self.name + VALUES)
         if before is not None:
             before.__dict__.pop(SLOT, None)  # an optimizer that still steps it no longer writes the weight
-        self.shape, self.rows, self._positions, self._originals = index.shape, index.rows, index.positions, originals
+        self._index, self._originals = index, originals
+        self.narrow = None
+        kinds = {kind_of(module) for module, attribute in self.holders if attribute == "weight"}
+        if "linear" in kinds or "conv1d" in kinds:
+            self.narrow = narrow_of(index, transposed="conv1d" in kinds)
+        if self.narrow is not None:
+            self.narrow.share(slot.narrow for slot in self.replicas.slots if slot is not self and slot.narrow)
         self.owner.register_parameter(self.name + VALUES, values)
         self.link(values)
         self.written = values._version
@@ -168,8 +176,8 @@ class Slot:
         if values is not None:
             values.__dict__.pop(SLOT, None)
 
-    def sync_(self) -> tuple[nn.Parameter, Tensor]:
-        """Write the values into the weight if they changed since the last call; return values and positions.
+    def sync_(self) -> nn.Parameter:
+        """Write the values into the weight if they changed since the last call; return the values.
 
         Raises:
             ValueError: the model was sharded meanwhile, or its replicas train other positions.
@@ -179,7 +187,7 @@ class Slot:
                 refuse_sharded(repr(self.label))
         if torch.compiler.is_compiling():
             check_while_tracing(self.replicas.key)
-            return self.values, self.positions  # SparseAdamW writes; a version number is not part of a graph
+            return self.values  # SparseAdamW writes; a version number is not part of a graph
         if DistributedDataParallel._active_ddp_module is not None:
             self.replicas.compare()
         values: Any = self.owner._parameters[self.name + VALUES]
@@ -188,7 +196,7 @@ class Slot:
         if values.data_ptr() != self.address:
             self.refresh_()
             self._remember(values)
-            return values, self.positions
+            return values
         if values._version != self.written:
             self.write_(values)
             self.written, self.pending = values._version, False
@@ -200,7 +208,7 @@ class Slot:
                 with _unsafe_preserve_version_counter(self.weight):
                     self.write_(values)
             self.pending = False
-        return values, self._positions
+        return values
 
     def check_supported(self) -> None:
         """Raise ValueError if the weight or its values were sharded, or replaced by an unsupported kind of tensor."""
@@ -244,8 +252,7 @@ class Slot:
         been loaded from an optimizer's state.
         """
         values = self.values.detach()
-        index = Index.unchecked(self._positions.to(weight.device), self.shape, self.rows)
-        found = gather(weight.detach().contiguous(), index).to(values.dtype)
+        found = gather(weight.detach().contiguous(), self._index.to(weight.device)).to(values.dtype)
         if values.is_meta:
             return found
         found = found.to(values.device)

@@ -34,7 +34,7 @@ def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
     for attribute, slot in slots_of(module).items():
         weight = state_dict.get(prefix + attribute)
         found = slot.values.detach()  # if the weight does not fit, torch reports it
-        if weight is not None and weight.shape == slot.shape:
+        if weight is not None and weight.shape == slot.index.shape:
             found = slot.loaded(weight)
         if slot.owner is module:
             state_dict.setdefault(prefix + attribute + VALUES, found)
@@ -115,6 +115,5 @@ def _changed(weight: Tensor, loaded: Tensor, known: list[Index]) -> int:
         return 0
     different = as_integers(weight) != as_integers(loaded)
     for index in known:
-        positions = index.positions.to(weight.device).long()
-        (different if index.rows else different.view(-1))[positions] = False
+        different &= ~index.to(weight.device).mask()
     return int(different.sum())

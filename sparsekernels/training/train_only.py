@@ -74,7 +74,7 @@ class SparseModel:
         return Selection({name: slot.index for name, slot in self.slots.items()})
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name of the weight, compact Parameter) pairs: [K] for elements, [R, *row] for rows; fp32 (fp64 for fp64)."""
+        """(name of the weight, compact Parameter) pairs, of index.compact_shape; fp32 (fp64 for fp64)."""
         self.check_in_use()
         for name, slot in self.slots.items():
             slot.check_supported()
@@ -134,7 +134,8 @@ class SparseModel:
 
         Raises:
             ValueError: as `train_only`; the optimizer does not hold the compact Parameters, or has state of another
-                shape; a row is kept in part where per-position step counts are used. Nothing has changed then.
+                shape; a row, column or block is kept in part where per-position step counts are used. Nothing has
+                changed then.
             TypeError: not an optimizer. RuntimeError: the model was given back.
 
         Examples:

@@ -8,11 +8,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...choosing import count_for
 from ...common.messages import warn
 from ...common.names import embedding_weight
 from ...index import Index
 from ...ops import ks_2samp, topk
-from ...selection import Selection, count_for
+from ...selection import Selection
 from ...training.slot import Slot
 from ...training.train_only import SparseModel
 
@@ -266,7 +267,8 @@ def _slot(tuned: SparseModel, name: str, argument: str) -> Slot:
 
 
 def _is_whole(slot: Slot) -> bool:
-    return slot.rows and len(slot.shape) == 2 and len(slot.index) == slot.shape[0]
+    index = slot.index
+    return index.granularity == "row" and len(index.shape) == 2 and len(index) == index.num_positions
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
@@ -291,6 +293,6 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 
 
 def _selection(name: str, rows: Tensor, shape: torch.Size, report: dict[str, Any]) -> Selection:
-    selection = Selection({name: Index(rows.cpu(), shape, rows=True)} if len(rows) else {})
+    selection = Selection({name: Index(rows.cpu(), shape, granularity="row")} if len(rows) else {})
     selection.report = report
     return selection

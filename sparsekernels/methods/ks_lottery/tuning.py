@@ -104,7 +104,7 @@ def partial_tune(
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
-        >>> ticket = sk.Selection({"0.weight": sk.Index(torch.tensor([3]), (6, 4), rows=True)})
+        >>> ticket = sk.Selection({"0.weight": sk.Index(torch.tensor([3]), (6, 4), granularity="row")})
         >>> loss = lambda model, ids: model(ids).square().mean()
         >>> sk.methods.ks_lottery.partial_tune(model, ticket, [torch.tensor([[1, 2, 3]])], loss=loss).delta()
         Delta(4 values in 1 tensors, 20 bytes)
@@ -135,14 +135,14 @@ def partial_transfer(tuned: SparseModel, selection: Selection) -> Delta:
         >>> loss = lambda model, ids: model(ids).square().mean()
         >>> options = {"embedding": "0.weight", "loss": loss}
         >>> tuned = sk.methods.ks_lottery.embed_tune(model, [torch.tensor([[1, 2, 3]])], **options)
-        >>> ticket = sk.Selection({"0.weight": sk.Index(torch.tensor([3]), (6, 4), rows=True)})
+        >>> ticket = sk.Selection({"0.weight": sk.Index(torch.tensor([3]), (6, 4), granularity="row")})
         >>> delta = sk.methods.ks_lottery.partial_transfer(tuned, ticket)
     """
     if len(selection) != 1:
         raise ValueError(f"selection must be rows of one table, got {len(selection)} tensors")
     ((name, index),) = selection.items()
     _, before, after = tables_of(tuned, None, name)
-    if not index.rows or index.shape != before.shape:
+    if index.granularity != "row" or index.shape != before.shape:
         raise ValueError(f"selection must be rows of {name!r}, {list(before.shape)}, got {index}")
     here = index.to(before.device)
     return Delta({name: TensorDelta.of(here, gather(after, here).to(before.dtype), gather(before, here))})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ...common.units import Tile
 from ..backend import Backend, select
 
 
@@ -20,6 +21,7 @@ def adamw_(
     positions: Sequence[Tensor],
     weights: Sequence[Tensor] = (),
     *,
+    tiles: Sequence[Tile] | None = None,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -37,16 +39,17 @@ def adamw_(
     weights, to `torch.optim.AdamW` on params[i], then `weights[i].view(-1)[positions[i]] = params[i]`.
 
     Args:
-        params (floating, contiguous): updated at positions, not touched elsewhere. With weights, compact: [K] or
-            [R, *row], fp32, fp64 for fp64 weights; the master copy of the selected weights, updated.
+        params (floating, contiguous): updated at positions, not touched elsewhere. With weights, compact
+            (index.compact_shape, fp32, fp64 for fp64 weights): the master copy of the selected weights, updated.
         grads: gradients, shaped and typed as params; not changed.
-        exp_avgs, exp_avg_sqs ([K] or [R, *row], fp32 or bf16, fp64 for fp64): compact moments; updated.
+        exp_avgs, exp_avg_sqs (index.compact_shape, fp32 or bf16, fp64 for fp64): compact moments; updated.
         max_exp_avg_sqs: empty, or one per tensor for amsgrad; updated.
-        steps (fp32): the number of this step, counted from 1: 0-d, or ([K] or [R]) one per position if positions have
+        steps (fp32): the number of this step, counted from 1: 0-d, or [positions] one per position if they have
             different counts. On the CPU or on the device of params; per-position ones on the latter.
-        positions ([K] or [R]): those of an Index of the dense tensor; not checked again.
+        positions: those of an Index of the dense tensor; not checked again.
         weights (any floating dtype, contiguous): empty, or the dense weights that params stand for; written at
             positions, rounding to nearest even.
+        tiles: the `tile` of each Index; None if all are of elements.
         lr: a number, or a 0-d fp32 tensor on the device of params, which the kernel reads.
         beta1, beta2, weight_decay, eps, maximize: as in `torch.optim.AdamW`.
         grad_scale (0-d, fp32, on the device of params): gradients are divided by it when read; grads stay scaled.
@@ -76,6 +79,7 @@ def adamw_(
     """
     device = params[0].device.type if params else "cpu"
     lists = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, positions, weights
+    flat = [1, 1] * len(params) if tiles is None else [size for tile in tiles for size in tile]
     number, tensor = (math.nan, lr) if isinstance(lr, Tensor) else (lr, None)
     options = number, beta1, beta2, weight_decay, eps, maximize, tensor, grad_scale, found_inf, list(rounding)
-    select("adamw_", device, backend)(*map(list, lists), *options)
+    select("adamw_", device, backend)(*map(list, lists), flat, *options)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...common.units import Tile, offsets_of, side_by_side
 from ..common.rounding import EXP_AVG, EXP_AVG_SQ, MAXIMUM, WEIGHT, rounded
 from ..gather_scatter import reference as gather_scatter
 
 
 def _bias(beta: float, step: Tensor, like: Tensor) -> Any:
-    """1 - beta^step: a number, or a column of one number for each position of `like`."""
+    """1 - beta^step: a number, or one number for each entry of `like`."""
     if step.dim() == 0:
         return 1 - beta ** step.item()
-    return (1 - beta ** step.double()).view(-1, *(1,) * (like.dim() - 1)).to(like.dtype)
+    return (1 - beta ** step.double()).to(like.dtype)
 
 
 def _updated(
@@ -54,17 +56,14 @@ def _updated(
 
 
 def _narrowing(
-    x: Tensor, positions: Tensor, rows: bool, step: Tensor, rounding: Sequence[int], number: int
+    x: Tensor, positions: Tensor, shape: torch.Size, tile: Tile, step: Tensor, rounding: Sequence[int], number: int
 ) -> Callable[[Tensor, torch.dtype, int], Tensor]:
     """How what is stored of tensor `number` is rounded: narrow(x, dtype, array)."""
     if not rounding:
         return lambda x, dtype, array: x.to(dtype)
     seed, first = rounding
-    width = x[0].numel() if rows and len(x) else 1
-    at = positions.long().view(-1, *(1,) * (x.dim() - 1)) * width
-    if rows:
-        at = at + torch.arange(width, device=at.device).view(x.shape[1:])
-    step_counts = step.to(at.device).long().view(-1, *(1,) * (x.dim() - 1)).expand(x.shape)
+    at = offsets_of(positions, shape, tile)[0]
+    step_counts = step.to(at.device).long().expand(x.shape)
     return lambda x, dtype, array: rounded(x, dtype, (seed, step_counts, first + number), at, array)
 
 
@@ -77,6 +76,7 @@ def adamw_(
     steps: Sequence[Tensor],
     positions: Sequence[Tensor],
     weights: Sequence[Tensor],
+    tiles: Sequence[int],
     lr: float,
     beta1: float,
     beta2: float,
@@ -92,17 +92,19 @@ def adamw_(
         return
     options = (lr, beta1, beta2, weight_decay, eps, maximize, lr_tensor, grad_scale)
     for i, dense in enumerate(weights or params):
-        exp_avg, at = exp_avgs[i], positions[i]
-        # Compact rows keep the trailing dimensions of the tensor they come from; compact elements are flat.
-        rows = exp_avg.dim() == dense.dim() > 0
+        at, tile, step = positions[i], (tiles[2 * i], tiles[2 * i + 1]), steps[i]
         if weights:
-            x, grad = params[i], grads[i]
+            x, grad = params[i].reshape(-1), grads[i].reshape(-1)
         else:
-            x = gather_scatter.gather(dense, at, rows).to(torch.promote_types(dense.dtype, torch.float32))
-            grad = gather_scatter.gather(grads[i], at, rows)
-        maximum = max_exp_avg_sqs[i] if max_exp_avg_sqs else None
-        narrow = _narrowing(x, at, rows, steps[i], rounding, i)
-        new = _updated(x, grad, exp_avg, exp_avg_sqs[i], maximum, steps[i], *options, narrow)
+            x = gather_scatter.gather(dense, at, tile).to(torch.promote_types(dense.dtype, torch.float32))
+            grad = gather_scatter.gather(grads[i], at, tile)
+        if step.dim() > 0:  # one for each entry
+            beside = side_by_side(dense.shape, tile)
+            step = step.to(x.device).repeat(tile[0]) if beside else step.to(x.device).repeat_interleave(math.prod(tile))
+        exp_avg, exp_avg_sq = exp_avgs[i].view(-1), exp_avg_sqs[i].view(-1)
+        maximum = max_exp_avg_sqs[i].view(-1) if max_exp_avg_sqs else None
+        narrow = _narrowing(x, at, dense.shape, tile, step, rounding, i)
+        new = _updated(x, grad, exp_avg, exp_avg_sq, maximum, step, *options, narrow)
         if weights:
-            x.copy_(new)
-        gather_scatter.scatter_(dense, at, new if weights else narrow(new, dense.dtype, WEIGHT), rows)
+            params[i].view(-1).copy_(new)
+        gather_scatter.scatter_(dense, at, new if weights else narrow(new, dense.dtype, WEIGHT), tile)

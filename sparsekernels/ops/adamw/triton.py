@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.rounding_triton import rounded
-from ..common.triton import compact_tile, device_of, quotient, square_root, tile_grid, tile_offsets
+from ..common.triton import deal, device_of, quotient, square_root, unit_offsets
 
 Tensors = Sequence[Tensor]
 
@@ -34,13 +34,14 @@ def bias(step_count, log_beta):
 
 @triton.jit
 def adamw_kernel(
-    values, dense, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, positions, step_counts, scalars, found_inf, count,
-    width, rest1, beta2, rest2, decay, step_size, inv_sqrt_bias2, eps, sign, log_beta1, log_beta2, seed, step, stream,
+    values, dense, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, positions, step_counts, scalars, found_inf,
+    rest1, beta2, rest2, decay, step_size, inv_sqrt_bias2, eps, sign, log_beta1, log_beta2, seed, step, stream,
+    count, rows, columns, height, width,
     COMPACT: tl.constexpr, AMSGRAD: tl.constexpr, PER_POSITION: tl.constexpr, SCALARS_IN_MEMORY: tl.constexpr,
     SKIPPABLE: tl.constexpr, STOCHASTIC: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    RUNS: tl.constexpr, BESIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_K positions by BLOCK_D columns of one tensor.
+    """One program owns BLOCK_K by BLOCK_D of the compact form of one tensor.
 
         g <- sign g;  m <- m + rest1 (g - m);  v <- beta2 v + rest2 g^2
         x <- decay x - step_size m / (sqrt(v) inv_sqrt_bias2 + eps)
@@ -64,7 +65,9 @@ def adamw_kernel(
         if PER_POSITION:
             log_beta1 = tl.load(scalars + 8)
             log_beta2 = tl.load(scalars + 9)
-    compact, scattered, inside = tile_offsets(positions, count, width, BLOCK_K, BLOCK_D)
+    compact, scattered, slots, _, inside = unit_offsets(
+        positions, count, rows, columns, height, width, RUNS, BESIDE, BLOCK_K, BLOCK_D
+    )
     if SKIPPABLE:
         inside = inside & (tl.load(found_inf + tl.zeros((1, 1), tl.int32)) == 0)
     m = tl.load(exp_avgs + compact, mask=inside, other=0).to(COMPUTE)
@@ -77,8 +80,8 @@ def adamw_kernel(
         g = tl.load(grads + scattered, mask=inside, other=0).to(m.dtype)
 
     if PER_POSITION:
-        slots, _, _ = compact_tile(count, width, BLOCK_K, BLOCK_D)
-        step_count = tl.load(step_counts + slots, mask=slots < count, other=1).to(m.dtype)[:, None]
+        step_count = tl.load(step_counts + slots, mask=slots < count, other=1).to(m.dtype)
+        step_count = step_count[None, :] if BESIDE else step_count[:, None]
         step_size = step_size / bias(step_count, log_beta1)
         inv_sqrt_bias2 = 1 / square_root(bias(step_count, log_beta2))
     g *= sign
@@ -108,7 +111,7 @@ def adamw_kernel(
 
 def adamw_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
-    positions: Tensors, weights: Tensors,
+    positions: Tensors, weights: Tensors, tiles: Sequence[int],
     lr: float | Tensor, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
     lr_tensor: Tensor | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
     rounding: Sequence[int] = (),
@@ -121,11 +124,10 @@ def adamw_(
     table = _scalar_table(compute, exp_avgs, steps, *options)
     seed, stream = rounding or (0, 0)
     for i, exp_avg in enumerate(exp_avgs):
-        count = positions[i].shape[0]
         if exp_avg.numel() == 0:
             continue
-        width = exp_avg.numel() // count
-        grid, block_k, block_d = tile_grid(count, width, TILE_BYTES // compute[i].itemsize)
+        tile = (tiles[2 * i], tiles[2 * i + 1])
+        grid, units = deal(positions[i].shape[0], dense[i].shape, tile, TILE_BYTES // compute[i].itemsize)
         per_position = steps[i].dim() > 0
         numbers = [0.0] * SCALARS
         step = None  # read on the device, where all of the step is
@@ -145,12 +147,11 @@ def adamw_(
                 steps[i].to(exp_avg.device) if per_position else None,
                 table.get(i),
                 found_inf,
-                count,
-                width,
                 *numbers,
                 seed,
                 step,
                 stream + i,
+                **units,
                 COMPACT=len(weights) > 0,
                 AMSGRAD=len(max_exp_avg_sqs) > 0,
                 PER_POSITION=per_position,
@@ -158,8 +159,6 @@ def adamw_(
                 SKIPPABLE=found_inf is not None,
                 STOCHASTIC=len(rounding) > 0,
                 COMPUTE=tl.float64 if compute[i] == torch.float64 else tl.float32,
-                BLOCK_K=block_k,
-                BLOCK_D=block_d,
             )
 
 

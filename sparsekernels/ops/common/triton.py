@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # elements of a compact tensor that one program owns
+from ...common.units import Tile, matrix_of, side_by_side
 
+TILE = 1024  # elements of a compact tensor that one program owns
+WIDEST = 128  # columns that a program owns a piece of, at most: to find each takes it as long as some rows
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -35,19 +37,64 @@ def compact_tile(count, width, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(positions, count, width, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where this program's tile lies in the compact tensor and in the dense one, and which of its elements exist."""
-    slots, columns, inside = compact_tile(count, width, BLOCK_K, BLOCK_D)
-    position = tl.load(positions + slots, mask=slots < count, other=0).to(tl.int64)
-    compact = slots[:, None] * width + columns[None, :]
-    return compact, position[:, None] * width + columns[None, :], inside
+def unit_offsets(
+    positions, count, rows, columns, height, width,
+    RUNS: tl.constexpr, BESIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Where this program's tile lies in the compact tensor and in the dense one, and the slots of its rows.
+
+    And which of its elements the compact tensor has, and which the dense one has too: edges cut off the others.
+    Matrices are of rows x columns; see common/units.py. RUNS: elements and rows, for which a width is enough. BESIDE:
+    columns, side by side, so that slots are those of the tile's columns. `deal` makes the arguments.
+    """
+    if RUNS:
+        slot, column, inside = compact_tile(count, width, BLOCK_K, BLOCK_D)
+        position = tl.load(positions + slot, mask=slot < count, other=0).to(tl.int64)
+        compact = slot[:, None] * width + column[None, :]
+        return compact, position[:, None] * width + column[None, :], slot, inside, inside
+    else:
+        if BESIDE:
+            row, slot, inside = compact_tile(height, count, BLOCK_K, BLOCK_D)
+            compact = row[:, None] * count + slot[None, :]
+        else:
+            line, column, inside = compact_tile(tl.cast(count, tl.int64) * height, width, BLOCK_K, BLOCK_D)
+            slot = line // height
+            compact = line[:, None] * width + column[None, :]
+        position = tl.load(positions + slot, mask=slot < count, other=0).to(tl.int64)
+        if BESIDE:
+            matrix = position // columns
+            dense = ((matrix * rows)[None, :] + row[:, None]) * columns + (position - matrix * columns)[None, :]
+            exists = inside
+        else:
+            across, down = tl.cdiv(columns, width), tl.cdiv(rows, height)
+            band = position // across
+            matrix = band // down
+            i = ((band - matrix * down) * height + line - slot * height)[:, None]
+            j = ((position - band * across) * width)[:, None] + column[None, :]
+            dense = ((matrix * rows)[:, None] + i) * columns + j
+            exists = inside & (i < rows) & (j < columns)
+        return compact, dense, slot, inside, exists
 
 
-def tile_grid(count: int, width: int, tile: int = TILE) -> tuple[tuple[int], int, int]:
+def tile_grid(count: int, width: int, tile: int = TILE, widest: int = TILE) -> tuple[tuple[int], int, int]:
     """Programs, and the positions and columns that each of them owns, `tile` elements in all."""
-    block_d = min(triton.next_power_of_2(width), tile)
+    block_d = min(triton.next_power_of_2(width), tile, widest)
     block_k = min(triton.next_power_of_2(count), tile // block_d)
     return (triton.cdiv(count, block_k) * triton.cdiv(width, block_d),), block_k, block_d
+
+
+def deal(count: int, shape: torch.Size, tile: Tile, size: int = TILE) -> tuple[tuple[int], dict[str, Any]]:
+    """Programs for `count` units, `size` elements of the compact tensor each, and what `unit_offsets` takes."""
+    (m, n), (height, width) = matrix_of(shape), tile
+    if height == 1 and width in (1, n):
+        grid, block_k, block_d = tile_grid(count, width, size)
+        units = {"rows": None, "columns": None, "height": None, "RUNS": True, "BESIDE": False}
+    else:
+        beside = side_by_side(shape, tile)
+        lines, widest = ((height, count), WIDEST) if beside else ((count * height, width), TILE)
+        grid, block_k, block_d = tile_grid(*lines, size, widest)
+        units = {"rows": m, "columns": n, "height": height, "RUNS": False, "BESIDE": beside}
+    return grid, {"count": count, "width": width, **units, "BLOCK_K": block_k, "BLOCK_D": block_d}
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -55,22 +102,33 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def is_interpreted(kernel: Any) -> bool:
+    return not isinstance(kernel, triton.JITFunction)
+
+
 def as_integers(tensor: Tensor) -> Tensor:
     """The same memory as integers: copying bits needs no kernel per dtype, and leaves NaN unchanged."""
     tensor = tensor.detach()
-    if tensor.is_complex():
+    if tensor.dtype == torch.complex128:  # no integer is as wide
         tensor = torch.view_as_real(tensor)
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
-def launch_tiles(kernel: Any, count: int, dense: Tensor, positions: Tensor, compact: Tensor) -> None:
-    """Run `kernel` over the tiles of `compact`, which has one row for each of `count` positions."""
+def launch_tiles(kernel: Any, dense: Tensor, positions: Tensor, compact: Tensor, tile: Tile) -> None:
+    """Run `kernel` over a compact tensor and its units of the dense one."""
     if compact.numel() == 0:
         return
-    width = compact.numel() // count
-    grid, block_k, block_d = tile_grid(count, width)
+    shape = dense.shape
+    if dense.dtype == torch.complex128:  # as integers, each element is two columns
+        if side_by_side(shape, tile):
+            positions = (2 * positions.long()[:, None] + torch.arange(2, device=positions.device)).reshape(-1)
+        else:
+            tile = (tile[0], 2 * tile[1])
+        m, n = matrix_of(shape)
+        shape = torch.Size((*shape[:-2], m, 2 * n))
+    grid, units = deal(positions.shape[0], shape, tile)
     with device_of(compact):
-        kernel[grid](dense, positions, compact, count, width, BLOCK_K=block_k, BLOCK_D=block_d)
+        kernel[grid](as_integers(dense), positions, as_integers(compact), **units)
 
 
 @triton.jit

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ...index import Index
 from ..backend import Backend, select
+from ..columns import take_columns
 from ..common.arguments import accumulation_dtype, check_floating, packed
+from ..common.bands import as_blocks, bands
 
 
 def fisher_squares_(totals: Sequence[Tensor], grads: Sequence[Tensor], *, backend: Backend | None = None) -> None:
@@ -74,7 +76,8 @@ def fisher_linear_(
     Deterministic.
     Cost: 2*B*S*M*N operations, or 2*B*S*K where few elements are selected; one read and write of total for a chunk of
     about 1024 tokens on the CPU, for all of them on a GPU. Copies: of the chunk, packed; on a GPU, with elements
-    selected, both activations transposed, or an int32 map of M*N entries.
+    selected, both activations transposed, or an int32 map of M*N entries. Columns: as a Linear with these inputs alone.
+    Blocks: a Linear for each set of rows that some blocks have.
 
     Raises:
         ValueError: shapes, dtypes, devices or contiguity do not fit; nothing is written then.
@@ -98,7 +101,17 @@ def fisher_linear_(
     if total is None and norms is None:
         return
     run = select("fisher_linear_", input.device.type, backend)
-    run(packed(grad_output), packed(input), total, norms, *_selected(index))
+    grad_output, input = packed(grad_output), packed(input)
+    if index is None or index.granularity in ("element", "row"):
+        run(grad_output, input, total, norms, *_selected(index))
+    elif index.granularity == "column":  # of these input features, all
+        run(grad_output, take_columns(input, index.positions), total, norms, None, False)
+    else:
+        for rows, columns, blocks in bands(index, across=True):
+            part = None if total is None else total.new_zeros(rows.stop - rows.start, len(columns))
+            run(packed(grad_output[..., rows]), take_columns(input, columns), part, norms, None, False)
+            if total is not None and part is not None:
+                total[blocks] += as_blocks(part, index, across=True)
     _bump(total, norms)
 
 
@@ -159,7 +172,17 @@ def fisher_embedding_(
         return
     run = select("fisher_embedding_", ids.device.type, backend)
     padding = -1 if padding_idx is None else padding_idx
-    run(packed(grad_output), ids.contiguous(), total, norms, *_selected(index), padding)
+    grad_output, ids = packed(grad_output), ids.contiguous()
+    if index is None or index.granularity in ("element", "row"):
+        run(grad_output, ids, total, norms, *_selected(index), padding)
+    elif index.granularity == "column":
+        run(take_columns(grad_output, index.positions), ids, total, norms, None, False, padding)
+    else:
+        for columns, rows, blocks in bands(index, across=False):
+            part = None if total is None else total.new_zeros(len(rows), columns.stop - columns.start)
+            run(packed(grad_output[..., columns]), ids, part, norms, rows, True, padding)
+            if total is not None and part is not None:
+                total[blocks] += as_blocks(part, index, across=False)
     _bump(total, norms)
 
 
@@ -217,7 +240,7 @@ def fisher_vector_(
 
 
 def _selected(index: Index | None) -> tuple[Tensor | None, bool]:
-    return (None, False) if index is None else (index.positions, index.rows)
+    return (None, False) if index is None else (index.positions, index.granularity == "row")
 
 
 def _bump(*sums: Tensor | None) -> None:

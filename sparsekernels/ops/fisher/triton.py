@@ -6,7 +6,6 @@ No atomics: a program leaves its share of a norm at a place of its own, and ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -14,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.arguments import accumulation_dtype
-from ..common.triton import TILE, compact_tile, device_of, tile_grid
+from ..common.triton import TILE, compact_tile, device_of, is_interpreted, tile_grid
 from ..gather_scatter.triton import scatter_
 from ..masked_grad.triton import BLOCK_P, BLOCK_T, ELEMENTS_TILE, by_column, runs
 
@@ -225,7 +224,7 @@ def fisher_linear_(
     slots = None
     if positions is not None:
         slots = positions.new_full((m * n,), -1, dtype=torch.int32)
-        scatter_(slots, positions, torch.arange(positions.shape[0], dtype=torch.int32, device=slots.device), False)
+        scatter_(slots, positions, torch.arange(positions.shape[0], dtype=torch.int32, device=slots.device), (1, 1))
     tile_m, tile_n, tile_s, warps, stages = tile(input, m, n, slots)
     programs = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
     shares = _shares(grad_output, (grad_output.shape[0], programs))
@@ -233,7 +232,7 @@ def fisher_linear_(
         fisher_linear_kernel[(programs,)](
             grad_output, input, real, slots, total, shares, *grad_output.shape[:2], m, n,
             SLOTS=slots is not None, TOTAL=total is not None, NORMS=norms is not None,
-            UPCAST=_is_interpreted(fisher_linear_kernel), TILE_M=tile_m, TILE_N=tile_n, TILE_S=tile_s,
+            UPCAST=is_interpreted(fisher_linear_kernel), TILE_M=tile_m, TILE_N=tile_n, TILE_S=tile_s,
             GROUP=GROUP, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     _add_shares(norms, shares, 1)
@@ -244,7 +243,7 @@ def tile(input: Tensor, m: int, n: int, slots: Tensor | None) -> tuple[int, int,
         return TILES[input.dtype]
     if slots is not None or triton.cdiv(m, LARGE_TILE[0]) * triton.cdiv(n, LARGE_TILE[1]) < ENOUGH:
         return HALF_TILE
-    if _is_interpreted(fisher_linear_kernel) or -input.shape[1] % LARGE_TILE_OF_HOPPER[2] >= LARGE_TILE[2]:
+    if is_interpreted(fisher_linear_kernel) or -input.shape[1] % LARGE_TILE_OF_HOPPER[2] >= LARGE_TILE[2]:
         return LARGE_TILE  # fewer tokens that are none
     with device_of(input):
         architecture = triton.runtime.driver.active.get_current_target().arch
@@ -327,7 +326,3 @@ def _add_shares(norms: Tensor | None, shares: Tensor, dim: int) -> None:
     """What the programs left for each sample, added up in fp64."""
     if norms is not None:
         norms += shares.sum(dim, dtype=torch.float64)
-
-
-def _is_interpreted(kernel: Any) -> bool:
-    return not isinstance(kernel, triton.JITFunction)

@@ -10,9 +10,10 @@ from ..backend import Backend, select
 
 
 def gather(source: Tensor, index: Index, *, backend: Backend | None = None) -> Tensor:
-    """Read the selected elements or rows of `source` into a new compact tensor; `source` is not changed.
+    """Read the selected elements, rows, columns or blocks of `source` into a new compact tensor.
 
-    Equivalent to `source.reshape(-1)[index.positions]`, or `source[index.positions]` for rows.
+    Equivalent to `source.reshape(-1)[index.positions]` for elements, `source[index.positions]` for rows of a matrix and
+    `source[:, index.positions]` for columns; of blocks, what an edge of the matrix cuts off is zero.
 
     Args:
         source (index.shape, any dtype): contiguous; not changed.
@@ -22,7 +23,8 @@ def gather(source: Tensor, index: Index, *, backend: Backend | None = None) -> T
         (index.compact_shape, dtype of source).
 
     Numerics: exact copies. Deterministic.
-    Cost: reads K positions and one 64-byte line per scattered element, writes K * itemsize.
+    Cost: reads the positions and one 64-byte line per scattered element (of columns, of as many as share one), writes
+    index.numel * itemsize.
 
     Raises:
         ValueError: source has another shape or device than the index, or is not contiguous.
@@ -34,13 +36,14 @@ def gather(source: Tensor, index: Index, *, backend: Backend | None = None) -> T
         tensor([1., 4.])
     """
     _check("source", source, index)
-    return select("gather", source.device.type, backend)(source, index.positions, index.rows)
+    found = select("gather", source.device.type, backend)(source, index.positions, index.tile)
+    return found.view(index.compact_shape)
 
 
 def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend | None = None) -> Tensor:
-    """Overwrite the selected elements or rows of `target` with `values`; everything else keeps its bits.
+    """Overwrite the selected elements, rows, columns or blocks of `target`; everything else keeps its bits.
 
-    Equivalent to `target.view(-1)[index.positions] = values.to(target.dtype)`.
+    Equivalent to `target.view(-1)[index.positions] = values.to(target.dtype)` for elements; see `gather`.
 
     Args:
         target (index.shape, floating): contiguous; changed in place.
@@ -67,7 +70,7 @@ def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend |
     _check("target", target, index)
     _check_values(values, target, index)
     values = values.detach().to(target.dtype).contiguous()
-    select("scatter_", target.device.type, backend)(target.detach(), index.positions, values, index.rows)
+    select("scatter_", target.device.type, backend)(target.detach(), index.positions, values, index.tile)
     torch.autograd.graph.increment_version(target)
     return target
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...index import Index
 from ..backend import Backend, in_full_precision, select
+from ..columns import take_columns
 from ..common.arguments import accumulation_dtype, check_floating
 
 # Above one element in this many, a dense product, a block of rows at a time, is faster than one dot product for each
@@ -18,8 +19,7 @@ DENSE_ABOVE_ONE_IN = 4
 def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, backend: Backend | None = None) -> Tensor:
     """Compute the weight gradient of a Linear at the selected positions.
 
-    Equivalent to `(grad_output.T @ input).reshape(-1)[index.positions]`, or `[index.positions]` by rows, without the
-    dense product.
+    Equivalent to `gather(grad_output.T @ input, index)`, without the dense product.
 
     Args:
         grad_output ([T, M], fp32, fp64, bf16, fp16): gradient of the layer's output; leading dimensions are flattened.
@@ -30,13 +30,14 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     Returns:
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
-    Numerics: products accumulate in the dtype returned (rows: in the matmul's own); if a GPU computes the dense
-    product, as torch's matmul does, with TF32 if that is allowed. Elements are deterministic.
-    Cost: elements: 2*T*K operations and a transposed copy of both inputs (on the CPU a block of tokens at a time). If
-        many
-    are selected, the dense product, a block of rows at a time, is faster: on the CPU past a quarter of all elements,
-    unless a backend is named or torch.compile traces; on a GPU past 1 of 256 (bf16, fp16) or of 32, or more if tokens
-    are few. Rows: a matmul with the selected columns of grad_output, 2*T*R*N operations, on every backend.
+    Numerics: products accumulate in the dtype returned (rows and columns: in the matmul's own); if a GPU computes the
+    dense product, as torch's matmul does, with TF32 if that is allowed. Elements and blocks are deterministic.
+    Cost: rows: a matmul with the selected columns of grad_output, 2*T*R*N operations; columns: with those of input,
+    2*T*M*C; blocks: 2*T operations for each element of a block, and a packed copy of what the block needs of either, a
+    chunk of tokens at a time. Elements: 2*T*K operations and a transposed copy of both (on the CPU a block of tokens at
+    a time); if many are selected, the dense product, a block of rows at a time, is faster: on the CPU past a quarter of
+    all elements, unless a backend is named or torch.compile traces; on a GPU past 1 of 256 (bf16, fp16) or of 32, or
+    more if tokens are few.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
@@ -58,22 +59,32 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     if grad_output.dtype != input.dtype:
         raise ValueError(f"grad_output is {grad_output.dtype}, input {input.dtype}; they must agree")
     _check_device(grad_output, index)
-    if index.rows:
-        selected = grad_output if len(index) == index.shape[0] else grad_output.index_select(1, index.positions)
+    if index.granularity in ("row", "column"):
+        every = len(index) == index.num_positions
+        if index.granularity == "row":
+            grad_output = grad_output if every else take_columns(grad_output, index.positions)
+        else:
+            input = input if every else take_columns(input, index.positions)
         with in_full_precision(input):
-            return (selected.T @ input).to(accumulation_dtype(input.dtype))
-    if backend is None and input.device.type == "cpu" and DENSE_ABOVE_ONE_IN * len(index) > index.shape.numel():
+            return _product(grad_output, input).to(accumulation_dtype(input.dtype))
+    if (
+        index.granularity == "element"
+        and backend is None
+        and input.device.type == "cpu"
+        and DENSE_ABOVE_ONE_IN * len(index) > index.shape.numel()
+    ):
         backend = None if torch.compiler.is_compiling() else "reference"  # it reads positions on the host
     run = select("masked_grad_linear", input.device.type, backend)
-    return run(grad_output.contiguous(), input.contiguous(), index.positions)
+    found = run(grad_output.contiguous(), input.contiguous(), index.positions, index.tile)
+    return found.view(index.compact_shape)
 
 
 def masked_grad_embedding(
     grad_output: Tensor, ids: Tensor, index: Index, *, padding_idx: int | None = None, backend: Backend | None = None
 ) -> Tensor:
-    """Compute the weight gradient of an Embedding at the selected rows or elements.
+    """Compute the weight gradient of an Embedding at the selected positions.
 
-    Equivalent to `zeros(V, D).index_add_(0, ids, grad_output)[index.positions]`, without the [V, D] table.
+    Equivalent to `gather(zeros(V, D).index_add_(0, ids, grad_output), index)`, without the [V, D] table.
 
     Args:
         grad_output ([T, D], fp32, fp64, bf16 or fp16): leading dimensions are flattened. Not changed.
@@ -85,7 +96,8 @@ def masked_grad_embedding(
         (index.compact_shape, fp32; fp64 for fp64 gradients).
 
     Numerics: duplicates are summed in the order of the tokens, in the dtype returned. Deterministic.
-    Cost: T lookups in the positions, and one read of grad_output for each token of a selected row.
+    Cost: T lookups in the positions, and one read of grad_output for each token of a selected row. Columns: the same
+    for all rows of a table of these columns.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
@@ -93,7 +105,7 @@ def masked_grad_embedding(
     Source: ours.
 
     Examples:
-        >>> ids, index = torch.tensor([4, 1, 4]), sk.Index(torch.tensor([4]), (5, 2), rows=True)
+        >>> ids, index = torch.tensor([4, 1, 4]), sk.Index(torch.tensor([4]), (5, 2), "row")
         >>> sk.ops.masked_grad_embedding(torch.ones(3, 2), ids, index)
         tensor([[2., 2.]])
     """
@@ -108,7 +120,16 @@ def masked_grad_embedding(
     _check_device(grad_output, index)
     run = select("masked_grad_embedding", ids.device.type, backend)
     padding = -1 if padding_idx is None else padding_idx
-    return run(grad_output.contiguous(), ids.contiguous(), index.positions, index.rows, padding)
+    positions, tile = index.positions, index.tile
+    if index.granularity == "column":  # all rows of a narrower table
+        grad_output = take_columns(grad_output, positions)
+        positions, tile = torch.arange(index.shape[0], device=ids.device), (1, len(index))
+    return run(grad_output.contiguous(), ids.contiguous(), positions, tile, padding).view(index.compact_shape)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b, contiguous. BLAS is up to half as fast where the right factor is the narrower one."""
+    return a.T @ b if a.shape[1] <= b.shape[1] else (b.T @ a).T.contiguous()
 
 
 def _check_device(grad_output: Tensor, index: Index) -> None:

@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ...common.units import Tile
 from ..common.arguments import accumulation_dtype
+from ..gather_scatter import reference as gather_scatter
 
 ROWS_AT_ONCE = 256  # rows of the dense gradient that exist at a time
 
 
-def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:
-    n = input.shape[1]
-    compute = input.to(accumulation_dtype(input.dtype))
-    out = input.new_zeros(positions.shape[0], dtype=accumulation_dtype(input.dtype))
-    starts = torch.arange(0, grad_output.shape[1] + ROWS_AT_ONCE, ROWS_AT_ONCE, device=positions.device)
-    bounds = torch.searchsorted(positions, (starts * n).to(positions.dtype)).tolist()
-    for block, (begin, end) in enumerate(pairwise(bounds)):
+def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor, tile: Tile) -> Tensor:
+    m, across = grad_output.shape[1], -(-input.shape[1] // tile[1])
+    dtype = accumulation_dtype(input.dtype)
+    compute = input.to(dtype)
+    height = max(1, ROWS_AT_ONCE // tile[0]) * tile[0]  # rows of whole units
+    starts = torch.arange(0, m + height, height, device=positions.device) // tile[0] * across
+    bounds = torch.searchsorted(positions, starts.to(positions.dtype)).tolist()
+    parts = []
+    for band, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
-            first = block * ROWS_AT_ONCE
-            dense = grad_output[:, first : first + ROWS_AT_ONCE].to(out.dtype).T @ compute
-            out[begin:end] = dense.reshape(-1)[positions[begin:end].long() - first * n]
-    return out
+            dense = grad_output[:, band * height : (band + 1) * height].to(dtype).T @ compute
+            parts.append(gather_scatter.gather(dense, positions[begin:end] - starts[band].to(positions.dtype), tile))
+    return torch.cat(parts) if parts else input.new_zeros(0, dtype=dtype)
 
 
-def masked_grad_embedding(grad_output: Tensor, ids: Tensor, positions: Tensor, rows: bool, padding_idx: int) -> Tensor:
-    width = grad_output.shape[1]
+def masked_grad_embedding(grad_output: Tensor, ids: Tensor, positions: Tensor, tile: Tile, padding_idx: int) -> Tensor:
+    """Sums of the rows that occur, or of the rows of blocks, as a table of their own, of which the units are taken."""
+    (height, width), dim = tile, grad_output.shape[1]
     dtype = accumulation_dtype(grad_output.dtype)
-    if positions.numel() == 0:
-        return grad_output.new_zeros((0, width) if rows else (0,), dtype=dtype)
-    positions = positions.long()
-    row_of = positions if rows else positions // width
-    hit = torch.isin(ids, row_of) & (ids != padding_idx)
-    hit_rows, slot = torch.unique(ids[hit], return_inverse=True)
-    sums = grad_output.new_zeros((hit_rows.shape[0], width), dtype=dtype)
-    sums.index_add_(0, slot, grad_output[hit].to(dtype))
-    chosen = torch.isin(row_of, hit_rows)
-    sums_of = torch.searchsorted(hit_rows, row_of[chosen])
-    out = grad_output.new_zeros((positions.shape[0], width) if rows else positions.shape, dtype=dtype)
-    out[chosen] = sums[sums_of] if rows else sums[sums_of, positions[chosen] % width]
-    return out
+    across = -(-dim // width) if width else 1
+    down, place = positions.long() // across, positions.long() % across
+    hit = torch.isin(ids // height, down) & (ids != padding_idx) & (ids >= 0)
+    bands, slot = torch.unique(ids[hit].long() // height, return_inverse=True)
+    sums = grad_output.new_zeros((len(bands) * height, dim), dtype=dtype)
+    sums.index_add_(0, slot * height + ids[hit] % height, grad_output[hit].to(dtype))
+    chosen = torch.isin(down, bands)
+    units = torch.searchsorted(bands, down[chosen]) * across + place[chosen]
+    out = sums.new_zeros(positions.shape[0], height * width)
+    out[chosen] = gather_scatter.gather(sums, units, tile).view(len(units), height * width)
+    return out.reshape(-1)
 
 
-def masked_grad_linear_fake(grad_output: Tensor, input: Tensor, positions: Tensor) -> Tensor:
-    return input.new_empty(positions.shape, dtype=accumulation_dtype(input.dtype))
+def masked_grad_linear_fake(grad_output: Tensor, input: Tensor, positions: Tensor, tile: Tile) -> Tensor:
+    return input.new_empty(positions.shape[0] * math.prod(tile), dtype=accumulation_dtype(input.dtype))
 
 
 def masked_grad_embedding_fake(
-    grad_output: Tensor, ids: Tensor, positions: Tensor, rows: bool, padding_idx: int
+    grad_output: Tensor, ids: Tensor, positions: Tensor, tile: Tile, padding_idx: int
 ) -> Tensor:
-    shape = (positions.shape[0], grad_output.shape[1]) if rows else positions.shape
-    return grad_output.new_empty(shape, dtype=accumulation_dtype(grad_output.dtype))
+    return grad_output.new_empty(positions.shape[0] * math.prod(tile), dtype=accumulation_dtype(grad_output.dtype))
