@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..common.units import Granularity, Tile
 from ..scoring.fisher import Labels
 from ..scoring.losses import Batch, Loss, batch_size
 from ..selection import Selection
@@ -21,6 +22,8 @@ def fish(
     labels: Labels = "given",
     targets: Iterable[str] | None = None,
     head: Iterable[str] | None = None,
+    granularity: Granularity = "element",
+    block: Tile | None = None,
     loss: Loss | None = None,
     max_fisher_bytes: int = MAX_FISHER_BYTES,
     progress: bool = True,
@@ -40,12 +43,15 @@ def fish(
             their module's forward, which `train_only` cannot train, are left out too, with a warning.
         head: patterns of parameters to train densely. Default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
+        granularity, block: what is selected of the targets; see `sparsekernels.Index`. The score of a row, column or
+            block is the Fisher information of its entries, summed; those that carry most for each entry they cost are
+            selected, the fewest that have k entries.
         max_fisher_bytes: targets are processed in groups whose Fisher diagonals fit in this, each group with its own
             passes over the samples; the best k so far are kept. The result does not depend on it.
         progress: show a progress bar.
 
     Returns:
-        Selection with elements of the targets, and the head as all of its rows. `.report` has "samples", their number;
+        Selection with units of the targets, and the head as all of its rows. `.report` has "samples", their number;
         "carried", the share of the Fisher information of all targets that the selection carries; "left_out", the
         default targets that were left out.
 
@@ -56,7 +62,7 @@ def fish(
     Numerics: as `fisher_diagonal`; ties go to the lower position. Deterministic on the CPU.
 
     Source: FISH (Sung et al., arXiv 2111.09839) and the authors' code (global top-k, budget, eval mode, density, 1024
-    samples). Ours: groups.
+    samples). Ours: groups; rows, columns and blocks.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
@@ -67,7 +73,9 @@ def fish(
         (4, 16)
     """
     batches = take(samples, num_samples)
-    search = Search.start("fish", model, batches, density, targets, head, loss, labels, max_fisher_bytes, progress)
+    search = Search.start(
+        "fish", model, batches, density, targets, head, (granularity, block), loss, labels, max_fisher_bytes, progress
+    )
     chosen, carried = search.top(batches, search.everything, search.k)
     selection = search.selection(chosen)
     count = sum(batch_size(batch, i) for i, batch in enumerate(batches))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..choosing import Units, best_units, unit_scores, unit_sizes, units_for
 from ..common.names import base_parameters, default_head, groups, matching
 from ..index import Index
 from ..ops import topk
@@ -40,13 +41,14 @@ def take(samples: Iterable[Batch], limit: int | None) -> list[Batch]:
 class Search:
     """The part that FISH and IRD share: the budget, and the best k entries of a set by Fisher information.
 
-    everything: name -> None (the whole tensor) for each target. k: number of entries to select. left_out: names
-    excluded from the default targets, because they are used outside their module's forward.
+    everything: name -> None (the whole tensor) for each target. units: granularity and block. k: number of entries to
+    select. left_out: names excluded from the default targets, because they are used outside their module's forward.
     """
 
     model: nn.Module
     everything: dict[str, Index | None]
     head: list[str]
+    units: Units
     k: int
     max_bytes: int
     gradients: PerSampleGradients
@@ -62,6 +64,7 @@ class Search:
         density: float,
         targets: Iterable[str] | None,
         head: Iterable[str] | None,
+        units: Units,
         loss: Loss | None,
         labels: Labels,
         max_fisher_bytes: int,
@@ -69,6 +72,7 @@ class Search:
     ) -> Search:
         if not 0 < density <= 1:
             raise ValueError(f"density must lie in (0, 1], got {density}")
+        units_for(torch.Size((1, 1)), units)
         parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         dense = default_head(model) if head is None else matching(parameters, head, "head")
         base = [name for name in base_parameters(model) if name in parameters]
@@ -92,7 +96,7 @@ class Search:
         k = min(k, sum(parameters[name].numel() for name in everything))
         warn_left_out(method, left_out)
         gradients.warn_slow(everything)
-        return cls(model, everything, dense, k, max_fisher_bytes, gradients, progress, left_out)
+        return cls(model, everything, dense, units, k, max_fisher_bytes, gradients, progress, left_out)
 
     def numel(self, name: str, index: Index | None) -> int:
         return self.model.get_parameter(name).numel() if index is None else index.numel
@@ -100,7 +104,10 @@ class Search:
     def top(
         self, batches: Sequence[Batch], among: Mapping[str, Index | None], k: int
     ) -> tuple[dict[str, Index], float]:
-        """The k entries with the largest Fisher information, and the share of all of it that they carry."""
+        """The k entries with the largest Fisher information, and the share of all of it that they carry.
+
+        Of larger units than elements, the fewest that have k entries.
+        """
         kept: dict[str, tuple[Index, Tensor]] = {}
         whole = 0.0
         sizes = {name: 4 * self.numel(name, index) for name, index in among.items()}
@@ -109,15 +116,35 @@ class Search:
             self.gradients.add_squares_(batches, {name: among[name] for name in group}, totals, self.progress)
             whole += sum(float(total.sum(dtype=torch.float64)) for total in totals.values())
             names = [*kept, *group]
-            scores = [kept[name][1] if name in kept else totals[name] for name in names]
-            found = topk(scores, min(k, sum(score.numel() for score in scores)))
-            for name, score, chosen in zip(names, scores, found, strict=True):
-                before = kept[name][0] if name in kept else among[name]
-                shape = self.model.get_parameter(name).shape
-                positions = chosen if before is None else before.positions[chosen]
-                kept[name] = Index(positions, shape), score.reshape(-1)[chosen]
+            scores = [kept[name][1] if name in kept else self._scores(totals[name], among[name]) for name in names]
+            befores = [kept[name][0] if name in kept else among[name] or self.all_of(name) for name in names]
+            for name, before, score, chosen in zip(names, befores, scores, self._best(scores, befores, k), strict=True):
+                kept[name] = before.with_positions(before.positions[chosen]), score.reshape(-1)[chosen]
         carried = sum(float(score.sum(dtype=torch.float64)) for _, score in kept.values())
         return {name: index for name, (index, _) in kept.items() if len(index)}, carried / whole if whole else 0.0
+
+    def all_of(self, name: str) -> Index:
+        """Every unit of a target."""
+        parameter = self.model.get_parameter(name)
+        units = Index(torch.empty(0, dtype=torch.int64), parameter.shape, *units_for(parameter.shape, self.units))
+        return units.with_positions(torch.arange(units.num_positions, device=parameter.device))
+
+    def _scores(self, total: Tensor, index: Index | None) -> Tensor:
+        """One score for each unit."""
+        if self.units[0] == "element":
+            return total
+        if index is None:
+            return unit_scores(total, self.units, square=False)
+        return index.by_unit(total).reshape(len(index), -1).sum(1)
+
+    def _best(self, scores: Sequence[Tensor], indices: Sequence[Index], k: int) -> list[Tensor]:
+        """Which of the units of each tensor are among the best, that have k entries together."""
+        if self.units[0] == "element":
+            return topk(scores, min(k, sum(score.numel() for score in scores)))
+        sizes = [
+            unit_sizes(i.shape, self.units, s.device)[i.positions.long()] for i, s in zip(indices, scores, strict=True)
+        ]
+        return best_units(scores, sizes, k)
 
     def selection(self, chosen: Mapping[str, Index]) -> Selection:
         """The chosen entries, and the head."""

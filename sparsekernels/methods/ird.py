@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..common.units import Granularity, Tile
 from ..index import Index
 from ..scoring.fisher import Labels
 from ..scoring.losses import Batch, Loss, batch_size, rows_of
@@ -28,6 +29,8 @@ def ird(
     labels: Labels = "given",
     targets: Iterable[str] | None = None,
     head: Iterable[str] | None = None,
+    granularity: Granularity = "element",
+    block: Tile | None = None,
     loss: Loss | None = None,
     max_fisher_bytes: int = MAX_FISHER_BYTES,
     progress: bool = True,
@@ -40,14 +43,15 @@ def ird(
         keep in P the entries with the largest Fisher information over S, a share `parameter_factor`, never below k.
 
     Args:
-        model, samples, density, labels, targets, head, loss, max_fisher_bytes: as in `fish`; k is the same.
+        model, samples, density, labels, targets, head, granularity, block, loss, max_fisher_bytes: as in `fish`; k is
+            the same.
         sample_factor: share of the samples kept in each iteration, in (0, 1].
         parameter_factor: share of the entries kept in each iteration, in (0, 1).
         min_samples: S never gets smaller than this.
         progress: show progress bars.
 
     Returns:
-        Selection with elements of the targets, and the head as all of its rows. `.report` has "samples", the numbers of
+        Selection with units of the targets, and the head as all of its rows. `.report` has "samples", the numbers of
         the samples that were kept, ascending, counted through the batches; "history", a dict for the start and for each
         iteration, with the numbers of "samples" and "parameters" and the shares that those kept carry:
         "carried_by_samples" of the squared norms and "carried_by_parameters" of the Fisher information; "left_out", as
@@ -78,7 +82,9 @@ def ird(
     if min_samples < 1:
         raise ValueError(f"min_samples must be at least 1, got {min_samples}")
     batches = list(samples)
-    search = Search.start("ird", model, batches, density, targets, head, loss, labels, max_fisher_bytes, False)
+    search = Search.start(
+        "ird", model, batches, density, targets, head, (granularity, block), loss, labels, max_fisher_bytes, False
+    )
     kept_samples = torch.arange(sum(batch_size(batch, number) for number, batch in enumerate(batches)))
     among: dict[str, Index | None] = search.everything
     size = sum(search.numel(name, index) for name, index in among.items())
@@ -103,20 +109,15 @@ def ird(
             history.append(
                 {
                     "samples": wanted,
-                    "parameters": size,
+                    "parameters": sum(index.numel for index in chosen.values()),
                     "carried_by_samples": share,
                     "carried_by_parameters": carried,
                 }
             )
             bar.update()
-    selection = search.selection({name: _positions(model, name, index) for name, index in among.items()})
+    selection = search.selection({name: index or search.all_of(name) for name, index in among.items()})
     selection.report = {"samples": kept_samples.tolist(), "history": history, "left_out": search.left_out}
     return selection
-
-
-def _positions(model: nn.Module, name: str, index: Index | None) -> Index:
-    shape = model.get_parameter(name).shape
-    return Index(torch.arange(shape.numel()), shape) if index is None else index
 
 
 def _subset(batches: Sequence[Batch], chosen: Tensor) -> list[Batch]:

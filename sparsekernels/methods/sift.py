@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..choosing import choose_units, count_for, unit_scores
 from ..common.names import default_head, default_targets, groups, matching
 from ..common.supported import refuse_unsupported_of
+from ..common.units import Granularity, Tile, tile_of
 from ..index import Index
 from ..scoring.eval_mode import only_trainable
 from ..scoring.losses import default_loss
 from ..scoring.own_forward import OwnForward, refuse_outside, warn_left_out
-from ..selection import Selection, count_for
+from ..selection import Selection
 from .gradient_curve import SHARES, GradientCurve
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -30,14 +32,18 @@ def sift(
     targets: Iterable[str] | None = None,
     head: Iterable[str] | None = None,
     num_batches: int = 1,
+    granularity: Granularity = "element",
+    block: Tile | None = None,
+    share_inputs: bool = False,
     loss: Loss | None = None,
     max_gradient_bytes: int = 1 << 30,
     progress: bool = True,
 ) -> Selection:
     """Select, in each target tensor, the share `density` of entries with the largest |gradient|.
 
-    Per tensor: k = min(int(density * numel) + 1, numel); the gradient is that of the loss summed over the first
-    `num_batches` batches. Weights, gradients, requires_grad and the model's mode do not change. The forward runs in the
+    Per tensor: k = min(int(density * numel) + 1, numel), or the fewest rows, columns or blocks, of the largest sums of
+    squares, that have density * numel entries; the gradient is that of the loss summed over the first `num_batches`
+    batches. Weights, gradients, requires_grad and the model's mode do not change. The forward runs in the
     current mode (train or eval); buffers that a forward updates (BatchNorm) are updated.
 
     Args:
@@ -52,6 +58,9 @@ def sift(
         head: patterns of parameters to train densely. Default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
         num_batches: number of batches to sum over.
+        granularity, block: what is selected of each target; see `sparsekernels.Index`.
+        share_inputs: of columns: the same ones, by the sum of their scores, in weights that read one input (query, key
+            and value; gate and up), so that training keeps one copy of these columns for all of them.
         loss: function of (model, batch). Default: `model(**batch).loss`.
         max_gradient_bytes: with num_batches > 1, targets are processed in groups whose gradients fit in this, each
             group with its own passes over the batches. With one batch, each gradient is freed once its entries are
@@ -59,7 +68,7 @@ def sift(
         progress: show a progress bar.
 
     Returns:
-        Selection with the targets as elements and the head as all of its rows. `.report["curve"]` is a list of
+        Selection with units of the targets, and the head as all of its rows. `.report["curve"]` is a list of
         (share, carried): the largest `share` of each target's entries carries `carried` of the L2 norm of the gradient
         of all targets, to a resolution of 1/128 in magnitude. `.report["left_out"]`: the default targets that were left
         out.
@@ -74,7 +83,7 @@ def sift(
     is.
 
     Source: SIFT (Song et al., arXiv 2312.11875), section 3, and the authors' code (rule for k, targets, one batch).
-    Ours: the pooler counts as head.
+    Ours: the pooler counts as head; rows, columns and blocks.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -83,6 +92,9 @@ def sift(
         Selection(6 elements of 2 tensors)
     """
     count_for(1, None, density)
+    tile_of(torch.Size((1, 1)), granularity, block)
+    if share_inputs and granularity != "column":
+        raise ValueError(f'share_inputs is for granularity="column", got {granularity!r}')
     names = dict(model.named_parameters())
     dense = matching(names, head, "head") if head is not None else default_head(model)
     chosen = matching(names, targets, "targets") if targets is not None else default_targets(model)
@@ -97,11 +109,17 @@ def sift(
         raise ValueError(f"num_batches is {num_batches}, but batches has only {len(first)}")
 
     found: dict[str, Index] = {}
+    scores: dict[str, Tensor] = {}  # of units
     outside: set[str] = set()
     curve = GradientCurve()
 
     def take(name: str, grad: Tensor) -> None:
-        found.update(Selection.topk({name: grad}, density=density, magnitude=True))
+        if granularity == "element":
+            found.update(Selection.topk({name: grad}, density=density, magnitude=True))
+        elif bool(grad.isnan().any()):
+            raise ValueError(f"the gradient of {name!r} holds NaN")
+        else:
+            scores[name] = unit_scores(grad, (granularity, block), square=True)
         curve.add(grad)
         bar.update()
 
@@ -110,6 +128,8 @@ def sift(
             groups({name: names[name].nbytes for name in chosen}, max_gradient_bytes) if num_batches > 1 else [chosen]
         ):
             outside |= _gradients(model, {name: names[name] for name in group}, first, loss or default_loss, take)
+    shapes = {name: names[name].shape for name in scores}
+    found |= choose_units(shapes, scores, (granularity, block), density=density, share_inputs=share_inputs)
     missing = [name for name in chosen if name not in found and name not in outside]
     if missing:
         raise ValueError(f"targets without a gradient: {', '.join(missing[:5])}; leave them out of targets")
