@@ -18,6 +18,7 @@ PROGRAMS = {
     "step-cost": "step_cost",
     "finetune": "finetune",
     "accuracy": "accuracy",
+    "grains": "grains",
     "ird": "ird",
     "gates": "gates",
     "laser": "laser",

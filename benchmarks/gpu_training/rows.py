@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -92,6 +93,8 @@ def small_model_row(task: Task) -> Row:
                 in_backward=True,
                 state_dtype=SIXTEEN,
             ),
+            _units("columns 5 %", task, granularity="column"),
+            _units("blocks of 128 x 128 5 %", task, granularity="block", block=(128, 128)),
             _dense(task),
             Contender(
                 f"{DENSE}, fp32 weights, bf16 autocast",
@@ -120,6 +123,7 @@ def large_model_row(task: Task) -> Row:
         _name(task),
         [
             _sift("SIFT 5 %: train_only + SparseAdamW", task, 0.05),
+            _units("columns 5 %", task, granularity="column"),
             _sift(lean, task, 0.05, in_backward=True, state_dtype=SIXTEEN),
             _sift(leanest, task, 0.05, indices=True, in_backward=True, state_dtype=SIXTEEN),
             _dense(task),
@@ -243,6 +247,19 @@ def _lora(task: Task) -> Contender:
         ),
         _passes(task, {"adapters": 6.0 * task.tokens * adapters}),
         needs="peft",
+    )
+
+
+def _units(name: str, task: Task, **units: Any) -> Contender:
+    """Units at random; what backward keeps of their inputs is counted as if it were all."""
+    density = 0.05
+    k = density * task.shape.projections
+    state: Parts = {"moments": 8.0 * k, "fp32 values": 4.0 * k, "originals": 2.0 * k}
+    return Contender(
+        f"{name} at random: train_only + SparseAdamW",
+        partial(steps.units, task, density, **units),
+        _with_larger({"bf16 weights": 2.0 * task.shape.weights, **state}, {"gradients": 4.0 * k}, _kept(task)),
+        _passes(task, {"selected weight gradients": 2.0 * task.tokens * k}),
     )
 
 

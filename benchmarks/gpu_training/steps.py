@@ -117,6 +117,22 @@ def lora(task: Task) -> Run:
     return Run(lambda: step(model, batch, [optimizer]), finite)
 
 
+def units(task: Task, density: float, **units: Any) -> Run:
+    """Train rows, columns or blocks of the projections, chosen at random."""
+    model, batch = task.make()
+    names = [name for name, _ in model.named_parameters() if name.split(".")[-2] in LORA_TARGETS]
+    selection, selecting = once(lambda: sk.Selection.random(model, density, names=names, **units))
+    optimizer = sk.SparseAdamW(sk.train_only(model, selection).parameters(), lr=LR)
+    name, index = next(iter(selection.items()))
+    original = model.get_parameter(name).detach().cpu().clone()
+
+    def check(losses: list[Tensor]) -> None:
+        finite(losses)
+        check_weight(model.get_parameter(name).detach().cpu(), original, index)
+
+    return Run(lambda: step(model, batch, [optimizer]), check, {"selection": selecting})
+
+
 def sift(
     task: Task,
     density: float,
@@ -179,8 +195,8 @@ def _stepping(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
 
 def check_weight(weight: Tensor, original: Tensor, index: sk.Index) -> None:
     """Raise WrongResult unless most of the selected elements of a bf16 weight changed, and no bit of any other."""
-    changed = (weight.view(torch.int16) != original.view(torch.int16)).reshape(-1)
-    selected = changed[index.positions.long().cpu()]
+    changed = weight.view(torch.int16) != original.view(torch.int16)
+    selected = changed[index.mask().cpu()]
     if int(changed.sum()) != int(selected.sum()):
         raise WrongResult("weights changed that are not selected")
     if 2 * int(selected.sum()) < len(selected):
