@@ -34,7 +34,7 @@ from .translating.parallel_text import from_packages
 from .translating.prompts import Batch, batches
 
 SEEDS = (0, 1, 2)
-SCORED = 400  # held-out strings
+SCORED = 128  # held-out strings
 BLOCK = (64, 64)
 WARM_UP = 0.1  # of the steps; then the rate falls to zero, linearly
 

@@ -191,6 +191,10 @@ class Index:
         dtype = _dtype_for(self.shape.numel())
         return Index.unchecked(offsets.to(dtype), self.shape), place
 
+    def shaped(self, flat: Tensor) -> Tensor:
+        """The entries of a compact tensor, flat, in its shape."""
+        return flat if self.granularity == "element" else flat.view(self.compact_shape)
+
     def by_unit(self, compact: Tensor) -> Tensor:
         """A view of a compact tensor with units along its first dimension."""
         return compact.t() if self.granularity == "column" else compact
@@ -205,6 +209,10 @@ class Index:
         index.positions, index.shape, index.tile = positions, self.shape if shape is None else shape, self.tile
         index.granularity, index.block = self.granularity, self.block
         return index
+
+    def at(self, positions: Tensor) -> Index:
+        """This Index if these are its positions, else one at them: what a graph has saved may be a copy."""
+        return self if positions is self.positions else self.with_positions(positions)
 
     @staticmethod
     def unchecked(

@@ -6,7 +6,6 @@ The autograd functions run the plain dense forward and return the gradient of th
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -80,7 +79,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)
         if ctx.needs_input_grad[3]:
-            index = ctx.index.with_positions(positions)
+            index = ctx.index.at(positions)
             left, right = (kept, grad) if ctx.transposed else (grad, kept)
             grad_values = masked_grad_linear(_matrix(left), _matrix(right), index).to(ctx.dtype)
             _gradient_came(ctx)
@@ -102,7 +101,7 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids, positions = ctx.saved_tensors
-        index = ctx.index.with_positions(positions)
+        index = ctx.index.at(positions)
         grad = grads[0].reshape(ids.numel(), index.shape[1])
         found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx)
         _gradient_came(ctx)
@@ -123,7 +122,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
         dense = grads[0].to_dense() if grads[0].is_sparse else grads[0]
-        found = gather(dense.contiguous(), ctx.index.with_positions(positions))
+        found = gather(dense.contiguous(), ctx.index.at(positions))
         _gradient_came(ctx)
         return None, found.to(ctx.dtype), None, None
 
@@ -139,8 +138,8 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _attached(slot: Slot) -> Tensor:
-    values = slot.sync_()
-    result: Tensor = _Attach.apply(slot.weight, values, slot.positions, slot)
+    values, index = slot.sync_()
+    result: Tensor = _Attach.apply(slot.weight, values, index.positions, slot)
     return result
 
 
@@ -157,22 +156,22 @@ def sparse_linear(module: Any, input: Tensor, *, transposed: bool) -> Tensor:
             if transposed
             else F.linear(input, weight, bias)
         )
-    values, index, kept = slot.sync_(), slot.index, None
-    kind = input.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    values, index = slot.sync_()
+    kind, kept = input.device.type, None
+    narrow = slot.narrow if torch.is_grad_enabled() and values.requires_grad else None
+    if narrow is not None:
+        index = narrow.index
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        if narrow is not None:
+            kept = narrow.features.take(input, input.dtype)
+        return _Linear.apply(input, weight, bias, values, kept, index.positions, index, transposed, slot)  # type: ignore[no-any-return]
     # As autocast does for F.linear; cast here so that backward sees the dtypes of forward.
-    dtype = torch.get_autocast_dtype(kind) if autocast else None
-
-    def cast(x: Tensor | None) -> Tensor | None:
-        return x if dtype is None or x is None or x.dtype == torch.float64 else x.to(dtype)
-
-    if slot.narrow is not None and torch.is_grad_enabled() and values.requires_grad:
-        index = slot.narrow.index
-        kept = slot.narrow.features.take(input, input.dtype if dtype is None or input.dtype == torch.float64 else dtype)
-    args = cast(input), cast(weight), cast(bias), values, kept, index.positions, index, transposed, slot
-    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        result: Tensor = _Linear.apply(*args)
-    return result
+    dtype = torch.get_autocast_dtype(kind)
+    if narrow is not None:
+        kept = narrow.features.take(input, input.dtype if input.dtype == torch.float64 else dtype)
+    args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
+    with torch.autocast(kind, enabled=False):
+        return _Linear.apply(*args, values, kept, index.positions, index, transposed, slot)  # type: ignore[no-any-return]
 
 
 class SparseLinear(nn.Linear):
@@ -187,8 +186,8 @@ class SparseEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         slot = slots_of(self)["weight"]
-        values = slot.sync_()
-        result: Tensor = _Embedding.apply(input, self.weight, values, slot.positions, slot, self.padding_idx)
+        values, index = slot.sync_()
+        result: Tensor = _Embedding.apply(input, self.weight, values, index.positions, slot, self.padding_idx)
         return result
 
 

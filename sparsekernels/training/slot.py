@@ -176,8 +176,8 @@ class Slot:
         if values is not None:
             values.__dict__.pop(SLOT, None)
 
-    def sync_(self) -> nn.Parameter:
-        """Write the values into the weight if they changed since the last call; return the values.
+    def sync_(self) -> tuple[nn.Parameter, Index]:
+        """Write the values into the weight if they changed since the last call; return values and positions.
 
         Raises:
             ValueError: the model was sharded meanwhile, or its replicas train other positions.
@@ -187,7 +187,7 @@ class Slot:
                 refuse_sharded(repr(self.label))
         if torch.compiler.is_compiling():
             check_while_tracing(self.replicas.key)
-            return self.values  # SparseAdamW writes; a version number is not part of a graph
+            return self.values, self.index  # SparseAdamW writes; a version number is not part of a graph
         if DistributedDataParallel._active_ddp_module is not None:
             self.replicas.compare()
         values: Any = self.owner._parameters[self.name + VALUES]
@@ -196,7 +196,7 @@ class Slot:
         if values.data_ptr() != self.address:
             self.refresh_()
             self._remember(values)
-            return values
+            return values, self.index
         if values._version != self.written:
             self.write_(values)
             self.written, self.pending = values._version, False
@@ -208,7 +208,7 @@ class Slot:
                 with _unsafe_preserve_version_counter(self.weight):
                     self.write_(values)
             self.pending = False
-        return values
+        return values, self._index
 
     def check_supported(self) -> None:
         """Raise ValueError if the weight or its values were sharded, or replaced by an unsupported kind of tensor."""

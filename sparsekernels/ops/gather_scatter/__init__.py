@@ -36,8 +36,7 @@ def gather(source: Tensor, index: Index, *, backend: Backend | None = None) -> T
         tensor([1., 4.])
     """
     _check("source", source, index)
-    found = select("gather", source.device.type, backend)(source, index.positions, index.tile)
-    return found.view(index.compact_shape)
+    return index.shaped(select("gather", source.device.type, backend)(source, index.positions, index.tile))
 
 
 def scatter_(target: Tensor, index: Index, values: Tensor, *, backend: Backend | None = None) -> Tensor:

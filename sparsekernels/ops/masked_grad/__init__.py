@@ -75,8 +75,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     ):
         backend = None if torch.compiler.is_compiling() else "reference"  # it reads positions on the host
     run = select("masked_grad_linear", input.device.type, backend)
-    found = run(grad_output.contiguous(), input.contiguous(), index.positions, index.tile)
-    return found.view(index.compact_shape)
+    return index.shaped(run(grad_output.contiguous(), input.contiguous(), index.positions, index.tile))
 
 
 def masked_grad_embedding(
@@ -124,7 +123,7 @@ def masked_grad_embedding(
     if index.granularity == "column":  # all rows of a narrower table
         grad_output = take_columns(grad_output, positions)
         positions, tile = torch.arange(index.shape[0], device=ids.device), (1, len(index))
-    return run(grad_output.contiguous(), ids.contiguous(), positions, tile, padding).view(index.compact_shape)
+    return index.shaped(run(grad_output.contiguous(), ids.contiguous(), positions, tile, padding))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
