@@ -61,7 +61,7 @@ def make_linear(tokens: int, shape: tuple[int, int], select: Callable[[], sk.Ind
     m, n = shape
     grad, input = (torch.randn(tokens, width, device=DEVICE).to(dtype) for width in shape)
     index = select()
-    moved = tokens * (m + n) * dtype.itemsize + 4 * (index.numel + len(index))
+    moved = tokens * features_read(index) * dtype.itemsize + 4 * (index.numel + len(index))
     return Backward(
         f"{tokens} tokens, {m} x {n}",
         index.numel / (m * n),
@@ -73,6 +73,12 @@ def make_linear(tokens: int, shape: tuple[int, int], select: Callable[[], sk.Ind
         input,
         index,
     )
+
+
+def features_read(index: sk.Index) -> int:
+    """How many numbers of a token the gradient depends on, in both activations together."""
+    m, n = index.shape
+    return m + len(index) if index.granularity == "column" else len(index) + n if index.granularity == "row" else m + n
 
 
 def make_embedding(tokens: int, shape: tuple[int, int], select: Callable[[Tensor], sk.Index]) -> Backward:
@@ -330,10 +336,28 @@ def gpu_cases(small: bool) -> list[Case]:
             ),
         )
 
+    def units(name: str, contenders: Any, *which: Any) -> Case:
+        """5 % in columns or blocks."""
+        index = random_units(shape, 0.05, *which)
+        moved = 2.0 * tokens * features_read(index) + 4 * (index.numel + len(index))
+        return Case(
+            f"masked_grad_linear, 5% in {name} of {size}",
+            partial(make_linear, tokens, shape, lambda: index, BF16),
+            contenders,
+            "masked_grad_linear",
+            {DENSE: 10},
+            tolerance=2**-8,
+            floor=Floor(moved, "activations + positions + result", operations=2.0 * tokens * index.numel),
+        )
+
+    product = {"masked_grad_linear": linear_op, DENSE: linear_dense}
+    block = (16, 16) if small else (128, 128)
     return [
         elements(0.001, 3),
         elements(0.01, 1),
         elements(0.05, 1),
+        units("columns", product, "column"),
+        units(f"blocks of {block[0]} x {block[1]}", LINEAR, "block", block),
         Case(
             f"masked_grad_linear, {count} rows of {size}",
             partial(make_linear, tokens, shape, partial(random_rows, shape, count), BF16),
