@@ -40,6 +40,8 @@ LAYOUTS = (
     Layout("blocks-int64", SHAPE, 0.3, "block", wide=True, block=(16, 16)),
     Layout("blocks-narrow", SHAPE, 0.3, "block", block=(4, 1)),
     Layout("blocks-many", (300, 65), 0.3, "block", block=(32, 48)),
+    Layout("blocks-tall", (260, 5), 0.3, "block", block=(4, 1)),
+    Layout("blocks-one-row", (8, 5), -1.0, "block", block=(4, 1)),
 )
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 

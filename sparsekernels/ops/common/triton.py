@@ -13,6 +13,7 @@ from torch import Tensor
 from ...common.units import Tile, matrix_of, side_by_side
 
 TILE = 1024  # elements of a compact tensor that one program owns
+BLOCKS_TILE = 512  # the same of blocks: each of their rows, which may be short, takes registers for its address
 WIDEST = 128  # columns that a program owns a piece of, at most: to find each takes it as long as some rows
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -88,11 +89,13 @@ def deal(count: int, shape: torch.Size, tile: Tile, size: int = TILE) -> tuple[t
     (m, n), (height, width) = matrix_of(shape), tile
     if height == 1 and width in (1, n):
         grid, block_k, block_d = tile_grid(count, width, size)
-        units = {"rows": None, "columns": None, "height": None, "RUNS": True, "BESIDE": False}
+        units: dict[str, Any] = {"rows": None, "columns": None, "height": None, "RUNS": True, "BESIDE": False}
     else:
         beside = side_by_side(shape, tile)
-        lines, widest = ((height, count), WIDEST) if beside else ((count * height, width), TILE)
-        grid, block_k, block_d = tile_grid(*lines, size, widest)
+        if beside:
+            grid, block_k, block_d = tile_grid(height, count, size, WIDEST)
+        else:
+            grid, block_k, block_d = tile_grid(count * height, width, min(size, BLOCKS_TILE))
         units = {"rows": m, "columns": n, "height": height, "RUNS": False, "BESIDE": beside}
     return grid, {"count": count, "width": width, **units, "BLOCK_K": block_k, "BLOCK_D": block_d}
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...common.units import Tile
+from ...common.units import Tile, offsets_of
 from ..common.arguments import accumulation_dtype
 from ..gather_scatter import reference as gather_scatter
 
@@ -26,7 +26,10 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor, ti
     for band, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             dense = grad_output[:, band * height : (band + 1) * height].to(dtype).T @ compute
-            parts.append(gather_scatter.gather(dense, positions[begin:end] - starts[band].to(positions.dtype), tile))
+            # Offsets in the whole weight: to a band of one unit's height, narrow blocks would be columns.
+            offsets, exists = offsets_of(positions[begin:end], torch.Size((m, input.shape[1])), tile)
+            found = dense.reshape(-1)[offsets - band * height * input.shape[1]]
+            parts.append(found if exists is None else found.masked_fill_(~exists, 0))
     return torch.cat(parts) if parts else input.new_zeros(0, dtype=dtype)
 
 
@@ -38,7 +41,8 @@ def masked_grad_embedding(grad_output: Tensor, ids: Tensor, positions: Tensor, t
     down, place = positions.long() // across, positions.long() % across
     hit = torch.isin(ids // height, down) & (ids != padding_idx) & (ids >= 0)
     bands, slot = torch.unique(ids[hit].long() // height, return_inverse=True)
-    sums = grad_output.new_zeros((len(bands) * height, dim), dtype=dtype)
+    # One more than needed: in a table of one unit's height, narrow blocks would be columns.
+    sums = grad_output.new_zeros(((len(bands) + 1) * height, dim), dtype=dtype)
     sums.index_add_(0, slot * height + ids[hit] % height, grad_output[hit].to(dtype))
     chosen = torch.isin(down, bands)
     units = torch.searchsorted(bands, down[chosen]) * across + place[chosen]
