@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import sparsekernels as sk
 from sparsekernels import Index, Selection
 
-
 UNITS: dict[str, dict[str, Any]] = {
     "rows": {"granularity": "row"},
     "columns": {"granularity": "column"},

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..index import Index
 from ..ops import take_columns
 
-
 WORTH = 3  # blocks that need more than one in so many features keep the input itself: up to three layers share that
 
 
