@@ -11,7 +11,8 @@ inline Units units_of(int64_t matrices, int64_t m, int64_t n, int64_t height, in
   STD_TORCH_CHECK(
       fits(height, m) && fits(width, n), "units of ", height, " x ", width, " do not fit matrices of ", m, " x ", n);
   product(height, width);  // fits
-  const int64_t down = height == 0 ? 1 : ceil_div(m, height), across = width == 0 ? 1 : ceil_div(n, width);
+  const auto tiles = [](int64_t size, int64_t of) { return of == 0 ? 1 : size / of + (size % of != 0); };
+  const int64_t down = tiles(m, height), across = tiles(n, width);
   return {m, n, height, width, down, across, product(matrices, product(down, across))};
 }
 

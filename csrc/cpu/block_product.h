@@ -12,8 +12,9 @@
 
 namespace sk::cpu {
 
-// Adds to blocks [begin, end) of `out`, which is zero to start with. Panels have room for kDepth tokens.
-template <typename S, typename T, typename I>
+// Adds to blocks [begin, end) of `out`, which is zero to start with, in panels of so many columns. Packed ones have
+// room for kDepth tokens.
+template <int64_t kWidth, typename S, typename T, typename I>
 SK_CLONES void block_products(
     const T* __restrict__ dy, const T* __restrict__ x, int64_t tokens, const Units& units, const I* index,
     int64_t count, S* __restrict__ dy_panel, S* __restrict__ x_panel, S* __restrict__ out, int64_t begin, int64_t end) {
@@ -34,10 +35,10 @@ SK_CLONES void block_products(
         packed = i;
       }
       const T* from = x + first * units.n + j;
-      pack_blocks<kPanel<S>, kLanes<S>>(
+      pack_blocks<kWidth, kLanes<S>>(
           from, units.n, nullptr, here, all, tile.columns, x_panel, 0, tile.columns, 0, here);
-      for (int64_t c = 0; c < tile.columns; c += kPanel<S>) {
-        const int64_t width = std::min(kPanel<S>, tile.columns - c), panel = round_up(width, kLanes<S>);
+      for (int64_t c = 0; c < tile.columns; c += kWidth) {
+        const int64_t width = std::min(kWidth, tile.columns - c), panel = round_up(width, kLanes<S>);
         for (int64_t r = 0; r < tile.rows; r += kRows) {
           S* to = out + k * step + r * pitch + c;
           const Columns<S> a{dy_panel + r * here};

@@ -72,7 +72,11 @@ void sum_blocks(const T* dy, const T* x, int64_t tokens, const Units& units, con
   parallel_for(0, count, kBlockWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     const auto dy_panel = scratch<S>(cpu::kDepth * cpu::round_up(units.height, cpu::kRows));
     const auto x_panel = scratch<S>(cpu::kDepth * cpu::round_up(units.width, cpu::kLanes<S>));
-    cpu::block_products(dy, x, tokens, units, index, count, dy_panel.get(), x_panel.get(), out, begin, end);
+    // A panel of one line of columns is slow: four lines are two panels of two, not of three and one.
+    const int64_t lines = ceil_div(units.width, cpu::kLanes<S>);
+    const auto products = lines % 3 == 1 && lines % 2 == 0 ? cpu::block_products<2 * cpu::kLanes<S>, S, T, I>
+                                                           : cpu::block_products<cpu::kPanel<S>, S, T, I>;
+    products(dy, x, tokens, units, index, count, dy_panel.get(), x_panel.get(), out, begin, end);
   });
 }
 
