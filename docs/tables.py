@@ -89,10 +89,6 @@ def step_cost() -> str:
     return _markdown("step_cost") + _pictures(("step_cost", "Time, peak memory and file size"))
 
 
-def grains() -> str:
-    return _markdown("grains")
-
-
 def gpu_floors() -> str:
     return _markdown("gpu_floors")
 

@@ -17,6 +17,7 @@ from torch import nn
 import sparsekernels as sk
 from sparsekernels import Delta, Index, Selection
 from sparsekernels.choosing import best_units, sharing_inputs
+from sparsekernels.training.delta import fingerprint
 
 GRAINS = {
     "rows": {"granularity": "row"},
@@ -145,6 +146,16 @@ BAD = {
         lambda: Selection.topk({"w": torch.full((2, 2), math.nan)}, k=1, granularity="column"),
         r"scores\['w'\] holds NaN",
     ),
+    "random with a block of elements": (
+        lambda: Selection.random(SHAPES, 0.1, block=(2, 2)),
+        "block is the shape of a unit",
+    ),
+    "topk with a block of elements": (
+        lambda: Selection.topk({"w": torch.ones(2, 2)}, k=1, block=(2, 2)),
+        "block is the shape of a unit",
+    ),
+    "a block that is a number": (lambda: Index(torch.tensor([0]), (4, 4), "block", 3), "two positive integers, got 3"),
+    "no scores": (lambda: Selection.topk({}, k=1, granularity="row"), "at least one tensor"),
     "topk out of range": (lambda: Selection.topk({"w": torch.ones(2, 2)}, k=5, granularity="row"), r"\[1, 4\], got 5"),
     "random out of range": (lambda: Selection.random(SHAPES, 1.5, granularity="row"), r"\(0, 1\], got 1.5"),
 }
@@ -181,7 +192,8 @@ def test_a_delta_of_before_there_were_columns(tmp_path: Path) -> None:
     selection = Selection({"experts.weight": Index(torch.arange(16, 32), (3, 16, 16), "row")})  # the second expert
     delta, _ = trained(selection)
     (change,) = delta.changes.values()
-    kind = {"experts.weight": {"shape": [3, 16, 16], "rows": True, "base": change.base}}
+    base = fingerprint(zoo().experts.weight[1:2])  # of a slice in its shape, as it was made then
+    kind = {"experts.weight": {"shape": [3, 16, 16], "rows": True, "base": base}}
     tensors = {"experts.weight.indices": torch.tensor([1], dtype=torch.int32)}
     tensors["experts.weight.values"] = change.values.reshape(1, 16, 16).contiguous()
     save_file(tensors, tmp_path / "old", {"sparsekernels": "delta", "tensors": json.dumps(kind)})
@@ -241,5 +253,35 @@ def test_ird_ends_with_units_of_the_budget(units: str) -> None:
     k = int(0.05 * sum(p.numel() for p in model.parameters()))
     assert k <= found.numel <= k + 61 * 12
     assert {index.granularity for index in found.values()} <= {GRAINS[units]["granularity"], "row"}
+    assert all(index.positions.dtype == torch.int32 for index in found.values())
     numbers = [step["parameters"] for step in found.report["history"]]
     assert numbers == sorted(numbers, reverse=True)
+
+
+def test_random_blocks_are_uniform_where_some_are_cut() -> None:
+    shape, seeds = {"w": (10, 40)}, 300
+    counts = torch.zeros(10)
+    for seed in range(seeds):
+        index = Selection.random(shape, 0.1, seed=seed, granularity="block", block=(8, 8))["w"]
+        counts[index.positions.long()] += 1
+    whole, cut = counts[:5].mean() / seeds, counts[5:].mean() / seeds  # the second row of blocks has two rows
+    assert abs(float(whole - cut)) < 0.05
+
+
+def test_squares_of_tiny_and_of_huge_scores() -> None:
+    for scale in (1e-30, 1e30):
+        scores = {"w": torch.tensor([[1.0, 1.0], [1.0, 3.0]]) * scale}
+        assert Selection.topk(scores, k=2, granularity="row")["w"].positions.tolist() == [1]
+
+
+def test_tensors_without_elements() -> None:
+    assert not Index.full((5, 0)).mask().any()
+    found = Selection.topk({"empty": torch.ones(5, 0), "w": torch.ones(2, 2)}, k=2, granularity="row")
+    assert list(found) == ["w"]
+
+
+def test_names_of_cross_attention_and_of_peft() -> None:
+    shapes = {f"layer.EncDecAttention.{each}.weight": (4, 4) for each in "qkv"}
+    assert sharing_inputs(shapes) == [[name] for name in shapes]
+    shapes = {f"base_model.attn.{each}_proj.base_layer.weight": (4, 4) for each in "qkv"}
+    assert sharing_inputs(shapes) == [list(shapes)]

@@ -32,7 +32,7 @@ PUBLIC = {
 EVERYWHERE = {"self", "cls", "backend"}  # arguments that no docstring has to explain
 # Other files call these, users do not.
 INTERNAL = {"unchecked", "from_slots", "check_in_use", "leave", "of", "pieces", "split", "remapped_step"}
-INTERNAL |= {"entries", "by_unit", "same_units", "with_positions", "unit_name", "shaped", "at"}
+INTERNAL |= {"entries", "by_unit", "same_units", "with_positions", "unit_name", "shaped", "at", "without_padding"}
 MOST_LINES = 6  # of an example
 each = pytest.mark.parametrize("name", PUBLIC)
 

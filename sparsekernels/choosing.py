@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .common.units import Granularity, Tile, is_cut, matrix_of, num_units, sizes_of, tile_of, tiles_of
+from .common.units import Granularity, Tile, is_cut, num_units, sizes_of, tile_of, tiled
 from .index import Index
 
 Units = tuple[Granularity, Tile | None]  # granularity and block, as `Index` takes them
@@ -25,6 +24,9 @@ READ_ONE_INPUT = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
+
+# Attention whose query reads another input than its key and value, in lower case.
+CROSS_ATTENTION = ("encdec", "encoder_attn", "cross")
 
 
 def count_for(numel: int, k: int | None, density: float | None) -> int:
@@ -50,16 +52,11 @@ def units_for(shape: torch.Size, units: Units) -> Units:
 
 
 def unit_scores(scores: Tensor, units: Units, *, square: bool) -> Tensor:
-    """The sum of the scores, or of their squares, in each unit: [number of units], fp32, fp64 for fp64."""
-    tile = tile_of(scores.shape, *units_for(scores.shape, units))
-    m, n = matrix_of(scores.shape)
-    height, width = tile
-    x = scores.detach().reshape(-1, m, n)
-    if is_cut(scores.shape, tile):
-        x = F.pad(x, (0, -n % width, 0, -m % height))
-    down, across = tiles_of(scores.shape, tile)
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).view(-1, down, height, across, width)
-    return (x.square() if square else x).sum((2, 4)).reshape(-1)
+    """The sum of the scores, or of their squares, in each unit: [number of units], fp64."""
+    each = tiled(scores.detach(), tile_of(scores.shape, *units_for(scores.shape, units)))
+    if square:
+        return torch.linalg.vector_norm(each, dim=(1, 2), dtype=torch.float64).square()
+    return each.sum((1, 2), dtype=torch.float64)
 
 
 def unit_sizes(shape: torch.Size, units: Units, device: torch.device) -> Tensor:
@@ -72,29 +69,29 @@ def unit_sizes(shape: torch.Size, units: Units, device: torch.device) -> Tensor:
     return rows * columns
 
 
-def best_units(scores: Sequence[Tensor], sizes: Sequence[Tensor], k: int) -> list[Tensor]:
-    """The fewest units, over all tensors, that have k elements or more: sorted positions, for each tensor.
+def best_units(keys: Sequence[Tensor], sizes: Sequence[Tensor], k: int) -> list[Tensor]:
+    """As many units of the largest keys, over all tensors, as it takes to have k elements: sorted positions of each.
 
-    Those with the largest scores for each element they cost; ties go to the earlier tensor, then to the lower position.
+    Ties go to the earlier tensor, then to the lower position.
     """
-    every = torch.cat(list(sizes))
-    order = (torch.cat(list(scores)) / every).sort(descending=True, stable=True).indices
-    held = every[order].cumsum(0)
+    order = torch.cat(list(keys)).sort(descending=True, stable=True).indices
+    held = torch.cat(list(sizes))[order].cumsum(0)
     chosen = order[: int((held < k).sum()) + 1].sort().values
-    ends = torch.tensor([len(x) for x in scores], device=chosen.device).cumsum(0)
+    ends = torch.tensor([len(x) for x in keys], device=chosen.device).cumsum(0)
     bounds = [0, *torch.searchsorted(chosen, ends).tolist()]
     starts = [0, *ends.tolist()]
-    return [chosen[bounds[i] : bounds[i + 1]] - starts[i] for i in range(len(scores))]
+    return [chosen[bounds[i] : bounds[i + 1]] - starts[i] for i in range(len(keys))]
 
 
 def sharing_inputs(shapes: Mapping[str, torch.Size]) -> list[list[str]]:
     """The names in groups: those of weights that read one input and have as many columns, and each other by itself."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in shapes:
-        path, _, attribute = name.rpartition(".")
+        path, _, attribute = name.replace(".base_layer.", ".").rpartition(".")  # PEFT puts the layer inside another
         parent, _, module = path.rpartition(".")
         kin = next((i for i, names in enumerate(READ_ONE_INPUT) if module in names), None)
-        key = (name,) if kin is None or len(shapes[name]) != 2 else (parent, kin, attribute, shapes[name][1])
+        crossed = any(word in parent.lower() for word in CROSS_ATTENTION)
+        key = (name,) if kin is None or crossed or len(shapes[name]) != 2 else (parent, kin, attribute, shapes[name][1])
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
@@ -109,16 +106,17 @@ def choose_units(
     per_tensor: bool = True,
     share_inputs: bool = False,
 ) -> dict[str, Index]:
-    """The best units of each tensor, or of all together, by the scores of units; by random ones from a generator."""
+    """The best units of each tensor, or of all together: those with most for each element they cost, or random ones."""
+    shapes = {name: shape for name, shape in shapes.items() if shape.numel()}
     members = sharing_inputs(shapes) if share_inputs else [[name] for name in shapes]
-    values, sizes = [], []
+    keys, sizes = [], []
     for names in members:
+        device = torch.device("cpu") if isinstance(scores, torch.Generator) else scores[names[0]].device
+        sizes.append(torch.stack([unit_sizes(shapes[name], units, device) for name in names]).sum(0))
         if isinstance(scores, torch.Generator):
-            count = num_units(shapes[names[0]], tile_of(shapes[names[0]], *units_for(shapes[names[0]], units)))
-            values.append(torch.rand(count, generator=scores))
+            keys.append(torch.rand(len(sizes[-1]), generator=scores))
         else:
-            values.append(torch.stack([scores[name] for name in names]).sum(0))
-        sizes.append(torch.stack([unit_sizes(shapes[name], units, values[-1].device) for name in names]).sum(0))
+            keys.append(torch.stack([scores[name] for name in names]).sum(0) / sizes[-1])
     out: dict[str, Index] = {}
     for group in [[i] for i in range(len(members))] if per_tensor else [list(range(len(members)))]:
         numels = [shapes[name].numel() for i in group for name in members[i]]
@@ -126,7 +124,7 @@ def choose_units(
         for numel in budgets:
             count_for(numel, k, density)  # raises if they are out of range
         wanted = sum(k or max(1, int((density or 0) * numel)) for numel in budgets)
-        found = best_units([values[i] for i in group], [sizes[i] for i in group], wanted)
+        found = best_units([keys[i] for i in group], [sizes[i] for i in group], wanted)
         for i, positions in zip(group, found, strict=True):
             if len(positions):
                 out |= {name: Index(positions, shapes[name], *units_for(shapes[name], units)) for name in members[i]}

@@ -19,6 +19,7 @@ from .common.units import (
     offsets_of,
     sizes_of,
     tile_of,
+    tiled,
 )
 
 
@@ -32,7 +33,7 @@ class Index:
     Args:
         positions ([K], int32 or int64): strictly ascending numbers of units, counted row by row, then from matrix to
             matrix: flat row-major offsets of elements, numbers of rows or of columns, or of blocks. Copied; stored as
-            int32 where every offset of the tensor fits.
+            int32 where the tensor has fewer than 2^31 units.
         shape: shape of the indexed tensor.
         granularity: "element", "row", "column" or "block".
         block: height and width of a block; for granularity="block" alone. A block that covers a whole row, column or
@@ -138,16 +139,13 @@ class Index:
         """
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+        tile = tile_of(mask.shape, granularity, block)
         if granularity == "element":
             return cls(mask.reshape(-1).nonzero().reshape(-1), mask.shape)
-        units = cls(torch.empty(0, dtype=torch.int64), mask.shape, granularity, block)
-        every = units.with_positions(torch.arange(units.num_positions, device=mask.device))
-        offsets, exists = offsets_of(every.positions, mask.shape, every.tile)
-        entries = every.by_unit(mask.reshape(-1)[offsets].view(every.compact_shape)).reshape(len(every), -1)
-        real = entries.new_ones(()) if exists is None else exists.view(entries.shape)
-        some, all_ = (entries & real).any(1), (entries | ~real).all(1)
-        if bool((some & ~all_).any()):
-            at = int((some & ~all_).nonzero()[0])
+        some = tiled(mask, tile, False).flatten(1).any(1)
+        partly = some & ~tiled(mask, tile, True).flatten(1).all(1)
+        if bool(partly.any()):
+            at = int(partly.nonzero()[0])
             raise ValueError(f'mask is true in only a part of {granularity} {at}; use granularity="element"')
         return cls(some.nonzero().reshape(-1), mask.shape, granularity, block)
 
@@ -174,7 +172,7 @@ class Index:
         """
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.positions.device)
         if self.tile == (1, matrix_of(self.shape)[1]):
-            mask.view(-1, *self.tile[1:])[self.positions.long()] = True
+            mask.view(self.num_positions, self.tile[1])[self.positions.long()] = True
         else:
             mask.view(-1)[offsets_of(self.positions, self.shape, self.tile)[0]] = True
         return mask
@@ -194,6 +192,11 @@ class Index:
     def shaped(self, flat: Tensor) -> Tensor:
         """The entries of a compact tensor, flat, in its shape."""
         return flat if self.granularity == "element" else flat.view(self.compact_shape)
+
+    def without_padding(self, compact: Tensor) -> Tensor:
+        """A compact tensor with zeros where a block is cut off."""
+        exists = offsets_of(self.positions, self.shape, self.tile)[1] if is_cut(self.shape, self.tile) else None
+        return compact if exists is None else compact.masked_fill(~exists.view(compact.shape), 0)
 
     def by_unit(self, compact: Tensor) -> Tensor:
         """A view of a compact tensor with units along its first dimension."""
@@ -245,6 +248,8 @@ class Index:
         return {"positions": self.positions, "shape": self.shape, "granularity": self.granularity, "block": self.block}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "rows" in state:  # pickled before there were columns and blocks
+            state = index_of(state["positions"], state).__getstate__()
         self.__init__(**state)  # type: ignore[misc]
 
 
@@ -264,6 +269,8 @@ def index_of(positions: Tensor, kind: Mapping[str, Any]) -> Index:
     if "rows" in kind:
         if kind["rows"] and len(shape) > 2:  # slices of the first dimension, each of which is some rows now
             each = math.prod(shape[1:-1])
+            if len(positions) * each > 2**28:
+                raise ValueError(f"{len(positions)} slices of {list(shape)} have too many rows")
             positions = (positions.long()[:, None] * each + torch.arange(each)).reshape(-1)
         return Index(positions, shape, "row" if kind["rows"] else "element")
     return Index(positions, shape, kind["granularity"], None if kind["block"] is None else tuple(kind["block"]))

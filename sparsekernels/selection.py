@@ -14,7 +14,7 @@ from .choosing import choose_units, count_for, unit_scores, units_for
 from .common.files import check_names, described, load_tensors, reading, save_tensors
 from .common.names import own_names
 from .common.supported import refuse_unsupported_of
-from .common.units import Granularity, Tile
+from .common.units import Granularity, Tile, tile_of
 from .index import KIND, OLD_KIND, Index, index_of, kind_of
 
 
@@ -156,8 +156,8 @@ class Selection(Mapping[str, Index]):
                 (query, key and value; gate and up), so that training keeps one copy of these columns for all of them.
 
         Returns:
-            Selection of k elements. Of larger units, the fewest that have k elements or more, with k = int(density * n)
-            for a density. Deterministic.
+            Selection of k elements. Of larger units, as many of the best as it takes to have k elements, with k =
+            int(density * n) for a density. Deterministic.
 
         Raises:
             ValueError: neither or both of k and density, either out of range, or NaN in the scores; share_inputs for
@@ -177,9 +177,12 @@ class Selection(Mapping[str, Index]):
 
         if share_inputs and granularity != "column":
             raise ValueError(f'share_inputs is for granularity="column", got {granularity!r}')
+        tile_of(torch.Size((1, 1)), granularity, block)
         if granularity != "element":
             _refuse_nan(scores)
-            each = {name: unit_scores(x, (granularity, block), square=True) for name, x in scores.items()}
+            if not scores:
+                raise ValueError("scores must hold at least one tensor")
+            each = {n: unit_scores(x, (granularity, block), square=True) for n, x in scores.items() if x.numel()}
             shapes = {name: x.shape for name, x in scores.items()}
             units, sharing = (granularity, block), share_inputs
             return cls(
@@ -245,6 +248,7 @@ class Selection(Mapping[str, Index]):
             if name not in shapes:
                 raise ValueError(f"names: {name!r} is not among the {len(shapes)} tensors of `like`")
         shapes = {name: shapes[name] for name in chosen if shapes[name].numel()}
+        tile_of(torch.Size((1, 1)), granularity, block)
         generator = torch.Generator().manual_seed(seed)
         if granularity != "element":
             shared = share_inputs and granularity == "column"

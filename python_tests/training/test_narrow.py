@@ -7,6 +7,7 @@ import gc
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from models import transformer
@@ -130,7 +131,7 @@ def test_nothing_is_kept_longer_than_the_graph() -> None:
     narrow = model["q_proj"]._sparse_slots["weight"].narrow.features
     assert narrow is model["k_proj"]._sparse_slots["weight"].narrow.features
     loss = run(model, torch.randn(TOKENS, IN))
-    of, _, _, copy_ = narrow.last
+    of, _, copy_ = narrow.last
     assert copy_() is not None
     loss.backward()
     del loss
@@ -139,7 +140,7 @@ def test_nothing_is_kept_longer_than_the_graph() -> None:
     assert of() is None
     with torch.no_grad():
         run(model, torch.randn(TOKENS, IN))
-    assert narrow.last[3]() is None, "no copy where there is no graph"
+    assert narrow.last[2]() is None, "no copy where there is no graph"
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -165,3 +166,70 @@ def test_a_llama_keeps_less_than_with_elements() -> None:
             tokens = torch.arange(24).view(2, 12)
             bytes_of[granularity] = saved_bytes(model, lambda: model(tokens, labels=tokens).loss)  # noqa: B023
     assert bytes_of["column"] < 0.9 * bytes_of["element"]
+
+
+def test_changes_that_torch_does_not_track_are_seen() -> None:
+    """As with elements: a graph that was made before must not lend its copy to a later one."""
+    model = nn.Linear(IN, OUT, bias=False)
+    selection = chosen("column", None, 3, 7, shape=(OUT, IN))
+    with sk.train_only(model, selection) as tuned:
+        (values,) = tuned.parameters()
+        buffer = np.zeros((TOKENS, IN), np.float32)
+        x, losses = torch.from_numpy(buffer), []
+        for i in range(3):
+            buffer[:] = i + 1
+            losses.append(model(x).sum())
+        losses[-1].backward()
+        assert torch.equal(values.grad, torch.full_like(values, 3.0 * TOKENS))
+        values.grad, alive = None, model(x)
+        x.data = torch.full((2 * TOKENS, IN), 2.0)
+        model(x).sum().backward()
+        assert torch.equal(values.grad, torch.full_like(values, 4.0 * TOKENS))
+        del alive
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_a_model_that_moves_afterwards(case: str) -> None:
+    """Trainer and accelerate move it; positions go with it."""
+    model, _, shape = one_layer("linear")
+    granularity, block, positions, _ = LINEAR[case]
+    tuned = sk.train_only(model, chosen(granularity, block, *positions, shape=shape))
+    model.to("meta")
+    model(torch.randn(TOKENS, IN, device="meta")).sum().backward()
+    (values,) = tuned.parameters()
+    assert values.grad.is_meta
+    assert values.grad.shape == values.shape
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
+def test_a_linear_and_a_conv1d_that_are_tied(granularity: str) -> None:
+    encoder, decoder = nn.Linear(IN, OUT, bias=False).double(), Conv1D(IN, OUT).double()
+    decoder.weight = encoder.weight
+    model = nn.Sequential(encoder, decoder)
+    dense, x = copy.deepcopy(model), torch.randn(TOKENS, IN, dtype=torch.float64)
+    dense(x).square().sum().backward()
+    tuned = sk.train_only(model, Selection.random({"0.weight": (OUT, IN)}, 0.1, granularity=granularity))
+    model(x).square().sum().backward()
+    (values,) = tuned.parameters()
+    assert torch.allclose(values.grad, sk.ops.gather(dense[0].weight.grad, tuned.selection["0.weight"]))
+
+
+def test_only_the_bias_of_a_conv1d_and_no_tokens() -> None:
+    model = Conv1D(OUT, IN)
+    sk.train_only(model, Selection({"bias": Index(torch.tensor([1]), (OUT,))}))
+    assert model(torch.zeros(0, IN)).shape == (0, OUT)
+
+
+def test_what_a_cut_block_lacks_is_never_read() -> None:
+    model = nn.Linear(7, 5, bias=False)
+    tuned = sk.train_only(model, Selection.random(model, 1.0, granularity="block", block=(4, 4)))
+    (values,) = tuned.parameters()
+    values.data.normal_()
+    tuned.sync_()
+    version = model.weight._version
+    for _ in range(3):
+        model(torch.randn(2, 7)).sum().backward()
+    assert model.weight._version == version, "the weight is what the values say, and is not written again"
+    assert torch.equal(
+        tuned.delta().changes["weight"].values, sk.ops.gather(model.weight.detach(), tuned.selection["weight"])
+    )

@@ -14,6 +14,7 @@ import math
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Granularity = Literal["element", "row", "column", "block"]
@@ -45,7 +46,7 @@ def tile_of(shape: torch.Size, granularity: Granularity, block: Tile | None) -> 
     if granularity == "column":
         return m, 1
     assert block is not None
-    if len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
+    if not isinstance(block, (tuple, list)) or len(block) != 2 or any(type(x) is not int or x < 1 for x in block):
         raise ValueError(f"block must be the height and width of a unit, two positive integers, got {block!r}")
     return min(block[0], m), min(block[1], n)
 
@@ -79,13 +80,30 @@ def is_cut(shape: torch.Size, tile: Tile) -> bool:
     return any(of and size % of for size, of in zip(matrix_of(shape), tile, strict=True))
 
 
+def places_of(positions: Tensor, shape: torch.Size, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrix of each unit, and which tile it is there, down and across: [K] each."""
+    down, across = tiles_of(shape, tile)
+    unit = positions.long()
+    in_matrix = unit % (down * across)
+    return unit // (down * across), in_matrix // across, in_matrix % across
+
+
 def sizes_of(positions: Tensor, shape: torch.Size, tile: Tile) -> tuple[Tensor, Tensor]:
     """Rows and columns of each unit, [K] each: those of the tile unless it is cut."""
-    down, across = tiles_of(shape, tile)
-    in_matrix = positions.long() % (down * across)
-    i, j = in_matrix // across * tile[0], in_matrix % across * tile[1]
+    _, down, across = places_of(positions, shape, tile)
     m, n = matrix_of(shape)
-    return (m - i).clamp_(max=tile[0]), (n - j).clamp_(max=tile[1])
+    return (m - down * tile[0]).clamp_(max=tile[0]), (n - across * tile[1]).clamp_(max=tile[1])
+
+
+def tiled(x: Tensor, tile: Tile, pad: bool | float = 0) -> Tensor:
+    """A tensor by units, [number of units, height, width]; what is cut off is `pad`."""
+    m, n = matrix_of(x.shape)
+    height, width = tile
+    down, across = tiles_of(x.shape, tile)
+    matrices = x.reshape(math.prod(x.shape[:-2]), m, n)
+    if is_cut(x.shape, tile):
+        matrices = F.pad(matrices, (0, -n % width, 0, -m % height), value=pad)
+    return matrices.view(-1, down, height, across, width).transpose(2, 3).flatten(0, 2)
 
 
 def offsets_of(positions: Tensor, shape: torch.Size, tile: Tile) -> tuple[Tensor, Tensor | None]:
@@ -93,14 +111,14 @@ def offsets_of(positions: Tensor, shape: torch.Size, tile: Tile) -> tuple[Tensor
 
     Where an entry does not exist, its offset is that of the first of its unit.
     """
+    if tuple(tile) == (1, 1):
+        return positions.long(), None
     m, n = matrix_of(shape)
     height, width = tile
-    down, across = tiles_of(shape, tile)
-    unit = positions.long()
-    in_matrix = unit % (down * across)
-    i, j = in_matrix // across * height, in_matrix % across * width
-    first = (unit // (down * across) * m + i) * n + j
-    rows, columns = torch.arange(height, device=unit.device), torch.arange(width, device=unit.device)
+    matrix, i, j = places_of(positions, shape, tile)
+    i, j = i * height, j * width
+    first = (matrix * m + i) * n + j
+    rows, columns = torch.arange(height, device=first.device), torch.arange(width, device=first.device)
     if side_by_side(shape, tile):
         return (first + (rows * n)[:, None]).reshape(-1), None
     inner = (rows * n)[:, None] + columns

@@ -45,7 +45,7 @@ def fish(
             classification_head, qa_outputs or pooler. () for none.
         granularity, block: what is selected of the targets; see `sparsekernels.Index`. The score of a row, column or
             block is the Fisher information of its entries, summed; those that carry most for each entry they cost are
-            selected, the fewest that have k entries.
+            selected, as many as it takes to have k entries.
         max_fisher_bytes: targets are processed in groups whose Fisher diagonals fit in this, each group with its own
             passes over the samples; the best k so far are kept. The result does not depend on it.
         progress: show a progress bar.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..choosing import Units, best_units, unit_scores, unit_sizes, units_for
 from ..common.names import base_parameters, default_head, groups, matching
+from ..common.units import num_units, tile_of
 from ..index import Index
 from ..ops import topk
 from ..scoring.fisher import Labels, zeros_for
@@ -117,17 +118,20 @@ class Search:
             whole += sum(float(total.sum(dtype=torch.float64)) for total in totals.values())
             names = [*kept, *group]
             scores = [kept[name][1] if name in kept else self._scores(totals[name], among[name]) for name in names]
-            befores = [kept[name][0] if name in kept else among[name] or self.all_of(name) for name in names]
+            befores = [kept[name][0] if name in kept else self.index_of(name, among[name]) for name in names]
             for name, before, score, chosen in zip(names, befores, scores, self._best(scores, befores, k), strict=True):
                 kept[name] = before.with_positions(before.positions[chosen]), score.reshape(-1)[chosen]
         carried = sum(float(score.sum(dtype=torch.float64)) for _, score in kept.values())
         return {name: index for name, (index, _) in kept.items() if len(index)}, carried / whole if whole else 0.0
 
-    def all_of(self, name: str) -> Index:
-        """Every unit of a target."""
+    def index_of(self, name: str, index: Index | None) -> Index:
+        """The Index, or every unit of a target."""
+        if index is not None:
+            return index
         parameter = self.model.get_parameter(name)
-        units = Index(torch.empty(0, dtype=torch.int64), parameter.shape, *units_for(parameter.shape, self.units))
-        return units.with_positions(torch.arange(units.num_positions, device=parameter.device))
+        units = units_for(parameter.shape, self.units)
+        count = num_units(parameter.shape, tile_of(parameter.shape, *units))
+        return Index(torch.arange(count, device=parameter.device), parameter.shape, *units)
 
     def _scores(self, total: Tensor, index: Index | None) -> Tensor:
         """One score for each unit."""
@@ -135,7 +139,7 @@ class Search:
             return total
         if index is None:
             return unit_scores(total, self.units, square=False)
-        return index.by_unit(total).reshape(len(index), -1).sum(1)
+        return index.by_unit(total).reshape(len(index), -1).sum(1, dtype=torch.float64)
 
     def _best(self, scores: Sequence[Tensor], indices: Sequence[Index], k: int) -> list[Tensor]:
         """Which of the units of each tensor are among the best, that have k entries together."""
@@ -144,7 +148,7 @@ class Search:
         sizes = [
             unit_sizes(i.shape, self.units, s.device)[i.positions.long()] for i, s in zip(indices, scores, strict=True)
         ]
-        return best_units(scores, sizes, k)
+        return best_units([score / size for score, size in zip(scores, sizes, strict=True)], sizes, k)
 
     def selection(self, chosen: Mapping[str, Index]) -> Selection:
         """The chosen entries, and the head."""

@@ -115,7 +115,7 @@ def ird(
                 }
             )
             bar.update()
-    selection = search.selection({name: index or search.all_of(name) for name, index in among.items()})
+    selection = search.selection({name: search.index_of(name, index) for name, index in among.items()})
     selection.report = {"samples": kept_samples.tolist(), "history": history, "left_out": search.left_out}
     return selection
 

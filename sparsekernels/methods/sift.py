@@ -41,9 +41,9 @@ def sift(
 ) -> Selection:
     """Select, in each target tensor, the share `density` of entries with the largest |gradient|.
 
-    Per tensor: k = min(int(density * numel) + 1, numel), or the fewest rows, columns or blocks, of the largest sums of
-    squares, that have density * numel entries; the gradient is that of the loss summed over the first `num_batches`
-    batches. Weights, gradients, requires_grad and the model's mode do not change. The forward runs in the
+    Per tensor: k = min(int(density * numel) + 1, numel), or as many rows, columns or blocks, of the largest sums of
+    squares, as it takes to have density * numel entries; the gradient is that of the loss summed over the first
+    `num_batches` batches. Weights, gradients, requires_grad and the model's mode do not change. The forward runs in the
     current mode (train or eval); buffers that a forward updates (BatchNorm) are updated.
 
     Args:

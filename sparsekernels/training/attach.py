@@ -120,8 +120,8 @@ def holders_of(model: nn.Module, weights: dict[str, nn.Parameter], slots: Iterab
                 raise ValueError(f"{name!r}: its module already has an attribute {attribute + VALUES!r}")
             if isinstance(module, nn.Embedding) and module.max_norm is not None:
                 raise ValueError(f"{name!r}: an Embedding with max_norm rewrites its weight in forward")
-            plain = (nn.Linear, nn.Embedding, SparseLinear, SparseEmbedding)
-            if type(module) in plain and attribute not in ("weight", "bias"):
+            plain = type(module) in (nn.Linear, nn.Embedding, SparseLinear, SparseEmbedding)
+            if (plain or type(module).__name__ in ("Conv1D", "SparseConv1D")) and attribute not in ("weight", "bias"):
                 raise ValueError(
                     f"{name!r}: the weight is computed from it (weight_norm, pruning); that is not supported"
                 )

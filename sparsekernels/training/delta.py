@@ -38,7 +38,7 @@ class TensorDelta:
     @classmethod
     def of(cls, index: Index, values: Tensor, originals: Tensor) -> TensorDelta:
         """The change from originals to values, on the CPU."""
-        base = "" if _is_whole(index) else fingerprint(originals)
+        base = "" if _is_whole(index) else fingerprint_of(index, originals)
         return cls(index.to("cpu"), values.cpu(), base)
 
 
@@ -163,7 +163,8 @@ class Delta:
         weights = self._checked(model)
         originals = {name: gather(w.detach(), self._index(name, w)) for name, w in weights.items()}
         for name, held in originals.items():
-            if self.changes[name].base and fingerprint(held) != self.changes[name].base:
+            change = self.changes[name]
+            if change.base and fingerprint_of(change.index, held) != change.base:
                 raise ValueError(
                     f"this delta was made for another base: {name!r} has other weights at the selected positions "
                     "(or an overlapping delta is already applied)"
@@ -252,6 +253,13 @@ def _write(
 
 def _is_whole(index: Index) -> bool:
     return index.numel == index.shape.numel()
+
+
+def fingerprint_of(index: Index, originals: Tensor) -> str:
+    """The fingerprint of selected weights; rows of experts count as slices of the first dimension, as in old files."""
+    if index.granularity == "row" and len(index.shape) > 2 and len(index) % max(1, index.shape[1:-1].numel()) == 0:
+        originals = originals.reshape(-1, *index.shape[1:])
+    return fingerprint(originals)
 
 
 def fingerprint(values: Tensor) -> str:

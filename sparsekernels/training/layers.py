@@ -62,11 +62,7 @@ class _Linear(torch.autograd.Function):
         kept = input if kept is None else kept
         ctx.save_for_backward(kept if values_needed else None, weight if input_needed else None, positions)
         ctx.index, ctx.transposed, ctx.slot, ctx.dtype = index, transposed, slot, values.dtype
-        if not transposed:
-            return F.linear(input, weight, bias)
-        flat = _matrix(input)
-        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        return y.view(*input.shape[:-1], weight.shape[1])
+        return F.linear(input, weight.T if transposed else weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -151,24 +147,20 @@ def sparse_linear(module: Any, input: Tensor, *, transposed: bool) -> Tensor:
         bias = _attached(slots["bias"])
     slot = slots.get("weight")
     if slot is None:
-        return (
-            torch.addmm(bias, _matrix(input), weight).view(*input.shape[:-1], -1)
-            if transposed
-            else F.linear(input, weight, bias)
-        )
+        return F.linear(input, weight.T if transposed else weight, bias)
     values, index = slot.sync_()
     kind, kept = input.device.type, None
-    narrow = slot.narrow if torch.is_grad_enabled() and values.requires_grad else None
-    if narrow is not None:
-        index = narrow.index
+    features = None
+    if slot.narrow is not None and torch.is_grad_enabled() and values.requires_grad:
+        features, index = slot.narrow.on(index.positions.device)
     if kind == "meta" or not torch.is_autocast_enabled(kind):
-        if narrow is not None:
-            kept = narrow.features.take(input, input.dtype)
+        if features is not None:
+            kept = features.take(input, input.dtype, slot)
         return _Linear.apply(input, weight, bias, values, kept, index.positions, index, transposed, slot)  # type: ignore[no-any-return]
     # As autocast does for F.linear; cast here so that backward sees the dtypes of forward.
     dtype = torch.get_autocast_dtype(kind)
-    if narrow is not None:
-        kept = narrow.features.take(input, input.dtype if input.dtype == torch.float64 else dtype)
+    if features is not None:
+        kept = features.take(input, input.dtype if input.dtype == torch.float64 else dtype, slot)
     args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
     with torch.autocast(kind, enabled=False):
         return _Linear.apply(*args, values, kept, index.positions, index, transposed, slot)  # type: ignore[no-any-return]

@@ -150,8 +150,8 @@ class Slot:
             before.__dict__.pop(SLOT, None)  # an optimizer that still steps it no longer writes the weight
         self._index, self._originals = index, originals
         self.narrow = None
-        kinds = {kind_of(module) for module, attribute in self.holders if attribute == "weight"}
-        if "linear" in kinds or "conv1d" in kinds:
+        kinds = {kind_of(module) for module, attribute in self.holders if attribute == "weight"} & {"linear", "conv1d"}
+        if len(kinds) == 1:
             self.narrow = narrow_of(index, transposed="conv1d" in kinds)
         if self.narrow is not None:
             self.narrow.share(slot.narrow for slot in self.replicas.slots if slot is not self and slot.narrow)
@@ -237,7 +237,7 @@ class Slot:
         values = self.values
         if values.is_meta:
             return
-        wanted = values.detach().to(self.weight.dtype)
+        wanted = self.index.without_padding(values.detach().to(self.weight.dtype))
         if not torch.equal(as_integers(gather(self.weight.detach(), self.index)), as_integers(wanted)):
             self.write_(wanted)
         self.written, self.pending = values._version, False

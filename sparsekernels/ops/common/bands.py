@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.units import places_of
 from ...index import Index
 
 
@@ -16,8 +17,7 @@ def bands(index: Index, *, across: bool) -> Iterator[tuple[slice, Tensor, Tensor
 
     across: bands of rows, as above; if not, bands of columns, with the rows of their blocks. Waits for a GPU.
     """
-    per_row = -(-index.shape[1] // index.tile[1])
-    places = index.positions.long() // per_row, index.positions.long() % per_row
+    _, *places = places_of(index.positions, index.shape, index.tile)
     own, other = (0, 1) if across else (1, 0)
     for band in places[own].unique().tolist():
         mine = (places[own] == band).nonzero().reshape(-1)

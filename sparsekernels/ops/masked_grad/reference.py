@@ -21,6 +21,7 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, positions: Tensor, ti
     compute = input.to(dtype)
     height = max(1, ROWS_AT_ONCE // tile[0]) * tile[0]  # rows of whole units
     starts = torch.arange(0, m + height, height, device=positions.device) // tile[0] * across
+    starts.clamp_(max=-(-m // tile[0]) * across)  # all of them fit the dtype of positions
     bounds = torch.searchsorted(positions, starts.to(positions.dtype)).tolist()
     parts = []
     for band, (begin, end) in enumerate(pairwise(bounds)):
