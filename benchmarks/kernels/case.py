@@ -145,7 +145,7 @@ class Case:
             )
         for weight, original, index in contender.untouched:
             restored = weight.detach().clone()
-            addressed(restored, index)[positions(index)] = addressed(original, index)[positions(index)]
+            write(restored, index, take(original, index))
             if not torch.equal(restored, original):
                 raise WrongResult(f"{self.name}: {name} changed weights that were not selected; it gets no time")
         return contender, max(errors)
