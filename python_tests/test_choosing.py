@@ -245,6 +245,17 @@ def test_fish_selects_units_by_their_fisher_information(units: str, limit: int) 
 
 
 @pytest.mark.parametrize("units", GRAINS)
+def test_ird_that_keeps_all_samples_selects_what_fish_does(units: str) -> None:
+    """Each iteration ranks what the one before kept, by the same samples: the best of the best are the best."""
+    torch.manual_seed(0)
+    model, samples = Tower(), [{"tokens": ids(8, 5)}]
+    options = {"loss": lambda m, batch: m(batch["tokens"]), "progress": False, **GRAINS[units]}
+    found = sk.methods.ird(model, samples, 0.05, sample_factor=1.0, **options)
+    assert len(found.report["history"]) > 3
+    assert dict(found) == dict(sk.methods.fish(model, samples, 0.05, **options))
+
+
+@pytest.mark.parametrize("units", GRAINS)
 def test_ird_ends_with_units_of_the_budget(units: str) -> None:
     torch.manual_seed(0)
     model = Tower()

@@ -160,8 +160,8 @@ class Selection(Mapping[str, Index]):
             int(density * n) for a density. Deterministic.
 
         Raises:
-            ValueError: neither or both of k and density, either out of range, or NaN in the scores; share_inputs for
-                other units than columns.
+            ValueError: neither or both of k and density, either out of range, or NaN in the scores; a granularity or
+                block that `Index` refuses; share_inputs for other units than columns.
 
         Source: ours; the rule for a density is that of SIFT's code, units and their scores are those of S2FT (Yang et
         al., arXiv 2412.06289) and SMT (He et al., arXiv 2405.15525) but for the sum of squares, which is ours.
@@ -228,7 +228,8 @@ class Selection(Mapping[str, Index]):
             Selection on the CPU. Deterministic for a given seed.
 
         Raises:
-            ValueError: density out of range, or a name that `like` does not have.
+            ValueError: density out of range, a name that `like` does not have, or a granularity or block that `Index`
+                refuses.
 
         Source: random masks, Xu and Zhang, arXiv 2405.02596; units as in `topk`.
 

@@ -107,7 +107,7 @@ class Search:
     ) -> tuple[dict[str, Index], float]:
         """The k entries with the largest Fisher information, and the share of all of it that they carry.
 
-        Of larger units than elements, the fewest that have k entries.
+        Of larger units than elements, as many of the best as it takes to have k entries.
         """
         kept: dict[str, tuple[Index, Tensor]] = {}
         whole = 0.0
