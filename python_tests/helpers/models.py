@@ -73,6 +73,15 @@ def transformer(kind: str) -> nn.Module:
     return cls(config).train()
 
 
+def moe() -> nn.Module:
+    """Three experts in 3-D weights, two for each token; the embedding is tied to the head."""
+    torch.manual_seed(1)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = transformers.Qwen3MoeConfig(**_SMALL, **_LAYERS, **heads, **experts, tie_word_embeddings=True)
+    return transformers.Qwen3MoeForCausalLM(config).train()
+
+
 def full_names(model: nn.Module) -> list[str]:
     """Names of all floating-point parameters, a tied one once."""
     return [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]

@@ -1,9 +1,9 @@
-"""Which parameters the package supports: unsharded ones, in plain memory of one process."""
+"""Which parameters the package supports: those in plain memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ PARTITIONED = "ds_id"  # what DeepSpeed ZeRO-3 sets on every parameter
 def refuse_unsupported(name: str, tensor: Tensor) -> None:
     """Raise ValueError for a parameter that is sharded, quantised or not yet initialised."""
     kind = type(tensor).__name__
-    if kind in ("DTensor", "FlatParameter") or PARTITIONED in tensor.__dict__:
+    if is_dtensor(tensor) or kind == "FlatParameter" or PARTITIONED in tensor.__dict__:
         refuse_sharded(name)
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise ValueError(
@@ -27,12 +27,24 @@ def refuse_unsupported(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has no values yet; run one forward first")
 
 
-def refuse_sharded(name: str) -> NoReturn:
-    """Raise ValueError for a parameter that is sharded."""
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, whose import is slow."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def local_of(tensor: Any) -> Tensor:
+    """What this process holds of a tensor, without its graph."""
+    with torch.no_grad():
+        local: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+    return local.detach()
+
+
+def refuse_sharded(name: str, how: str = "") -> NoReturn:
+    """Raise ValueError for a parameter that is sharded, or that is so in a way that is not supported."""
     raise ValueError(
-        f"{name} is sharded (fully_shard, FSDP, tensor parallelism or DeepSpeed ZeRO-3), which is not supported yet: "
-        "training would not reach the weight. Use one process or DistributedDataParallel, and do not shard the model "
-        "before or after"
+        f"{name} is sharded{how and ' ' + how}, which is not supported: training would not reach the weight. Use "
+        "fully_shard (FSDP2), after train_only and with its default placement, or DistributedDataParallel; FSDP1, "
+        "tensor parallelism and DeepSpeed ZeRO-3 are not supported"
     )
 
 

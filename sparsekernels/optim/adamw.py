@@ -11,7 +11,9 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..selection import Selection
+from ..training import sharding
 from ..training.regroup import reselect_indices
+from ..training.replicas import SHARDED_MODELS
 from ..training.train_only import STEP_HOOKS
 from . import checkpoint, options
 from .amp import GIVEN, NOTHING, Scaling, check_capture, scaling, takes_scaling
@@ -19,6 +21,7 @@ from .batch import Ready, prepared
 from .dense import check_dense, dense_lists, step_dense, step_sparse
 from .group import GroupPlan, checked_indices
 from .interrupts import hold_interrupts, release_interrupts
+from .sharded import check_sharded, step_sharded
 from .state import placed_step
 
 
@@ -261,6 +264,8 @@ class SparseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if SHARDED_MODELS:
+            sharding.link_all()
         ready: list[Ready] = []
         others: list[tuple[dict[str, Any], GroupPlan]] = []
         first = 0
@@ -273,8 +278,10 @@ class SparseAdamW(torch.optim.AdamW):
                 found = prepared(kind, group, plan, scale, self.state)
                 if found is not None:
                     ready.append(found)
-            if plan.dense:
+            if plan.dense or plan.sharded:
                 check_dense(group, plan, self.state)
+                if plan.sharded:
+                    check_sharded(group, plan, self.state)
                 others.append((group, plan))
         # torch's modes, such as that of set_default_device, run Python between the calls of a step.
         modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
@@ -298,6 +305,11 @@ class SparseAdamW(torch.optim.AdamW):
             for (group, plan), dense in zip(others, lists, strict=True):
                 step_sparse(group, plan, self.state)
                 step_dense(group, *dense, scale)
+                if plan.sharded:
+                    step_sharded(group, plan, self.state)
+            sharded = [plan.slots[p] for _, plan in others for p in plan.sharded]
+            if sharded:
+                sharding.write_(sharded)
         finally:
             release_interrupts(held)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..common.supported import is_dtensor
 from ..training.slot import SLOT
 from .state import step_device
 
@@ -34,6 +35,8 @@ def takes_scaling(optimizer: Optimizer) -> bool:
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
+            if is_dtensor(p):  # found_inf is of this rank's gradients; GradScaler asks the others
+                return False
             if SLOT in p.__dict__ or group.get("indices"):
                 step = optimizer.state.get(p, {}).get("step")
                 if (step_device(p, group) if step is None else step.device) != p.device:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.supported import is_dtensor
 from ..index import Index
+from ..training import sharding
 from ..training.slot import SLOT
 from .group import name_of
 from .state import MOMENTS, placed_step, state_dtype
@@ -93,7 +95,9 @@ def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     optimizer.__setstate__({"state": bare.state, "param_groups": loaded})
     for p, master in masters.items():
         p.copy_(master)
-        p.__dict__[SLOT].sync_()
+        if not is_dtensor(p):
+            p.__dict__[SLOT].sync_()
+    sharding.write_([p.__dict__[SLOT] for p in masters if is_dtensor(p)])
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common.supported import refuse_unsupported
+from ..common.supported import is_dtensor, refuse_unsupported
 from ..index import Index
 from ..training.slot import SLOT, Slot
 from .state import MOMENTS, SeenRows, compute_dtype, state_dtype
@@ -24,7 +24,8 @@ class GroupPlan:
         self.amsgrad = group["amsgrad"]
         self.index: dict[Tensor, Index] = dict(zip(params, group.get("indices") or (), strict=False))
         self.slots: dict[Tensor, Slot] = {p: p.__dict__[SLOT] for p in params if SLOT in p.__dict__}
-        self.compact = list(self.slots)
+        self.compact = [p for p in self.slots if not is_dtensor(p)]
+        self.sharded = [p for p in self.slots if is_dtensor(p)]
         self.indexed = list(self.index)
         self.dense = [p for p in params if p not in self.slots and p not in self.index]
         self.kinds = [kind for kind in ("compact", "indexed") if getattr(self, kind)]
@@ -37,7 +38,7 @@ class GroupPlan:
             return False
         if self.ids != list(map(id, group["params"])):
             return False
-        for p in self.compact:  # noqa: SIM110 - a generator is slower
+        for p in self.slots:  # noqa: SIM110 - a generator is slower
             if SLOT not in p.__dict__:
                 return False
         return True

@@ -22,7 +22,7 @@ class Installation:
         self.parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.modules: dict[nn.Module, tuple[type[nn.Module], list[Any]]] = {}
         self.slots: list[Slot] = []
-        self.model, self.replicas, self.watched = model, Replicas(self.slots), False
+        self.model, self.replicas, self.watched = model, Replicas(self.slots, model), False
         # Before the hooks of slots, so that nothing has changed yet when these refuse.
         self.hooks: list[Any] = [part.register_load_state_dict_pre_hook(before_loading) for part in model.modules()]
         model.__dict__[REPLICAS] = self.replicas

@@ -18,6 +18,7 @@ from ..common.names import plain_names
 from ..index import KIND, OLD_KIND, Index, index_of, kind_of
 from ..ops import gather, scatter_
 from ..selection import Selection
+from . import sharding
 from .layers import refuse_train_only
 from .remap import joined
 from .slot import Left, Slot
@@ -87,6 +88,8 @@ class Delta:
     @classmethod
     def from_slots(cls, model: nn.Module, slots: Mapping[str, Slot], left: Mapping[str, Left]) -> Delta:
         """The trained state of a model under train_only; see `SparseModel.delta`."""
+        if sharding.is_sharded(slots.values()):
+            return cls._from_shards(model, slots, left)
         found = {name: (slot.weight, (slot.index, slot.originals)) for name, slot in slots.items()}
         for name, entry in left.items():
             part = joined(found[name][1], entry.part) if name in found else entry.part
@@ -95,6 +98,22 @@ class Delta:
         for name, (weight, (index, originals)) in found.items():
             changes[plain.get(name, name)] = TensorDelta.of(index, gather(weight.detach(), index), originals)
         return cls(changes)
+
+    @classmethod
+    @torch.no_grad()
+    def _from_shards(cls, model: nn.Module, slots: Mapping[str, Slot], left: Mapping[str, Left]) -> Delta:
+        """Of weights that fully_shard cut: each value is gathered, in the dtype of the weight."""
+        if left:
+            raise ValueError(
+                f"delta() under fully_shard cannot read the positions of {next(iter(left))!r} that "
+                "reselect(restore=False) left; take delta() before fully_shard"
+            )
+        plain = plain_names(model)
+        found = {
+            id(slot): TensorDelta.of(slot.index, whole, slot.originals)
+            for slot, whole in sharding.gathered(slots.values(), exact=False)
+        }
+        return cls({plain.get(name, name): found[id(slot)] for name, slot in slots.items()})
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically: `path` never contains a partial file.

@@ -1,17 +1,18 @@
-"""Replicas of a model in DistributedDataParallel: they must train the same positions."""
+"""Replicas of a model in DistributedDataParallel, and its shards: they must train the same positions."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.supported import is_dtensor
 from ..index import Index
 from .narrow import Narrow
 
@@ -26,10 +27,17 @@ class Replicated(Protocol):
     @property
     def index(self) -> Index: ...
 
+    @property
+    def values(self) -> Any: ...
+
+    def is_managed(self) -> bool: ...
+
     def check_compiled(self) -> None: ...
 
 
 KNOWN: WeakValueDictionary[str, Replicas] = WeakValueDictionary()  # by key: torch.compile treats a string as a constant
+
+SHARDED_MODELS: WeakSet[Replicas] = WeakSet()  # those whose forward ran under fully_shard
 
 REPLICAS = "_sparse_replicas"  # where a model under train_only keeps its own
 
@@ -40,8 +48,8 @@ class Replicas:
     Gradients are averaged entry by entry, so entry i must be the same weight in every process.
     """
 
-    def __init__(self, slots: Sequence[Replicated]) -> None:
-        self.slots = slots
+    def __init__(self, slots: Sequence[Replicated], model: nn.Module | None = None) -> None:
+        self.slots, self.model = slots, None if model is None else ref(model)
         self.compared = False
         self.key = str(id(self))
         KNOWN[self.key] = self
@@ -58,9 +66,20 @@ class Replicas:
         ddp = DistributedDataParallel._active_ddp_module
         if ddp is None or self.compared or not torch.is_grad_enabled():
             return
-        mine = {slot.label: fingerprint(slot.index) for slot in self.slots}
-        found: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(ddp.process_group))]
-        dist.all_gather_object(found, mine, group=ddp.process_group)
+        self._compare([ddp.process_group])
+
+    def compare_over(self, mesh: Any) -> None:
+        """As `compare`, once, with the other processes of a device mesh."""
+        if not self.compared:
+            self._compare([mesh.get_group(dim) for dim in range(mesh.ndim)])
+
+    def _compare(self, groups: Sequence[Any]) -> None:
+        """With all processes that are reached through these groups, one after the other."""
+        found: list[dict[str, str]] = [{slot.label: fingerprint(slot.index) for slot in self.slots}]
+        for group in groups:
+            others: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(others, found, group=group)
+            found = [each for other in others for each in other]
         for rank, other in enumerate(found):
             names = [name for name in {**found[0], **other} if found[0].get(name) != other.get(name)]
             if names:
@@ -73,9 +92,15 @@ class Replicas:
 
 def before_forward(model: nn.Module, *_: Any) -> None:
     """A hook of the whole model: in the first batch, some processes may skip a selected layer that others run."""
-    if DistributedDataParallel._active_ddp_module is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return
     replicas: Replicas = model.__dict__[REPLICAS]
+    if DistributedDataParallel._active_ddp_module is None:
+        if not replicas.compared and replicas.slots and replicas.slots[0].is_managed():
+            sharded = [slot.values for slot in replicas.slots if is_dtensor(slot.values)]
+            if sharded:  # else FSDP2 has gathered all of them by now: they are compared in the first step
+                replicas.compare_over(sharded[0].device_mesh)
+        return
     for slot in () if replicas.compared else replicas.slots:
         slot.replicas = replicas  # in a copy of the model each slot has its own
     replicas.compare()

@@ -13,13 +13,13 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.messages import listed, warn
-from ..common.supported import SHARDED, as_integers, refuse_sharded, refuse_unsupported
+from ..common.supported import SHARDED, as_integers, is_dtensor, refuse_sharded, refuse_unsupported
 from ..index import Index
 from ..ops import gather, scatter_
 from ..structure.layers import kind_of
 from .narrow import Narrow, narrow_of
 from .remap import IndexedValues
-from .replicas import Replicas, check_while_tracing
+from .replicas import SHARDED_MODELS, Replicas, check_while_tracing
 
 VALUES = "_values"
 SLOT = "_sparse_slot"
@@ -45,10 +45,10 @@ def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -
         slot = p.__dict__.get(SLOT)
         if slot is None:
             continue
-        if slot.values is not p:
+        if slot.values is not p and (slot.shards is None or slot.shards[0] is not p):
             raise ValueError(
-                f"{slot.label!r}: the optimizer steps a Parameter that the model no longer holds, for example "
-                "after load_state_dict(assign=True); make a new optimizer of SparseModel.parameters()"
+                f"{slot.label!r}: the optimizer steps a Parameter that the model no longer holds, for example after "
+                "fully_shard or load_state_dict(assign=True); make a new optimizer of SparseModel.parameters()"
             )
         slot.trained |= p.grad is not None
         if slot.warned or p.grad is not None or ((slot.trained or states.get(p)) and p.requires_grad):
@@ -62,6 +62,11 @@ def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -
             "out of the selection; or something froze their compact parameters, as peft.get_peft_model does: call "
             "requires_grad_(True) on SparseModel.parameters()."
         )
+
+
+def versions(shard: Any) -> tuple[int, int]:
+    """Of a DTensor and of its local tensor, which count different changes."""
+    return shard._version, shard._local_tensor._version
 
 
 def is_private(values: Tensor) -> bool:
@@ -91,6 +96,8 @@ class Slot:
             their memory; -1 if they share it or have none.
         pending: whether a gradient arrived since. The optimizer step that follows may change values without a new
             version, as DeepSpeed's `values.data.copy_(...)` does.
+        shards: values and weight as FSDP2 keeps them, once found; seen: versions of these values when the weight got
+            them, None if not known; part: what this rank holds (`sharding.Part`).
         replicas: shared by all slots of a model. trained: whether a step saw a gradient. warned: whether a step without
             one was reported.
     """
@@ -105,6 +112,9 @@ class Slot:
         self.owner, self.name = holders[0]
         self.written = -1
         self.pending = self.trained = self.warned = False
+        self.shards: Any = None
+        self.seen: tuple[int, int] | None = None
+        self.part: Any = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -180,11 +190,10 @@ class Slot:
         """Write the values into the weight if they changed since the last call; return values and positions.
 
         Raises:
-            ValueError: the model was sharded meanwhile, or its replicas train other positions.
+            ValueError: the model was sharded in a way that is not supported, or its replicas train other positions.
         """
-        for module, _ in self.holders:
-            if SHARDED in module.__dict__:
-                refuse_sharded(repr(self.label))
+        if self.is_managed():
+            return self._gathered()
         if torch.compiler.is_compiling():
             check_while_tracing(self.replicas.key)
             return self.values, self.index  # SparseAdamW writes; a version number is not part of a graph
@@ -210,11 +219,35 @@ class Slot:
             self.pending = False
         return values, self._index
 
+    def is_managed(self) -> bool:
+        """Whether FSDP manages a module that holds the weight."""
+        for module, _ in self.holders:  # noqa: SIM110 - a generator is slower
+            if SHARDED in module.__dict__:
+                return True
+        return False
+
+    def _gathered(self) -> tuple[nn.Parameter, Index]:
+        """Values and positions under fully_shard. Nothing is written here: weights get their values after each step."""
+        values, weight = (self.owner._parameters.get(self.name + tail) for tail in (VALUES, ""))
+        plain = isinstance(values, nn.Parameter) and isinstance(weight, nn.Parameter)  # FSDP1 has views in their place
+        if values is None or weight is None or not plain or is_dtensor(values) != is_dtensor(weight):
+            refuse_sharded(repr(self.label), "by FSDP1 or in part")
+        if self.seen is not None and self.seen != versions(self.shards[0]):
+            raise ValueError(
+                f"{self.label!r}: its values changed outside of a step; call SparseModel.sync_() in all processes first"
+            )
+        SHARDED_MODELS.add(self.replicas)
+        return values, self.index
+
+    def remember_shard(self) -> None:
+        """The weight has the values of the shard as they are now."""
+        self.seen = None if self.shards is None else versions(self.shards[0])
+
     def check_supported(self) -> None:
         """Raise ValueError if the weight or its values were sharded, or replaced by an unsupported kind of tensor."""
-        for module, _ in self.holders:
-            if SHARDED in module.__dict__:
-                refuse_sharded(repr(self.label))
+        if self.is_managed():
+            self._gathered()
+            return
         for tensor in (self.values, self.weight):
             refuse_unsupported(repr(self.label), tensor)
 
@@ -255,7 +288,10 @@ class Slot:
         found = gather(weight.detach().contiguous(), self._index.to(weight.device)).to(values.dtype)
         if values.is_meta:
             return found
-        found = found.to(values.device)
+        return self.unrounded(values, found.to(values.device))
+
+    def unrounded(self, values: Tensor, found: Tensor) -> Tensor:
+        """Values of a loaded weight; those of now where they round to it."""
         if self.weight.dtype == values.dtype:
             return found
         rounded = values.to(self.weight.dtype).to(values.dtype)
@@ -265,7 +301,8 @@ class Slot:
     def __reduce__(self) -> Any:
         # The values go first, so that the copy of a model has its slots before anything runs. A copy's version
         # starts at 0. A submodule may be copied without the rest of the model.
-        state = {**self.__dict__, "written": -1, "address": -1, "replicas": None}
+        unknown = {"replicas": None, "shards": None, "seen": None, "part": None}
+        state = {**self.__dict__, "written": -1, "address": -1, **unknown}
         return _linked, (self.owner._parameters.get(self.name + VALUES),), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.supported import as_integers
+from ..common.supported import as_integers, is_dtensor, local_of
 from ..index import Index
+from . import sharding
 from .layers import SLOTS, slots_of
 from .slot import VALUES
 
@@ -34,8 +35,8 @@ def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
     for attribute, slot in slots_of(module).items():
         weight = state_dict.get(prefix + attribute)
         found = slot.values.detach()  # if the weight does not fit, torch reports it
-        if weight is not None and weight.shape == slot.index.shape:
-            found = slot.loaded(weight)
+        if weight is not None and weight.shape == slot.index.shape and is_dtensor(weight) == is_dtensor(slot.weight):
+            found = sharding.loaded(slot, weight) if is_dtensor(weight) else slot.loaded(weight)
         if slot.owner is module:
             state_dict.setdefault(prefix + attribute + VALUES, found)
         else:
@@ -67,6 +68,8 @@ def before_loading(
     if module.__dict__.pop(LOADING, None) is errors:
         return
     known = _known(module)
+    counts: dict[str, int] = {}
+    shards: dict[str, Tensor] = {}
     for path, part in module.named_modules(remove_duplicate=False):
         if part is not module:
             part.__dict__[LOADING] = errors
@@ -83,26 +86,33 @@ def before_loading(
                 )
             if loaded.shape != parameter.shape or loaded.is_meta or parameter.is_meta:
                 continue  # torch reports the first; there is nothing to compare in the others
-            count = _changed(parameter.detach(), loaded.detach(), known.get(id(parameter), []))
-            if count:
-                raise ValueError(
-                    f"the state_dict changes {count:,} weights of {name!r} that are not selected, so delta() would "
-                    "miss them and restore() would not be the base: it was trained with another selection or from "
-                    "another base, or is an average of state_dicts, or the model itself changes them. Call "
-                    "train_only with the selection it was trained with (save the Selection with each checkpoint); "
-                    "or restore() the model, load, and call train_only again"
-                )
+            if is_dtensor(parameter) != is_dtensor(loaded):
+                continue  # torch reports it
+            if is_dtensor(parameter):
+                shards[name] = parameter
+            counts[name] = _changed(local_of(parameter), local_of(loaded), known.get(id(parameter), []))
+    counts |= sharding.summed(shards, counts)
+    for name, count in counts.items():
+        if count:
+            raise ValueError(
+                f"the state_dict changes {count:,} weights of {name!r} that are not selected, so delta() would "
+                "miss them and restore() would not be the base: it was trained with another selection or from "
+                "another base, or is an average of state_dicts, or the model itself changes them. Call "
+                "train_only with the selection it was trained with (save the Selection with each checkpoint); "
+                "or restore() the model, load, and call train_only again"
+            )
 
 
 def _known(module: nn.Module) -> dict[int, list[Index]]:
-    """id of a weight -> positions whose originals are kept."""
+    """id of a weight -> positions whose originals are kept, of what this process holds."""
     known: dict[int, list[Index]] = {}
     for part in module.modules():
         for slot in part.__dict__.get(SLOTS, {}).values():
-            known[id(slot.weight)] = [slot.index]
+            known[id(slot.weight)] = [sharding.local_index(slot.weight, slot.index)]
     for part in module.modules():
         for attribute, index in part.__dict__.get(LEFT, {}).items():
-            known.setdefault(id(part._parameters[attribute]), []).append(index)
+            weight: Any = part._parameters[attribute]
+            known.setdefault(id(weight), []).append(sharding.local_index(weight, index))
     return known
 
 

@@ -15,10 +15,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..common.supported import is_dtensor
 from ..selection import Selection
+from . import sharding
 from .attach import Installation, holders_of
 from .delta import Delta
 from .layers import trains_selection
+from .replicas import SHARDED_MODELS
 from .reselect import reselect
 from .slot import SLOT, Left, Slot, compact_copy, warn_untrained
 from .state_hooks import LEFT
@@ -30,13 +33,23 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     """After a step of any torch optimizer, write its result into the weights, so that every reader sees it."""
     if getattr(optimizer, "writes_weights", False):
         return
+    if SHARDED_MODELS:
+        sharding.link_all()
+    sharded = []
     for group in optimizer.param_groups:
         warn_untrained(optimizer.state, group["params"])
         for values in group["params"]:
-            if SLOT in values.__dict__:
-                # Not sync_(): torch's fused steps change parameters without a new version.
-                torch.autograd.graph.increment_version(values)
-                values.__dict__[SLOT].sync_()
+            slot = values.__dict__.get(SLOT)
+            if slot is None:
+                continue
+            if is_dtensor(values):
+                sharded.append(slot)
+                continue
+            # Not sync_(): torch's fused steps change parameters without a new version.
+            torch.autograd.graph.increment_version(values)
+            slot.sync_()
+    if sharded:
+        sharding.write_(sharded)
 
 
 class SparseModel:
@@ -76,9 +89,10 @@ class SparseModel:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name of the weight, compact Parameter) pairs, of index.compact_shape; fp32 (fp64 for fp64)."""
         self.check_in_use()
+        self._link()
         for name, slot in self.slots.items():
             slot.check_supported()
-            yield name, slot.values
+            yield name, slot.values if slot.shards is None else slot.shards[0]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The compact Parameters, to pass to an optimizer."""
@@ -92,7 +106,8 @@ class SparseModel:
         changing values through `.data` (which torch does not track) at any time other than between a backward and the
         next forward, and after changing values by hand before the weight is read directly or by a compiled forward.
 
-        Compares every value with its weight, whether or not torch recorded a change.
+        Compares every value with its weight, whether or not torch recorded a change. Under fully_shard this is a
+        collective call, and writes all values.
 
         Examples:
             >>> model = torch.nn.Linear(2, 1)
@@ -103,8 +118,23 @@ class SparseModel:
             tensor([7.])
         """
         self.check_in_use()
+        self._link()
         for slot in self.slots.values():
-            slot.refresh_()
+            if not slot.is_managed():
+                slot.refresh_()
+        sharding.write_(slot for slot in self.slots.values() if slot.is_managed())
+
+    def _link(self) -> None:
+        """Find the compact Parameters again if fully_shard replaced them."""
+        assert self._found is not None
+        sharding.link(self._found.replicas)
+
+    def _refuse_sharded(self, call: str) -> None:
+        if sharding.is_sharded(self.slots.values()):
+            raise ValueError(
+                f"{call} is not possible under fully_shard, which keeps the compact Parameters; take delta() and apply "
+                "it to a model that is not sharded, or save the state_dict"
+            )
 
     def reselect(
         self, selection: Selection, optimizer: torch.optim.Optimizer | None = None, *, restore: bool = True
@@ -147,12 +177,15 @@ class SparseModel:
             Selection(2 elements of 1 tensors)
         """
         self.check_in_use()
+        self._refuse_sharded("reselect()")
         assert self._found is not None
         self.slots, left = reselect(self._found, self.slots, self.left, selection, optimizer, restore)
         self.leave(left)
 
     def delta(self) -> Delta:
         """Return the trained weights as a `Delta`, the file to ship. The model is not changed.
+
+        Under fully_shard this is a collective call: all processes make it, and each gets the whole Delta.
 
         Examples:
             >>> model = torch.nn.Linear(4, 3)
@@ -166,6 +199,7 @@ class SparseModel:
     def restore(self) -> nn.Module:
         """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
         if self._found is not None:
+            self._refuse_sharded("restore()")
             originals = [(slot, slot.originals) for slot in self.slots.values()]  # raises before anything is written
             for slot, values in originals:
                 slot.write_(values)
@@ -177,6 +211,7 @@ class SparseModel:
     def merge(self) -> nn.Module:
         """Keep the trained weights and give back everything else as it was found. Returns the model."""
         if self._found is not None:
+            self._refuse_sharded("merge()")
             self.sync_()
             self._leave()
         return self.model

@@ -1,0 +1,337 @@
+"""fully_shard (FSDP2) over gloo: several processes on parts of a batch are one process on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import Zoo, ids, moe, transformer
+from processes import in_processes, uses_processes
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import sparsekernels as sk
+from sparsekernels import Index, Selection
+
+STEPS, BATCH, ACCUMULATED = 5, 8, 2
+UNITS: dict[str, dict[str, Any]] = {
+    "element": {},
+    "row": {"granularity": "row"},
+    "column": {"granularity": "column"},
+    "block": {"granularity": "block", "block": (5, 4)},
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "zoo": Zoo,
+    "llama": lambda: transformer("llama"),  # its embedding and head are tied
+    "gpt2": lambda: transformer("gpt2"),
+    "moe": moe,
+}
+
+
+def made(kind: str) -> nn.Module:
+    torch.manual_seed(3)
+    return MODELS[kind]()
+
+
+def selection(model: nn.Module, units: str = "element", seed: int = 1) -> Selection:
+    return Selection.random(model, 0.3, seed=seed, **UNITS[units])
+
+
+def loss_of(run: nn.Module, batch: Tensor) -> Tensor:
+    out = run(batch)
+    return getattr(out, "logits", out).float().square().mean()
+
+
+def train(run: nn.Module, tuned: sk.SparseModel, optimizer: Any, rank: int, world: int, steps: int = STEPS) -> None:
+    """Each rank has its rows of every micro-batch; two of them make a step, whose gradient is clipped."""
+    for step in range(steps):
+        for micro in range(ACCUMULATED):
+            if hasattr(run, "set_requires_gradient_sync"):
+                run.set_requires_gradient_sync(micro == ACCUMULATED - 1)
+            batch = ids(BATCH, 7, seed=10 * step + micro).chunk(world)[rank]
+            (loss_of(run, batch) / ACCUMULATED).backward()
+        torch.nn.utils.clip_grad_norm_(list(tuned.parameters()), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# The gradient of a key's bias is zero but for rounding, which Adam would blow up with a smaller eps.
+ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-6}
+
+
+def optimizer_of(tuned: sk.SparseModel, **options: Any) -> sk.SparseAdamW:
+    return sk.SparseAdamW(tuned.parameters(), **ADAMW, **options)
+
+
+def sharded(model: nn.Module, mesh: Any, **options: Any) -> nn.Module:
+    """Each block by itself, and the rest; of the Zoo also single layers."""
+    inner = getattr(model, "model", getattr(model, "transformer", model))
+    blocks = [model.up, model.conv, model.experts] if isinstance(model, Zoo) else getattr(inner, "layers", None)
+    for block in inner.h if blocks is None else blocks:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {name: getattr(x, "full_tensor", lambda x=x: x)().clone() for name, x in model.state_dict().items()}
+
+
+def fresh(kind: str, mesh: Any, units: str = "element", **options: Any) -> tuple[nn.Module, sk.SparseModel]:
+    """The sharded model, and what is trained of it."""
+    model = made(kind)
+    tuned = sk.train_only(model, selection(model, units))
+    return sharded(model, mesh, **options), tuned
+
+
+def close(found: Tensor, wanted: Tensor, limit: float = 1e-6) -> bool:
+    return bool((found - wanted).abs().max() <= limit * wanted.abs().max())
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor], limit: float = 1e-6) -> None:
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert close(found[name], weight, limit), name
+
+
+# ---- equal to one process
+
+
+def matrix(rank: int, world: int, folder: str) -> None:
+    meshes = {"fsdp": init_device_mesh("cpu", (world,))}
+    if world == 4:
+        meshes["hsdp"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for name, mesh in meshes.items():
+        for kind in MODELS:
+            for units in UNITS:
+                run, tuned = fresh(kind, mesh, units)
+                train(run, tuned, optimizer_of(tuned), rank, world)
+                torch.save(whole(run), f"{folder}/{name}-{kind}-{units}-{rank}.pt")
+
+
+@pytest.mark.compatibility("FSDP", "FSDP2 (`fully_shard`, after `train_only`), also with a 2-D mesh (HSDP)", "works")
+@uses_processes
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_are_one_process(tmp_path: Path, world: int) -> None:
+    """For each kind of unit: accumulation, clipping, decay; unselected weights keep their bits on every rank."""
+    in_processes(matrix, tmp_path, world)
+    for kind in MODELS:
+        before = made(kind).state_dict()
+        for units in UNITS:
+            model = made(kind)
+            tuned = sk.train_only(model, selection(model, units))
+            train(model, tuned, optimizer_of(tuned), 0, 1)
+            masks = {name: index.mask() for name, index in tuned.selection.items()}
+            for mesh in ("fsdp", "hsdp") if world == 4 else ("fsdp",):
+                states = [torch.load(tmp_path / f"{mesh}-{kind}-{units}-{rank}.pt") for rank in range(world)]
+                same(states[0], model.state_dict())
+                for name, weight in states[0].items():
+                    assert all(torch.equal(weight, state[name]) for state in states), (mesh, kind, units, name)
+                    if name in masks:
+                        unselected = ~masks[name]
+                        assert torch.equal(weight[unselected], before[name][unselected]), (mesh, kind, units, name)
+                        assert unselected.all() or not torch.equal(weight, before[name]), (mesh, kind, units, name)
+
+
+# ---- what else is done with a model; each function runs in two processes
+
+
+def other_optimizers(rank: int, world: int, mesh: Any) -> None:
+    """Those of torch write the weights too; options of SparseAdamW; an optimizer of model.parameters()."""
+    results = []
+    for make in (
+        lambda run, tuned: optimizer_of(tuned),
+        lambda run, tuned: torch.optim.AdamW(tuned.parameters(), **ADAMW),
+        lambda run, tuned: sk.SparseAdamW([p for p in run.parameters() if p.requires_grad], **ADAMW),
+        lambda run, tuned: optimizer_of(tuned, fused=True, amsgrad=True),
+        lambda run, tuned: torch.optim.AdamW(tuned.parameters(), **ADAMW, amsgrad=True),
+        lambda run, tuned: optimizer_of(tuned, state_dtype=torch.bfloat16, stochastic_rounding=True),
+    ):
+        run, tuned = fresh("zoo", mesh, "block")
+        train(run, tuned, make(run, tuned), rank, world)
+        results.append(whole(run))
+    for a, b in ((0, 1), (0, 2), (3, 4)):
+        same(results[a], results[b])
+    same(results[5], results[0], 1e-2)
+    assert not torch.equal(results[5]["up.weight"], results[0]["up.weight"])
+
+
+def after_an_evaluation(rank: int, world: int, mesh: Any) -> None:
+    """A forward without backward leaves the outermost weights gathered: a step then writes the shards all the same."""
+    results = []
+    for evaluate in (False, True):
+        run, tuned = fresh("zoo", mesh)
+        optimizer = optimizer_of(tuned)
+        for step in range(2):
+            loss_of(run, ids(BATCH, 7, seed=step)).backward()
+            if evaluate:
+                with torch.no_grad():
+                    run(ids(2, 7))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([run(ids(3, 7)), whole(run)])
+    assert torch.equal(results[0][0], results[1][0])
+    same(results[1][1], results[0][1], 0.0)
+
+
+def states_and_deltas(rank: int, world: int, mesh: Any) -> None:
+    run, tuned = fresh("zoo", mesh, "row")
+    train(run, tuned, optimizer_of(tuned), rank, world)
+    if rank == 0:  # no communication
+        assert run.state_dict().keys() == Zoo().state_dict().keys()
+    state = whole(run)
+    delta = tuned.delta()
+    plain = made("zoo")
+    delta.apply(plain)
+    same(state, plain.state_dict(), 0.0)
+    other, loaded = fresh("zoo", mesh, "row")
+    other.load_state_dict(run.state_dict())
+    for values, wanted in zip(loaded.parameters(), tuned.parameters(), strict=True):
+        assert torch.equal(values.to_local(), wanted.to_local())
+    changed = {name: x.clone() for name, x in run.state_dict().items()}
+    changed["down.weight"].to_local().add_(float(rank))  # on one rank alone
+    before = whole(other)
+    with pytest.raises(ValueError, match=r"changes [\d,]+ weights of 'down.weight' that are not selected"):
+        other.load_state_dict(changed)
+    same(whole(other), before, 0.0)
+
+
+def refusals(rank: int, world: int, mesh: Any) -> None:
+    run, tuned = fresh("zoo", mesh)
+    for call in (tuned.restore, tuned.merge, lambda: tuned.reselect(selection(made("zoo"), seed=2))):
+        with pytest.raises(ValueError, match="not possible under fully_shard"):
+            call()
+    optimizer = optimizer_of(tuned)
+    loss_of(run, ids(2, 7)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        next(tuned.parameters()).add_(1)
+    with pytest.raises(ValueError, match=r"changed outside of a step; call SparseModel.sync_"):
+        run(ids(2, 7))
+    tuned.sync_()
+    run(ids(2, 7))
+    name, index = next(iter(tuned.selection.items()))
+    values = next(tuned.parameters()).full_tensor()
+    assert torch.equal(sk.ops.gather(whole(run)[name], index), values)
+
+    model = made("zoo")
+    tuned = sk.train_only(model, selection(model))
+    early = optimizer_of(tuned)
+    loss_of(sharded(model, mesh), ids(2, 7)).backward()
+    with pytest.raises(ValueError, match="no longer holds, for example after fully_shard"):
+        early.step()
+
+    model = made("zoo")
+    sharded(model, mesh)
+    with pytest.raises(ValueError, match=r"fully_shard .FSDP2., after train_only"):
+        sk.train_only(model, selection(made("zoo")))
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    tuned = sk.train_only(model, selection(model))
+    from torch.distributed.tensor import Shard
+
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    with pytest.raises(ValueError, match=r"'0.weight' is sharded as .*default placement"):
+        list(tuned.parameters())
+
+
+def other_selections(rank: int, world: int, mesh: Any) -> None:
+    """As many positions on each rank, but others: refused in the first forward, or before a step where all is one."""
+    for blocks in (True, False):
+        model = made("zoo")
+        tuned = sk.train_only(model, selection(model, seed=rank))
+        run = sharded(model, mesh) if blocks else fully_shard(model, mesh=mesh)
+        before = whole(run)
+        refusing = pytest.raises(ValueError, match=r"rank 1 trains other positions than rank 0.*broadcast")
+        optimizer = optimizer_of(tuned)
+        if blocks:
+            with refusing:
+                run(ids(2, 7))
+        else:
+            loss_of(run, ids(2, 7)).backward()
+            with refusing:
+                optimizer.step()
+        same(whole(run), before, 0.0)
+
+
+def ranks_without_positions(rank: int, world: int, mesh: Any) -> None:
+    """Rows of one rank alone, a tensor with fewer rows than ranks, and one position in all."""
+    results = []
+    for shard in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(1, 3))
+        rows = Index(torch.arange(2), (8, 4), "row")
+        chosen = {"0.weight": rows, "1.weight": Index(torch.tensor([3]), (1, 8)), "2.bias": Index.full((3,))}
+        tuned = sk.train_only(model, Selection(chosen))
+        run = fully_shard(model, mesh=mesh) if shard else model
+        optimizer = optimizer_of(tuned)
+        for _ in range(3):
+            run(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(whole(run))
+    same(results[1], results[0])
+
+
+def half_precision(rank: int, world: int, mesh: Any) -> None:
+    """bf16 while gathered, by MixedPrecisionPolicy: shards, values and moments stay fp32. Then weights in bf16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for dtype, options in ((torch.float32, {"mp_policy": policy}), (torch.bfloat16, {})):
+        model = made("llama").to(dtype)
+        before = whole(model)
+        tuned = sk.train_only(model, selection(model, "column"))
+        run = sharded(model, mesh, **options)
+        optimizer = optimizer_of(tuned)
+        train(run, tuned, optimizer, rank, world)
+        after = whole(run)
+        for (name, values), index in zip(tuned.named_parameters(), tuned.selection.values(), strict=True):
+            assert values.dtype == optimizer.state[values]["exp_avg"].dtype == torch.float32
+            weight = after[name]
+            assert weight.dtype == dtype
+            assert torch.equal(sk.ops.gather(weight, index), values.full_tensor().to(dtype)), name
+            assert torch.equal(weight[~index.mask()], before[name][~index.mask()]), name
+            moved = (values.full_tensor() - sk.ops.gather(before[name], index).float()).abs().max()
+            assert 1e-3 < moved < 1.2e-2, name  # five steps of 1e-3 at most each, and the decay
+
+
+def checkpointed_blocks(rank: int, world: int, mesh: Any) -> None:
+    """Gradient checkpointing: a block is gathered and run again in backward."""
+    results = []
+    for checkpointing in (False, True):
+        run, tuned = fresh("llama", mesh, "column")
+        if checkpointing:
+            run.gradient_checkpointing_enable({"use_reentrant": False})
+        train(run, tuned, optimizer_of(tuned), rank, world)
+        results.append(whole(run))
+    same(results[1], results[0], 0.0)
+
+
+SCENES = (
+    other_optimizers,
+    after_an_evaluation,
+    states_and_deltas,
+    refusals,
+    other_selections,
+    ranks_without_positions,
+    half_precision,
+    checkpointed_blocks,
+)
+
+
+def scenes(rank: int, world: int, folder: str) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    for scene in SCENES:
+        scene(rank, world, mesh)
+        dist.barrier()
+
+
+@pytest.mark.compatibility("FSDP", "FSDP2 with MixedPrecisionPolicy, gradient checkpointing, bf16 weights", "works")
+@pytest.mark.compatibility("FSDP", "FSDP2 and ranks that train different positions", "refused")
+@pytest.mark.compatibility("FSDP", "FSDP2 before `train_only`", "refused")
+@uses_processes
+def test_two_processes_with_shards(tmp_path: Path) -> None:
+    in_processes(scenes, tmp_path)

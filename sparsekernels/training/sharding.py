@@ -1,0 +1,271 @@
+"""Models under fully_shard (FSDP2): what a rank holds of the selected weights, and how values reach them.
+
+FSDP2 shards, gathers and reduces the compact Parameters like any other: they become DTensors, cut along dimension 0.
+Gradients, optimizer state, clipping and checkpoints need nothing from here. A rank holds other rows of the weights than
+of their values, though: after a step all values are gathered once, many tensors in one collective, and each rank writes
+what lies in its rows. Shards are current at any time, so that state_dict needs no communication.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..common.supported import as_integers, is_dtensor, local_of, refuse_sharded
+from ..index import Index
+from ..ops import gather, scatter_
+from .replicas import SHARDED_MODELS, Replicas
+from .slot import SLOT, Slot
+
+BUCKET = 2**26  # bytes that one collective gathers
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How dimension 0 of a tensor is cut into chunks of equal length, of which the last ones may be short or empty."""
+
+    group: dist.ProcessGroup
+    ranks: int
+    chunk: int
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, tensor: Any, name: str) -> Cut:
+        """How a DTensor is cut. Raises ValueError if it is not as FSDP2 does it."""
+        dims = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+        if len(dims) != 1 or type(tensor.placements[dims[0]]).__name__ != "Shard" or tensor.placements[dims[0]].dim:
+            refuse_sharded(name, f"as {tensor.placements}")
+        mesh, length = tensor.device_mesh, tensor.shape[0]
+        ranks, rank = mesh.size(dims[0]), mesh.get_local_rank(dims[0])
+        chunk = -(-length // ranks)
+        first, last = min(rank * chunk, length), min((rank + 1) * chunk, length)
+        if tensor._local_tensor.shape[0] != last - first:
+            refuse_sharded(name, f"with {tensor._local_tensor.shape[0]} rows here, where chunks have {last - first}")
+        return cls(mesh.get_group(dims[0]), ranks, chunk, first, last)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of one selected tensor.
+
+    Attributes:
+        values: how the compact values are cut.
+        index: the selected positions within this rank's rows of the weight.
+        source: where their values are in the compact tensor: a slice of dimension 0, or flat entries.
+        aligned: whether every rank holds the values of its own rows already.
+    """
+
+    values: Cut
+    index: Index
+    source: slice | Tensor
+    aligned: bool
+
+    def select(self, whole: Tensor) -> Tensor:
+        """The values of `index`, of those of the whole tensor."""
+        return whole[self.source] if isinstance(self.source, slice) else whole.reshape(-1)[self.source]
+
+
+def cut_index(index: Index, first: int, last: int) -> tuple[Index, slice | Tensor]:
+    """The part of a selection that lies in some rows of dimension 0, and where its values are; see `Part`."""
+    shape = torch.Size((last - first, *index.shape[1:]))
+    if index.granularity == "column" and len(index.shape) == 2:
+        return Index.unchecked(index.positions, shape, "column"), slice(first, last)
+    source = None
+    if index.granularity not in ("element", "row"):
+        index, source = index.entries()
+    units = index.num_positions // max(1, index.shape[0])
+    bounds = torch.tensor([first * units, last * units], device=index.positions.device)
+    begin, end = torch.searchsorted(index.positions.long(), bounds).tolist()
+    local = index.with_positions((index.positions[begin:end] - first * units).contiguous(), shape)
+    return local, slice(begin, end) if source is None else source[begin:end]
+
+
+def local_index(weight: Any, index: Index) -> Index:
+    """The part of a selection that lies in what this process holds of its weight."""
+    if not is_dtensor(weight):
+        return index
+    cut = Cut.of(weight, "a weight")
+    return cut_index(index, cut.first, cut.last)[0]
+
+
+def shards_of(slot: Slot) -> tuple[Any, Any]:
+    """Values and weight as FSDP2 keeps them; the module itself holds gathered ones during a forward, and after some."""
+    now = slot.values, slot.weight
+    if slot.shards is None or is_dtensor(now[0]):
+        if not (is_dtensor(now[0]) and is_dtensor(now[1])):
+            refuse_sharded(repr(slot.label), "and gathered now; call reshard() on what fully_shard was given first")
+        slot.shards = now
+    return slot.shards
+
+
+def part_of(slot: Slot) -> Part:
+    """What this rank holds of a slot, worked out once for a device."""
+    values, weight = shards_of(slot)
+    if slot.part is None or slot.part.index.positions.device != weight.device:
+        cut = Cut.of(weight, repr(slot.label))
+        index, source = cut_index(slot.index, cut.first, cut.last)
+        whole_rows = slot.index.granularity == "row" and len(slot.index) == slot.index.shape[0]
+        aligned = whole_rows or (slot.index.granularity == "column" and len(slot.index.shape) == 2)
+        slot.part = Part(Cut.of(values, repr(slot.label)), index, source, aligned)
+    return slot.part
+
+
+def is_sharded(slots: Iterable[Slot]) -> bool:
+    """Whether fully_shard manages one of them."""
+    return any(slot.is_managed() for slot in slots)
+
+
+def link_all() -> None:
+    """Let optimizers find the slots of every model that ran a forward under fully_shard; see `link`."""
+    for replicas in list(SHARDED_MODELS):
+        link(replicas)
+
+
+def link(replicas: Replicas) -> None:
+    """Let optimizers find the slots: fully_shard put new Parameters in the place of the compact ones.
+
+    Raises:
+        ValueError: sharded in a way that is not supported.
+    """
+    slots: Sequence[Any] = replicas.slots
+    managed = [slot for slot in slots if slot.is_managed()]
+    if all(slot.shards is not None and SLOT in slot.shards[0].__dict__ for slot in managed):
+        return
+    if not all(is_dtensor(slot.values) for slot in managed):
+        _reshard(replicas)
+    for slot in managed:
+        part_of(slot)
+    for slot in managed:
+        shards_of(slot)[0].__dict__[SLOT] = slot
+        slot.remember_shard()
+
+
+def _reshard(replicas: Replicas) -> None:
+    """Let modules hold shards again: the outermost ones do not after a forward without a backward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    model = replicas.model() if replicas.model is not None else None
+    for module in [] if model is None else model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def compare(slots: Iterable[Slot]) -> None:
+    """Raise ValueError, in all processes, if another one trains other positions. A collective call, the first time."""
+    for slot in slots:
+        if not slot.replicas.compared:
+            slot.replicas.compare_over(shards_of(slot)[0].device_mesh)
+
+
+def gathered(slots: Iterable[Slot], exact: bool) -> Iterator[tuple[Slot, Tensor]]:
+    """The values of each slot, whole, in its compact shape: in their own dtype if `exact`, else in the weight's.
+
+    A collective call: every rank passes the same slots, in the same order.
+    """
+    kinds: dict[Any, list[Slot]] = {}
+    for slot in slots:
+        values, weight = shards_of(slot)
+        dtype = values.dtype if exact else weight.dtype
+        kinds.setdefault((part_of(slot).values.group, dtype, values.device), []).append(slot)
+    for (_, dtype, _), members in kinds.items():
+        bucket: list[Slot] = []
+        for slot in members:
+            bucket.append(slot)
+            if sum(shards_of(each)[0].numel() for each in bucket) * dtype.itemsize >= BUCKET:
+                yield from _gather(bucket, dtype)
+                bucket = []
+        if bucket:
+            yield from _gather(bucket, dtype)
+
+
+def _gather(slots: list[Slot], dtype: torch.dtype) -> Iterator[tuple[Slot, Tensor]]:
+    shards = [shards_of(slot)[0] for slot in slots]
+    cuts = [part_of(slot).values for slot in slots]
+    lengths = [cut.chunk * math.prod(shard.shape[1:]) for cut, shard in zip(cuts, shards, strict=True)]
+    mine = torch.zeros(sum(lengths), dtype=dtype, device=shards[0].device)
+    for shard, room in zip(shards, mine.split(lengths), strict=True):
+        local = local_of(shard).reshape(-1)
+        room[: len(local)] = local
+    everything = mine.new_empty(cuts[0].ranks * len(mine))
+    _all_gather(everything, mine, group=cuts[0].group)
+    for slot, shard, found in zip(slots, shards, everything.view(cuts[0].ranks, -1).split(lengths, 1), strict=True):
+        yield slot, found.reshape(-1)[: shard.numel()].view(shard.shape)
+
+
+@torch.no_grad()
+def write_(slots: Iterable[Slot]) -> None:
+    """Write values into the weights: each rank into its own rows. A collective call with the same slots on each rank.
+
+    A module may hold its weight gathered, after a forward without a backward: that copy is written too.
+
+    Raises:
+        ValueError: the ranks train other positions.
+    """
+    slots = list(slots)
+    compare(slots)
+    apart = []
+    for slot in slots:
+        values, weight = shards_of(slot)
+        if part_of(slot).aligned and is_dtensor(slot.weight):
+            _write(local_of(weight), part_of(slot).index, local_of(values))
+        else:
+            apart.append(slot)
+    for slot, whole in gathered(apart, exact=False):
+        part = part_of(slot)
+        _write(local_of(shards_of(slot)[1]), part.index, part.select(whole))
+        if not is_dtensor(slot.weight):
+            _write(slot.weight.detach(), slot.index, whole)
+    for slot in slots:
+        slot.remember_shard()
+
+
+def _write(weight: Tensor, index: Index, values: Tensor) -> None:
+    if len(index) and values.numel():
+        scatter_(weight, index, values.contiguous())
+
+
+@torch.no_grad()
+def loaded(slot: Slot, weight: Any) -> Tensor:
+    """As `Slot.loaded`, of a DTensor cut as the weight is. A collective call."""
+    from torch.distributed.tensor import DTensor
+
+    part, (values, own) = part_of(slot), shards_of(slot)
+    if weight.placements != own.placements:
+        refuse_sharded(repr(slot.label), f"as {own.placements}, its state as {weight.placements}")
+    found = gather(local_of(weight).contiguous(), part.index).to(values.dtype)
+    whole = torch.zeros(values.shape, dtype=values.dtype, device=found.device)
+    if isinstance(part.source, slice):
+        whole[part.source] = found.view(whole[part.source].shape)
+    else:
+        whole.view(-1)[part.source] = found
+    bits = as_integers(whole)  # each entry has one owner, so the sum of all keeps its bits
+    dist.all_reduce(bits, group=part.values.group)
+    mine = bits.view(values.dtype)[part.values.first : part.values.last]
+    slot.seen = None  # torch writes the values next
+    kept = slot.unrounded(local_of(values), mine)
+    return DTensor.from_local(
+        kept, values.device_mesh, values.placements, run_check=False, shape=values.shape, stride=values.stride()
+    )
+
+
+def summed(shards: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts of what each process found in its shard, added up over the processes that share a DTensor."""
+    kinds: dict[Any, list[str]] = {}
+    for name, shard in shards.items():
+        kinds.setdefault((shard.device_mesh, shard.placements), []).append(name)
+    found: dict[str, int] = {}
+    for (mesh, placements), names in kinds.items():
+        total = torch.tensor([counts[name] for name in names], device=shards[names[0]].device)
+        for dim, placement in enumerate(placements):
+            if not placement.is_replicate():
+                dist.all_reduce(total, group=mesh.get_group(dim))
+        found |= dict(zip(names, total.tolist(), strict=True))
+    return found
