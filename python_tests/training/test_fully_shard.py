@@ -12,8 +12,9 @@ import torch.distributed as dist
 from models import Zoo, ids, moe, transformer
 from processes import in_processes, uses_processes
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
@@ -81,9 +82,11 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(x, "full_tensor", lambda x=x: x)().clone() for name, x in model.state_dict().items()}
 
 
-def fresh(kind: str, mesh: Any, units: str = "element", **options: Any) -> tuple[nn.Module, sk.SparseModel]:
+def fresh(
+    kind: str, mesh: Any, units: str = "element", dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, sk.SparseModel]:
     """The sharded model, and what is trained of it."""
-    model = made(kind)
+    model = made(kind).to(dtype)
     tuned = sk.train_only(model, selection(model, units))
     return sharded(model, mesh, **options), tuned
 
@@ -298,16 +301,58 @@ def half_precision(rank: int, world: int, mesh: Any) -> None:
             assert 1e-3 < moved < 1.2e-2, name  # five steps of 1e-3 at most each, and the decay
 
 
-def checkpointed_blocks(rank: int, world: int, mesh: Any) -> None:
-    """Gradient checkpointing: a block is gathered and run again in backward."""
+def ways_to_run(rank: int, world: int, mesh: Any) -> None:
+    """Gradient checkpointing, where a block is gathered and run again in backward; compiled; with offloaded shards."""
     results = []
-    for checkpointing in (False, True):
-        run, tuned = fresh("llama", mesh, "column")
-        if checkpointing:
-            run.gradient_checkpointing_enable({"use_reentrant": False})
+    for way in ("plain", "checkpointed", "gathered", "offloaded", "compiled"):
+        model = made("llama")
+        tuned = sk.train_only(model, selection(model, "column"))
+        options: dict[str, Any] = {"reshard_after_forward": way != "gathered"}
+        if way == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if way == "offloaded":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+        for block in model.model.layers if way == "compiled" else ():
+            block.compile(backend="aot_eager")
+        run = sharded(model, mesh, **options)
         train(run, tuned, optimizer_of(tuned), rank, world)
         results.append(whole(run))
-    same(results[1], results[0], 0.0)
+    for other in results[1:-1]:
+        same(other, results[0], 0.0)
+    same(results[-1], results[0])
+
+
+def meta_device(rank: int, world: int, mesh: Any) -> None:
+    """A model too large for one process: made without memory, sharded, then loaded from one rank or from all."""
+    run, tuned = fresh("zoo", mesh)
+    base = whole(run)
+    train(run, tuned, optimizer_of(tuned), rank, world)
+    trained = whole(run)
+    for from_one in (False, True):
+        with torch.device("meta"):
+            model = Zoo()
+        tuned = sk.train_only(model, selection(made("zoo")))
+        run = sharded(model, mesh)
+        run.to_empty(device="cpu")
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_one)
+        set_model_state_dict(run, {} if from_one and rank else dict(base), options=options)
+        train(run, tuned, optimizer_of(tuned), rank, world)
+        same(whole(run), trained, 0.0)
+
+
+def skipped_steps(rank: int, world: int, mesh: Any) -> None:
+    """GradScaler: a gradient that is infinite on one rank skips the step on all of them."""
+    run, tuned = fresh("zoo", mesh)
+    optimizer, scaler = optimizer_of(tuned), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        before = whole(run)
+        loss = loss_of(run, ids(4, 7, seed=step)) * (float("inf") if step == rank == 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(whole(run)["up.weight"], before["up.weight"]) == (step == 1)
+    assert scaler.get_scale() == 512.0
 
 
 SCENES = (
@@ -318,7 +363,9 @@ SCENES = (
     other_selections,
     ranks_without_positions,
     half_precision,
-    checkpointed_blocks,
+    ways_to_run,
+    meta_device,
+    skipped_steps,
 )
 
 
@@ -329,7 +376,9 @@ def scenes(rank: int, world: int, folder: str) -> None:
         dist.barrier()
 
 
-@pytest.mark.compatibility("FSDP", "FSDP2 with MixedPrecisionPolicy, gradient checkpointing, bf16 weights", "works")
+@pytest.mark.compatibility("FSDP", "FSDP2 with MixedPrecisionPolicy, CPUOffloadPolicy, bf16 weights", "works")
+@pytest.mark.compatibility("FSDP", "FSDP2 with gradient checkpointing, compiled blocks, GradScaler", "works")
+@pytest.mark.compatibility("FSDP", "FSDP2 of a model on the meta device, loaded afterwards", "works")
 @pytest.mark.compatibility("FSDP", "FSDP2 and ranks that train different positions", "refused")
 @pytest.mark.compatibility("FSDP", "FSDP2 before `train_only`", "refused")
 @uses_processes

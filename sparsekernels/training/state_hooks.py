@@ -38,7 +38,8 @@ def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         if weight is not None and weight.shape == slot.index.shape and is_dtensor(weight) == is_dtensor(slot.weight):
             found = sharding.loaded(slot, weight) if is_dtensor(weight) else slot.loaded(weight)
         if slot.owner is module:
-            state_dict.setdefault(prefix + attribute + VALUES, found)
+            # Also where there are some: set_model_state_dict puts those of now into a dict that has none.
+            state_dict[prefix + attribute + VALUES] = found
         else:
             with torch.no_grad():
                 slot.values.copy_(found)
