@@ -34,7 +34,6 @@ UNTESTED = (
     ("accelerate", "its DeepSpeed and FSDP plugins"),
     ("DeepSpeed", "the library itself, ZeRO-1 and ZeRO-2"),
     ("DistributedDataParallel", "on GPUs, with NCCL"),
-    ("Pipeline parallelism", "stages of one model in several processes"),
     ("bitsandbytes, torchao", "their quantised layers"),
     ("PyTorch Lightning", "its Trainer"),
 )

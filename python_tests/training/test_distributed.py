@@ -154,6 +154,41 @@ def test_broadcast_needs_processes() -> None:
         selection(model()).broadcast()
 
 
+def pipelined(rank: int, world: int, folder: str) -> None:
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    whole = model()
+    part = whole[:2] if rank == 0 else whole[2:]
+    tuned = sk.train_only(part, Selection.random(part, 0.3, seed=rank))
+    stage = PipelineStage(part, rank, world, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda out, _: out.square().sum())
+    optimizer = sk.SparseAdamW(tuned.parameters(), lr=0.05, weight_decay=0.1)
+    for step in range(STEPS):
+        schedule.step(*([inputs(step)] if rank == 0 else []), target=torch.zeros(BATCH) if rank else None)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(part.state_dict(), f"{folder}/stage{rank}.pt")
+
+
+@pytest.mark.compatibility("Pipeline parallelism", "stages in two processes, each with its own selection", "works")
+@uses_processes
+def test_stages_of_a_pipeline(tmp_path: Path) -> None:
+    in_processes(pipelined, tmp_path)
+    whole = model()
+    stages = whole[:2], whole[2:]
+    tuned = [sk.train_only(part, Selection.random(part, 0.3, seed=rank)) for rank, part in enumerate(stages)]
+    optimizer = sk.SparseAdamW([p for each in tuned for p in each.parameters()], lr=0.05, weight_decay=0.1)
+    for step in range(STEPS):
+        for micro in inputs(step).chunk(2):
+            (whole(micro).square().sum() / 2).backward()  # a schedule averages over the micro-batches
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank, part in enumerate(stages):
+        found = torch.load(tmp_path / f"stage{rank}.pt")
+        for key, value in part.state_dict().items():
+            assert torch.allclose(found[key], value, rtol=1e-6, atol=1e-7), key
+
+
 def gated_work(rank: int, world: int, folder: str) -> None:
     torch.manual_seed(3)
     net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.supported import as_integers, is_dtensor, local_of, refuse_sharded
 from ..index import Index
@@ -139,8 +139,9 @@ def link(replicas: Replicas) -> None:
     managed = [slot for slot in slots if slot.is_managed()]
     if all(slot.shards is not None and SLOT in slot.shards[0].__dict__ for slot in managed):
         return
-    if not all(is_dtensor(slot.values) for slot in managed):
-        _reshard(replicas)
+    model = replicas.model() if replicas.model is not None else None
+    if model is not None:
+        reshard(model, managed)
     for slot in managed:
         part_of(slot)
     for slot in managed:
@@ -148,12 +149,13 @@ def link(replicas: Replicas) -> None:
         slot.remember_shard()
 
 
-def _reshard(replicas: Replicas) -> None:
+def reshard(model: nn.Module, slots: Iterable[Slot]) -> None:
     """Let modules hold shards again: the outermost ones do not after a forward without a backward."""
+    if all(is_dtensor(slot.values) for slot in slots):
+        return
     from torch.distributed.fsdp import FSDPModule
 
-    model = replicas.model() if replicas.model is not None else None
-    for module in [] if model is None else model.modules():
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 

@@ -68,6 +68,8 @@ def before_loading(
     """
     if module.__dict__.pop(LOADING, None) is errors:
         return
+    slots = [slot for part in module.modules() for slot in part.__dict__.get(SLOTS, {}).values()]
+    sharding.reshard(module, [slot for slot in slots if slot.is_managed()])
     known = _known(module)
     counts: dict[str, int] = {}
     shards: dict[str, Tensor] = {}
