@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from .common.shards import Cut
+from .common.supported import is_dtensor, local_of
 from .common.units import Granularity, Tile, is_cut, num_units, sizes_of, tile_of, tiled
 from .index import Index
 
@@ -52,11 +57,34 @@ def units_for(shape: torch.Size, units: Units) -> Units:
 
 
 def unit_scores(scores: Tensor, units: Units, *, square: bool) -> Tensor:
-    """The sum of the scores, or of their squares, in each unit: [number of units], fp64."""
+    """The sum of the scores, or of their squares, in each unit: [number of units], fp64.
+
+    Of a DTensor cut along dimension 0 this is a collective call, with the same result on every rank.
+    """
+    if is_dtensor(scores):
+        return _scores_over_ranks(scores, units, square)
     each = tiled(scores.detach(), tile_of(scores.shape, *units_for(scores.shape, units)))
     if square:
         return torch.linalg.vector_norm(each, dim=(1, 2), dtype=torch.float64).square()
     return each.sum((1, 2), dtype=torch.float64)
+
+
+def _scores_over_ranks(scores: Any, units: Units, square: bool) -> Tensor:
+    """Each rank adds up its rows; units that are cut between ranks get their sums from several."""
+    cut, shape = Cut.of(scores, "a score"), scores.shape
+    units, local = units_for(shape, units), local_of(scores)
+    total = torch.zeros(num_units(shape, tile_of(shape, *units)), dtype=torch.float64, device=local.device)
+    if len(shape) == 2 and units[0] == "block":
+        height, width = tile_of(shape, *units)
+        begin = cut.first // height * -(-shape[1] // width)
+        local, units = F.pad(local, (0, 0, cut.first % height, 0)), ("block", (height, width))
+    else:
+        begin = 0 if len(shape) == 2 and units[0] == "column" else cut.first * (len(total) // max(1, shape[0]))
+    if local.numel():
+        mine = unit_scores(local, units, square=square)
+        total[begin : begin + len(mine)] = mine
+    dist.all_reduce(total, group=cut.group)
+    return total
 
 
 def unit_sizes(shape: torch.Size, units: Units, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..common.shards import Cut
 from ..common.supported import as_integers, is_dtensor, local_of, refuse_sharded
 from ..index import Index
 from ..ops import gather, scatter_
@@ -24,32 +25,6 @@ from .replicas import SHARDED_MODELS, Replicas
 from .slot import SLOT, Slot
 
 BUCKET = 2**26  # bytes that one collective gathers
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How dimension 0 of a tensor is cut into chunks of equal length, of which the last ones may be short or empty."""
-
-    group: dist.ProcessGroup
-    ranks: int
-    chunk: int
-    first: int
-    last: int
-
-    @classmethod
-    def of(cls, tensor: Any, name: str) -> Cut:
-        """How a DTensor is cut. Raises ValueError if it is not as FSDP2 does it."""
-        dims = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-        if len(dims) != 1 or type(tensor.placements[dims[0]]).__name__ != "Shard" or tensor.placements[dims[0]].dim:
-            refuse_sharded(name, f"as {tensor.placements}")
-        mesh, length = tensor.device_mesh, tensor.shape[0]
-        ranks, rank = mesh.size(dims[0]), mesh.get_local_rank(dims[0])
-        chunk = -(-length // ranks)
-        first, last = min(rank * chunk, length), min((rank + 1) * chunk, length)
-        if tensor._local_tensor.shape[0] != last - first:
-            refuse_sharded(name, f"with {tensor._local_tensor.shape[0]} rows here, where chunks have {last - first}")
-        return cls(mesh.get_group(dims[0]), ranks, chunk, first, last)
 
 
 @dataclass(frozen=True)
@@ -196,9 +171,7 @@ def _gather(slots: list[Slot], dtype: torch.dtype) -> Iterator[tuple[Slot, Tenso
     for shard, room in zip(shards, mine.split(lengths), strict=True):
         local = local_of(shard).reshape(-1)
         room[: len(local)] = local
-    everything = mine.new_empty(cuts[0].ranks * len(mine))
-    _all_gather(everything, mine, group=cuts[0].group)
-    for slot, shard, found in zip(slots, shards, everything.view(cuts[0].ranks, -1).split(lengths, 1), strict=True):
+    for slot, shard, found in zip(slots, shards, cuts[0].gather(mine).split(lengths, 1), strict=True):
         yield slot, found.reshape(-1)[: shard.numel()].view(shard.shape)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ...common.supported import is_dtensor
 from ..backend import Backend, select
 
 
@@ -15,7 +16,9 @@ def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: 
     Equivalent to a stable descending sort of `torch.cat([s.reshape(-1) for s in scores])`, cut at k.
 
     Args:
-        scores: tensors of one dtype (fp32, fp64, bf16, fp16) on one device, any shapes; not changed.
+        scores: tensors of one dtype (fp32, fp64, bf16, fp16) on one device, any shapes; not changed. Or DTensors of one
+            mesh, cut along dimension 0, such as gradients under fully_shard: a collective call then, with the same
+            result on every rank.
         k: between 1 and the number of entries of all tensors together.
         magnitude: compare absolute values; no copy of them is made.
 
@@ -55,6 +58,12 @@ def topk(scores: Sequence[Tensor], k: int, *, magnitude: bool = False, backend: 
     total = sum(score.numel() for score in scores)
     if not 1 <= k <= total:
         raise ValueError(f"k must lie in [1, {total}], got {k}")
+    if any(is_dtensor(score) for score in scores):
+        if not all(is_dtensor(score) for score in scores):
+            raise ValueError("scores must be DTensors, all of them or none")
+        from .over_ranks import topk_over_ranks
+
+        return topk_over_ranks(scores, k, magnitude)
     run = select("topk", first.device.type, backend)
     try:
         positions, counts = run([score.contiguous() for score in scores], k, magnitude)
