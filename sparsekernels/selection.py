@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .choosing import choose_units, count_for, unit_scores, units_for
 from .common.files import check_names, described, load_tensors, reading, save_tensors
 from .common.names import own_names
-from .common.supported import is_dtensor, refuse_unsupported_of
+from .common.supported import holds_nan, refuse_unsupported_of
 from .common.units import Granularity, Tile, tile_of
 from .index import KIND, OLD_KIND, Index, index_of, kind_of
 
@@ -370,6 +370,5 @@ class Selection(Mapping[str, Index]):
 
 def _refuse_nan(scores: Mapping[str, Tensor]) -> None:
     for name, x in scores.items():
-        found: Any = x.isnan().any()
-        if bool(found.full_tensor() if is_dtensor(found) else found):
+        if holds_nan(x):
             raise ValueError(f"scores[{name!r}] holds NaN")

@@ -32,11 +32,23 @@ def is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard (FSDP2) manages the model; FSDP1 has no DTensors."""
+    managed = any(SHARDED in module.__dict__ for module in model.modules())
+    return managed and any(is_dtensor(p) for p in model.parameters())
+
+
 def local_of(tensor: Any) -> Tensor:
     """What this process holds of a tensor, without its graph."""
     with torch.no_grad():
         local: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return local.detach()
+
+
+def holds_nan(tensor: Tensor) -> bool:
+    """Whether any entry is NaN; of a DTensor, on any rank: a collective call."""
+    found: Any = tensor.isnan().any()
+    return bool(found.full_tensor() if is_dtensor(found) else found)
 
 
 def refuse_sharded(name: str, how: str = "") -> NoReturn:

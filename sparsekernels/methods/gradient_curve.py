@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from ..common.shards import Cut
+from ..common.supported import is_dtensor, local_of
 
 SHARES = tuple(10 ** (-4 + i / 8) for i in range(33))  # 0.01 % to 100 %, eight points a decade
 
@@ -29,11 +33,15 @@ class GradientCurve:
     def add(self, grad: Tensor) -> None:
         count = torch.zeros(self.BUCKETS, dtype=torch.float64, device=grad.device)
         energy = torch.zeros_like(count)
-        for part in grad.reshape(-1).split(CURVE_CHUNK):
+        for part in local_of(grad).reshape(-1).split(CURVE_CHUNK):
             magnitude = part.float().abs()
             bucket = magnitude.view(torch.int32) >> 16
             count += torch.bincount(bucket, minlength=self.BUCKETS)
             energy += torch.bincount(bucket, magnitude.double().square_(), minlength=self.BUCKETS)
+        if is_dtensor(grad):
+            group = Cut.of(grad, "a gradient").group
+            for each in (count, energy):
+                dist.all_reduce(each, group=group)
         occupied = count.nonzero().squeeze(1).flip(0)
         self._counts.append(count[occupied].cpu())
         self._energy.append(energy[occupied].cpu())

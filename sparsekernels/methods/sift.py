@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..choosing import choose_units, count_for, unit_scores
 from ..common.names import default_head, default_targets, groups, matching
-from ..common.supported import refuse_unsupported_of
+from ..common.supported import holds_nan, is_fully_sharded, refuse_unsupported_of
 from ..common.units import Granularity, Tile, tile_of
 from ..index import Index
 from ..scoring.eval_mode import only_trainable
@@ -47,7 +47,9 @@ def sift(
     current mode (train or eval); buffers that a forward updates (BatchNorm) are updated.
 
     Args:
-        model: any torch model.
+        model: any torch model; one under fully_shard must be all trainable. This is a collective call then: each rank
+            gives its own batches, and all get the same Selection. What is used outside its module's forward is not
+            noticed there.
         batches: batches in Hugging Face form (mappings of tensors with labels), or whatever `loss` accepts. Tensors in
             mappings are moved to the model's device.
         density: share of each target, in (0, 1].
@@ -101,7 +103,9 @@ def sift(
     chosen = [name for name in chosen if name not in set(dense)]
     if not chosen:
         raise ValueError("targets: the model has no weights in numbered blocks; pass targets")
-    refuse_unsupported_of(model, [*chosen, *dense])
+    sharded = is_fully_sharded(model)
+    if not sharded:
+        refuse_unsupported_of(model, [*chosen, *dense])
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
     first = list(itertools.islice(batches, num_batches))
@@ -116,7 +120,7 @@ def sift(
     def take(name: str, grad: Tensor) -> None:
         if granularity == "element":
             found.update(Selection.topk({name: grad}, density=density, magnitude=True))
-        elif bool(grad.isnan().any()):
+        elif holds_nan(grad):
             raise ValueError(f"the gradient of {name!r} holds NaN")
         else:
             scores[name] = unit_scores(grad, (granularity, block), square=True)
@@ -124,9 +128,14 @@ def sift(
         bar.update()
 
     with tqdm(total=len(chosen), desc="SIFT: selecting", unit="tensor", disable=not progress, leave=False) as bar:
-        for group in (
-            groups({name: names[name].nbytes for name in chosen}, max_gradient_bytes) if num_batches > 1 else [chosen]
-        ):
+        if sharded:
+            _sharded_gradients(model, {name: names[name] for name in chosen}, first, loss or default_loss, take)
+            parts: Iterable[list[str]] = ()
+        elif num_batches > 1:
+            parts = groups({name: names[name].nbytes for name in chosen}, max_gradient_bytes)
+        else:
+            parts = [chosen]
+        for group in parts:
             outside |= _gradients(model, {name: names[name] for name in group}, first, loss or default_loss, take)
     shapes = {name: names[name].shape for name in scores}
     found |= choose_units(shapes, scores, (granularity, block), density=density, share_inputs=share_inputs)
@@ -143,6 +152,31 @@ def sift(
     )
     selection.report = {"curve": curve.points(SHARES), "left_out": left_out}
     return selection
+
+
+def _sharded_gradients(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: list[Any],
+    loss: Loss,
+    take: Callable[[str, Tensor], None],
+) -> None:
+    """Call take(name, gradient) for each parameter of a model under fully_shard: the mean over ranks, a DTensor."""
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"{frozen[0]!r} is frozen: under fully_shard sift needs a model that is all trainable")
+    before = [(p, p.grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.grad = None
+        for batch in batches:
+            loss(model, batch).backward()
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                take(name, parameter.grad)
+    finally:
+        for p, grad in before:
+            p.grad = grad
 
 
 def _gradients(
