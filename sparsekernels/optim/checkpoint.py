@@ -106,6 +106,11 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
     """Raise ValueError for saved state that does not belong to this parameter at these positions."""
     if "step" not in entry:
         raise ValueError(f"{name}: its saved state has no 'step'; this is not a state_dict of AdamW")
+    if index is None and POSITIONS in entry:
+        raise ValueError(
+            f"{name}: the state_dict was made for selected positions, and this Parameter has none; make the optimizer of "
+            "SparseModel.parameters(), under fully_shard after it, or pass the Selection's param_groups"
+        )
     shape = index.compact_shape if index is not None else p.shape
     step_counts = torch.as_tensor(entry["step"]).shape
     if index is None and "rows" in entry:

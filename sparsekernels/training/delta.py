@@ -111,7 +111,7 @@ class Delta:
         plain = plain_names(model)
         found = {
             id(slot): TensorDelta.of(slot.index, whole, slot.originals)
-            for slot, whole in sharding.gathered(slots.values(), exact=False)
+            for slot, whole in sharding.gathered(slots.values())
         }
         return cls({plain.get(name, name): found[id(slot)] for name, slot in slots.items()})
 

@@ -112,7 +112,7 @@ def link(replicas: Replicas) -> None:
     """
     slots: Sequence[Any] = replicas.slots
     managed = [slot for slot in slots if slot.is_managed()]
-    if all(slot.shards is not None and SLOT in slot.shards[0].__dict__ for slot in managed):
+    if all(SLOT in slot.stepped.__dict__ for slot in managed):
         return
     model = replicas.model() if replicas.model is not None else None
     if model is not None:
@@ -142,16 +142,15 @@ def compare(slots: Iterable[Slot]) -> None:
             slot.replicas.compare_over(shards_of(slot)[0].device_mesh)
 
 
-def gathered(slots: Iterable[Slot], exact: bool) -> Iterator[tuple[Slot, Tensor]]:
-    """The values of each slot, whole, in its compact shape: in their own dtype if `exact`, else in the weight's.
+def gathered(slots: Iterable[Slot]) -> Iterator[tuple[Slot, Tensor]]:
+    """The values of each slot, whole, in its compact shape and in the dtype of the weight.
 
     A collective call: every rank passes the same slots, in the same order.
     """
     kinds: dict[Any, list[Slot]] = {}
     for slot in slots:
-        values, weight = shards_of(slot)
-        dtype = values.dtype if exact else weight.dtype
-        kinds.setdefault((part_of(slot).values.group, dtype, values.device), []).append(slot)
+        weight = shards_of(slot)[1]
+        kinds.setdefault((part_of(slot).values.group, weight.dtype, weight.device), []).append(slot)
     for (_, dtype, _), members in kinds.items():
         bucket: list[Slot] = []
         for slot in members:
@@ -193,7 +192,7 @@ def write_(slots: Iterable[Slot]) -> None:
             _write(local_of(weight), part_of(slot).index, local_of(values))
         else:
             apart.append(slot)
-    for slot, whole in gathered(apart, exact=False):
+    for slot, whole in gathered(apart):
         part = part_of(slot)
         _write(local_of(shards_of(slot)[1]), part.index, part.select(whole))
         if not is_dtensor(slot.weight):

@@ -45,7 +45,7 @@ def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -
         slot = p.__dict__.get(SLOT)
         if slot is None:
             continue
-        if slot.values is not p and (slot.shards is None or slot.shards[0] is not p):
+        if slot.stepped is not p:
             raise ValueError(
                 f"{slot.label!r}: the optimizer steps a Parameter that the model no longer holds, for example after "
                 "fully_shard or load_state_dict(assign=True); make a new optimizer of SparseModel.parameters()"
@@ -127,6 +127,12 @@ class Slot:
         values = self.owner._parameters[self.name + VALUES]
         assert values is not None
         return values
+
+    @property
+    def stepped(self) -> nn.Parameter:
+        """The values that an optimizer steps; where FSDP2 has gathered those in the module, their shards."""
+        values = self.values
+        return values if self.shards is None or is_dtensor(values) else self.shards[0]
 
     @property
     def positions(self) -> Tensor:

@@ -92,7 +92,7 @@ class SparseModel:
         self._link()
         for name, slot in self.slots.items():
             slot.check_supported()
-            yield name, slot.values if slot.shards is None else slot.shards[0]
+            yield name, slot.stepped
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The compact Parameters, to pass to an optimizer."""
