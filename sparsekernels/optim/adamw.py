@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from ..selection import Selection
 from ..training import sharding
 from ..training.regroup import reselect_indices
-from ..training.replicas import SHARDED_MODELS
+from ..training.replicas import KNOWN
 from ..training.train_only import STEP_HOOKS
 from . import checkpoint, options
 from .amp import GIVEN, NOTHING, Scaling, check_capture, scaling, takes_scaling
@@ -264,14 +264,13 @@ class SparseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if SHARDED_MODELS:
-            sharding.link_all()
         ready: list[Ready] = []
         others: list[tuple[dict[str, Any], GroupPlan]] = []
         first = 0
         for number, group in enumerate(self.param_groups):
             plan = self._plans.get(number)
             if plan is None or not plan.holds(group, first):
+                sharding.link_all(KNOWN.values())  # accelerate gives an optimizer the Parameters of fully_shard
                 plan = self._plans[number] = GroupPlan(group, first)
             first += len(plan.params)
             for kind in plan.kinds:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common.supported import is_dtensor
 from ..index import Index
 from ..training import sharding
+from ..training.replicas import KNOWN
 from ..training.slot import SLOT
 from .group import name_of
 from .state import MOMENTS, placed_step, state_dtype
@@ -46,6 +47,7 @@ def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state_dict: tensors, numbers, strings, lists and dicts."""
     for before in optimizer._optimizer_state_dict_pre_hooks.values():
         before(optimizer)
+    sharding.link_all(KNOWN.values())
     state: dict[Any, Any] = dict(optimizer.state)
     for group, i, p in _parameters(optimizer):
         index = _index(group, i, p)
@@ -67,6 +69,7 @@ def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Load a state_dict of SparseAdamW, or of torch's AdamW or SparseAdam; nothing changes if it does not fit."""
     state_dict = state_dict.copy()
+    sharding.link_all(KNOWN.values())
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = before(optimizer, state_dict)
         state_dict = state_dict if changed is None else changed
@@ -108,8 +111,8 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
         raise ValueError(f"{name}: its saved state has no 'step'; this is not a state_dict of AdamW")
     if index is None and POSITIONS in entry:
         raise ValueError(
-            f"{name}: the state_dict was made for selected positions, and this Parameter has none; make the optimizer of "
-            "SparseModel.parameters(), under fully_shard after it, or pass the Selection's param_groups"
+            f"{name}: the state_dict was made for selected positions, and this Parameter has none; make the optimizer "
+            "of SparseModel.parameters(), under fully_shard after it, or of Selection.param_groups()"
         )
     shape = index.compact_shape if index is not None else p.shape
     step_counts = torch.as_tensor(entry["step"]).shape

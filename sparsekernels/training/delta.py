@@ -39,8 +39,7 @@ class TensorDelta:
     @classmethod
     def of(cls, index: Index, values: Tensor, originals: Tensor) -> TensorDelta:
         """The change from originals to values, on the CPU."""
-        base = "" if _is_whole(index) else fingerprint_of(index, originals)
-        return cls(index.to("cpu"), values.cpu(), base)
+        return cls(index.to("cpu"), values.cpu(), base_of(index, originals))
 
 
 class Delta:
@@ -102,18 +101,22 @@ class Delta:
     @classmethod
     @torch.no_grad()
     def _from_shards(cls, model: nn.Module, slots: Mapping[str, Slot], left: Mapping[str, Left]) -> Delta:
-        """Of weights that fully_shard cut: each value is gathered, in the dtype of the weight."""
+        """Of weights that fully_shard cut: each value is gathered, in the dtype of the weight.
+
+        The fingerprints are those of the first rank: others need not have loaded their weights before fully_shard.
+        """
         if left:
             raise ValueError(
                 f"delta() under fully_shard cannot read the positions of {next(iter(left))!r} that "
                 "reselect(restore=False) left; take delta() before fully_shard"
             )
         plain = plain_names(model)
-        found = {
-            id(slot): TensorDelta.of(slot.index, whole, slot.originals)
-            for slot, whole in sharding.gathered(slots.values())
-        }
-        return cls({plain.get(name, name): found[id(slot)] for name, slot in slots.items()})
+        bases = sharding.of_first(slots.values(), lambda slot: base_of(slot.index, slot.originals))
+        found = {id(slot): whole.cpu() for slot, whole in sharding.gathered(slots.values())}
+        changes = {}
+        for (name, slot), base in zip(slots.items(), bases, strict=True):
+            changes[plain.get(name, name)] = TensorDelta(slot.index.to("cpu"), found[id(slot)], base)
+        return cls(changes)
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, atomically: `path` never contains a partial file.
@@ -272,6 +275,11 @@ def _write(
 
 def _is_whole(index: Index) -> bool:
     return index.numel == index.shape.numel()
+
+
+def base_of(index: Index, originals: Tensor) -> str:
+    """As TensorDelta.base."""
+    return "" if _is_whole(index) else fingerprint_of(index, originals)
 
 
 def fingerprint_of(index: Index, originals: Tensor) -> str:

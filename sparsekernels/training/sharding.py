@@ -9,7 +9,7 @@ what lies in its rows. Shards are current at any time, so that state_dict needs 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,13 @@ def shards_of(slot: Slot) -> tuple[Any, Any]:
     return slot.shards
 
 
-def part_of(slot: Slot) -> Part:
-    """What this rank holds of a slot, worked out once for a device."""
+def part_of(slot: Slot, loaded: Any = None) -> Part:
+    """What this rank holds of a slot, worked out once for the device of its weight, or of one about to be loaded."""
     values, weight = shards_of(slot)
-    if slot.part is None or slot.part.index.positions.device != weight.device:
+    device = (weight if loaded is None else loaded).device
+    if slot.part is None or slot.part.index.positions.device != device:
         cut = Cut.of(weight, repr(slot.label))
-        index, source = cut_index(slot.index, cut.first, cut.last)
+        index, source = cut_index(slot.index_on(device), cut.first, cut.last)
         whole_rows = slot.index.granularity == "row" and len(slot.index) == slot.index.shape[0]
         aligned = whole_rows or (slot.index.granularity == "column" and len(slot.index.shape) == 2)
         slot.part = Part(Cut.of(values, repr(slot.label)), index, source, aligned)
@@ -98,9 +99,9 @@ def is_sharded(slots: Iterable[Slot]) -> bool:
     return any(slot.is_managed() for slot in slots)
 
 
-def link_all() -> None:
-    """Let optimizers find the slots of every model that ran a forward under fully_shard; see `link`."""
-    for replicas in list(SHARDED_MODELS):
+def link_all(models: Iterable[Replicas] = SHARDED_MODELS) -> None:
+    """Let optimizers find the slots of models, by default of those that ran a forward under fully_shard; see `link`."""
+    for replicas in list(models):
         link(replicas)
 
 
@@ -140,6 +141,27 @@ def compare(slots: Iterable[Slot]) -> None:
     for slot in slots:
         if not slot.replicas.compared:
             slot.replicas.compare_over(shards_of(slot)[0].device_mesh)
+
+
+def of_first(slots: Iterable[Slot], work: Callable[[Slot], Any]) -> list[Any]:
+    """What `work` returns for each slot in the first process of the device mesh; small things. A collective call.
+
+    Raises:
+        ValueError: `work` raised it in the first process.
+    """
+    slots = list(slots)
+    mesh = shards_of(slots[0])[0].device_mesh
+    shared: list[Any] = [None]
+    if mesh.get_rank() == mesh.mesh.flatten()[0]:
+        try:
+            shared = [[work(slot) for slot in slots]]
+        except ValueError as error:  # the others wait: they raise it, too
+            shared = [error]
+    for dim in range(mesh.ndim):
+        dist.broadcast_object_list(shared, group=mesh.get_group(dim), group_src=0)
+    if isinstance(shared[0], ValueError):
+        raise shared[0]
+    return list(shared[0])
 
 
 def gathered(slots: Iterable[Slot]) -> Iterator[tuple[Slot, Tensor]]:
@@ -211,7 +233,7 @@ def loaded(slot: Slot, weight: Any) -> Tensor:
     """As `Slot.loaded`, of a DTensor cut as the weight is. A collective call."""
     from torch.distributed.tensor import DTensor
 
-    part, (values, own) = part_of(slot), shards_of(slot)
+    part, (values, own) = part_of(slot, weight), shards_of(slot)
     if weight.placements != own.placements:
         refuse_sharded(repr(slot.label), f"as {own.placements}, its state as {weight.placements}")
     found = gather(local_of(weight).contiguous(), part.index).to(values.dtype)
@@ -224,7 +246,7 @@ def loaded(slot: Slot, weight: Any) -> Tensor:
     dist.all_reduce(bits, group=part.values.group)
     mine = bits.view(values.dtype)[part.values.first : part.values.last]
     slot.seen = None  # torch writes the values next
-    kept = slot.unrounded(local_of(values), mine)
+    kept = mine if values.is_meta else slot.unrounded(local_of(values), mine)
     return DTensor.from_local(
         kept, values.device_mesh, values.placements, run_check=False, shape=values.shape, stride=values.stride()
     )

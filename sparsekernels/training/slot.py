@@ -141,7 +141,10 @@ class Slot:
 
     @property
     def index(self) -> Index:
-        device = self.weight.device
+        return self.index_on(self.weight.device)
+
+    def index_on(self, device: torch.device) -> Index:
+        """The index, moved once; positions moved to the meta device would be lost."""
         if self._index.positions.device != device:
             moved = self._index.to(device)
             if device.type == "meta":

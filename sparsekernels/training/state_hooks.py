@@ -107,15 +107,17 @@ def before_loading(
 
 
 def _known(module: nn.Module) -> dict[int, list[Index]]:
-    """id of a weight -> positions whose originals are kept, of what this process holds."""
+    """id of a weight -> positions whose originals are kept, of what this process holds; none of meta weights."""
     known: dict[int, list[Index]] = {}
     for part in module.modules():
         for slot in part.__dict__.get(SLOTS, {}).values():
-            known[id(slot.weight)] = [sharding.local_index(slot.weight, slot.index)]
+            if not slot.weight.is_meta:
+                known[id(slot.weight)] = [sharding.local_index(slot.weight, slot.index)]
     for part in module.modules():
         for attribute, index in part.__dict__.get(LEFT, {}).items():
             weight: Any = part._parameters[attribute]
-            known.setdefault(id(weight), []).append(sharding.local_index(weight, index))
+            if not weight.is_meta:
+                known.setdefault(id(weight), []).append(sharding.local_index(weight, index))
     return known
 
 
