@@ -225,7 +225,7 @@ def table(content: Content) -> str:
         )
     if not rows:
         raise Refused("no contender was measured to the end")
-    head = ["", "trained weights", "test loss", "less that of dense", "learning rate", "tried"]
+    head = ["", "trained weights", "test loss", "above dense", "learning rate", "tried"]
     (base,) = [run["test"] for run in content["runs"] if run["name"] == UNTUNED]
     settings = content["settings"]
     about = (

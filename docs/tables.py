@@ -58,6 +58,10 @@ def accuracy() -> str:
     return _markdown("accuracy")
 
 
+def grains() -> str:
+    return _markdown("grains")
+
+
 def ird() -> str:
     return _markdown("ird") + _pictures(
         ("ird", "Test accuracy of masks of equal size"), ("ird_shrinking", "How IRD shrinks samples and parameters")
