@@ -17,7 +17,7 @@ from torch import nn
 import sparsekernels as sk
 from sparsekernels import Delta, Index, Selection
 from sparsekernels.choosing import best_units, sharing_inputs
-from sparsekernels.training.delta import fingerprint
+from sparsekernels.training.fingerprint import fingerprint
 
 GRAINS = {
     "rows": {"granularity": "row"},

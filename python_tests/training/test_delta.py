@@ -16,7 +16,7 @@ from torch import nn
 
 import sparsekernels as sk
 from sparsekernels import Delta, Index, Selection
-from sparsekernels.training.delta import fingerprint
+from sparsekernels.training.fingerprint import fingerprint
 
 
 def same(a: State, b: State) -> bool:

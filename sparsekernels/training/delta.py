@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from ..index import KIND, OLD_KIND, Index, index_of, kind_of
 from ..ops import gather, scatter_
 from ..selection import Selection
 from . import sharding
+from .fingerprint import base_of, fingerprint_of, is_whole
 from .layers import refuse_train_only
 from .remap import joined
 from .slot import Left, Slot
@@ -111,7 +111,7 @@ class Delta:
                 "reselect(restore=False) left; take delta() before fully_shard"
             )
         plain = plain_names(model)
-        bases = sharding.of_first(slots.values(), lambda slot: base_of(slot.index, slot.originals))
+        bases = sharding.of_first(slots.values(), lambda slot: slot.base())
         found = {id(slot): whole.cpu() for slot, whole in sharding.gathered(slots.values())}
         changes = {}
         for (name, slot), base in zip(slots.items(), bases, strict=True):
@@ -157,7 +157,7 @@ class Delta:
                     values = values.reshape(-1, index.shape[-1])
                 if values.shape != index.compact_shape or not values.is_floating_point():
                     raise ValueError(f"{name!r} has {values.dtype} {list(values.shape)} for the values of {index}")
-                if not re.fullmatch("" if _is_whole(index) else "[0-9a-f]{32}", kind["base"]):
+                if not re.fullmatch("" if is_whole(index) else "[0-9a-f]{32}", kind["base"]):
                     raise ValueError(f"{name!r} has {kind['base'][:40]!r} for the fingerprint of its base")
                 changes[name] = TensorDelta(index, values, kind["base"])
         return cls(changes)
@@ -271,26 +271,3 @@ def _write(
     with torch.no_grad():
         for name, weight in weights.items():
             scatter_(weight.detach(), changes[name].index.to(weight.device), values[name].to(weight.device))
-
-
-def _is_whole(index: Index) -> bool:
-    return index.numel == index.shape.numel()
-
-
-def base_of(index: Index, originals: Tensor) -> str:
-    """As TensorDelta.base."""
-    return "" if _is_whole(index) else fingerprint_of(index, originals)
-
-
-def fingerprint_of(index: Index, originals: Tensor) -> str:
-    """The fingerprint of selected weights; rows of experts count as slices of the first dimension, as in old files."""
-    if index.granularity == "row" and len(index.shape) > 2 and len(index) % max(1, index.shape[1:-1].numel()) == 0:
-        originals = originals.reshape(-1, *index.shape[1:])
-    return fingerprint(originals)
-
-
-def fingerprint(values: Tensor) -> str:
-    """128-bit BLAKE2 of dtype, shape and bits."""
-    head = f"{values.dtype} {list(values.shape)}".encode()
-    raw = values.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(raw.tobytes(), digest_size=16, key=hashlib.sha256(head).digest()).hexdigest()

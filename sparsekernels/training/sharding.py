@@ -123,6 +123,7 @@ def link(replicas: Replicas) -> None:
     for slot in managed:
         shards_of(slot)[0].__dict__[SLOT] = slot
         slot.remember_shard()
+        slot.forget_originals()
 
 
 def reshard(model: nn.Module, slots: Iterable[Slot]) -> None:

@@ -17,6 +17,7 @@ from ..common.supported import SHARDED, as_integers, is_dtensor, refuse_sharded,
 from ..index import Index
 from ..ops import gather, scatter_
 from ..structure.layers import kind_of
+from .fingerprint import base_of
 from .narrow import Narrow, narrow_of
 from .remap import IndexedValues
 from .replicas import SHARDED_MODELS, Replicas, check_while_tracing
@@ -104,7 +105,8 @@ class Slot:
 
     _index: Index
     narrow: Narrow | None
-    _originals: Tensor
+    _originals: Tensor | None
+    _base: str | None
     address: int
 
     def __init__(self, label: str, holders: Holders, replicas: Replicas) -> None:
@@ -155,6 +157,10 @@ class Slot:
     @property
     def originals(self) -> Tensor:
         """The original weights at the positions, in their original dtype, on the device of the weight."""
+        if self._originals is None:
+            raise ValueError(
+                f"{self.label!r}: its original weights are not kept under fully_shard, nor is what needs them"
+            )
         if self._originals.is_meta:
             raise ValueError(
                 f"{self.label!r} was on the meta device when train_only was called, so its original weights are "
@@ -162,12 +168,21 @@ class Slot:
             )
         return self._originals.to(self.weight.device)
 
+    def base(self) -> str:
+        """The fingerprint of the original weights, as `TensorDelta.base`."""
+        return base_of(self.index, self.originals) if self._base is None else self._base
+
+    def forget_originals(self) -> None:
+        """Keep their fingerprint alone: under fully_shard every rank would hold all of them."""
+        if self._originals is not None and not self._originals.is_meta:
+            self._base, self._originals = self.base(), None
+
     def register(self, index: Index, values: CompactParameter, originals: Tensor) -> None:
         """Put the values on the owner, replacing those that are there; keep positions and originals."""
         before = self.owner._parameters.get(self.name + VALUES)
         if before is not None:
             before.__dict__.pop(SLOT, None)  # an optimizer that still steps it no longer writes the weight
-        self._index, self._originals = index, originals
+        self._index, self._originals, self._base = index, originals, None
         self.narrow = None
         kinds = {kind_of(module) for module, attribute in self.holders if attribute == "weight"} & {"linear", "conv1d"}
         if len(kinds) == 1:
