@@ -31,7 +31,7 @@ VERDICTS = ("works", "refused", "untested")
 UNTESTED = (
     ("torchrun", "training on several nodes"),
     ("TRL", "DPOTrainer, GRPOTrainer"),
-    ("accelerate", "its DeepSpeed and FSDP plugins"),
+    ("accelerate", "its DeepSpeed plugin; FSDP2 on GPUs"),
     ("DeepSpeed", "the library itself, ZeRO-1 and ZeRO-2"),
     ("DistributedDataParallel", "on GPUs, with NCCL"),
     ("bitsandbytes, torchao", "their quantised layers"),

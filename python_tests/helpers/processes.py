@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 Work = Callable[[int, int, str], None]  # (rank, number of processes, folder)
-IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "gated_models", "models"]
+TORCH = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+IMPORTED = [*TORCH, "transformers.trainer", "gated_models", "models"]
 # One server is enough: the tests that use it are one group of pytest-xdist.
 uses_processes = pytest.mark.xdist_group("processes")
 

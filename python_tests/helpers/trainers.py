@@ -20,7 +20,12 @@ class Lines(torch.utils.data.Dataset):
 
 
 def trainer(
-    model: nn.Module, folder: Path, optimizer: torch.optim.Optimizer | None, **more: Any
+    model: nn.Module,
+    folder: Path,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+    **more: Any,
 ) -> transformers.Trainer:
     arguments = {
         "per_device_train_batch_size": 2,
@@ -41,4 +46,5 @@ def trainer(
         transformers.TrainingArguments(str(folder), **arguments),
         train_dataset=Lines(),
         optimizers=(optimizer, None),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )
