@@ -16,6 +16,7 @@ PROGRAMS = {
     "kernels": "kernels.run",
     "gpu-train": "gpu_train",
     "step-cost": "step_cost",
+    "sharded": "sharded",
     "finetune": "finetune",
     "accuracy": "accuracy",
     "grains": "grains",

@@ -1,0 +1,1 @@
+"""What benchmarks/sharded.py measures and computes of models under fully_shard."""
