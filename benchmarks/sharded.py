@@ -16,8 +16,8 @@ in one step: 4.4 times the 4 bytes of each selected element. Values are gathered
 step, gradients are reduced: four times, and a tenth for padding, because FSDP2 cuts dimension 0 of a tensor into chunks
 of equal length. One process communicates nothing but what is gathered after the step.
 
-Bytes held are counted between backward and optimizer, on the rank that holds most. Each rank has all positions and
-originals, and the positions in its own rows a second time; all else is sharded. Peak memory is that of a process above
+Bytes held are counted between backward and optimizer, on the rank that holds most. Each rank has all positions,
+and those in its own rows a second time; all else is sharded. Peak memory is that of a process above
 its sharded model, over the steps before timing. Time is from all ranks being ready until the last one is done: on one
 machine, with its memory as the network.
 
@@ -156,7 +156,7 @@ def communicated_table(contenders: Content) -> str:
 
 def held_table(contenders: Content) -> str:
     head = ["MiB on a rank", "weights", "values or adapters", "moments", "gradients"]
-    head += ["positions", "originals", "all", "peak above the sharded model", "ms a step"]
+    head += ["positions", "all", "peak above the sharded model", "ms a step"]
     rows = []
     for name, c in contenders.items():
         held = c["held"]
@@ -166,11 +166,11 @@ def held_table(contenders: Content) -> str:
 
 
 def computed_table(record: Content) -> str:
-    head = ["GB on a GPU", "weights", "fp32 values or adapters", "moments", "gradients", "positions", "originals"]
+    head = ["GB on a GPU", "weights", "fp32 values or adapters", "moments", "gradients", "positions"]
     head += ["all", "a step: weights gathered", "beyond them", "seconds"]
     rows = []
     for c in record["contenders"]:
-        held = [c["held"][part] for part in ("weights", "values", "moments", "gradients", "positions", "originals")]
+        held = [c["held"][part] for part in ("weights", "values", "moments", "gradients", "positions")]
         costs = [*held, sum(held), c["weights_gathered"], c["beyond"]]
         rows.append([c["name"], *map(gb, costs), f"{c['seconds']:.2f}"])
     return study.table(head, rows)

@@ -31,14 +31,13 @@ class Recipe:
 
     Attributes:
         added: shapes of its tensors beside the weights of the model.
-        positions: how many a rank keeps, given the number of ranks. originals: how many.
+        positions: how many a rank keeps, given the number of ranks.
         written: bytes an element that are gathered after the step.
     """
 
     name: str
     added: Sizes
     positions: Callable[[int], int] = lambda ranks: 0
-    originals: int = 0
     written: int = 0
 
 
@@ -51,9 +50,9 @@ def recipes(shape: Shape) -> list[Recipe]:
     return [
         Recipe(f"LoRA r={RANK}", lora),
         # Twice: as selected, and within what backward keeps of an input.
-        Recipe("5 % of columns", columns, lambda ranks: 2 * sum(c for _, c in columns), padded(columns, 1)),
+        Recipe("5 % of columns", columns, lambda ranks: 2 * sum(c for _, c in columns)),
         # Twice: all of them, and those in the rows of this rank.
-        Recipe("1 % of elements", elements, lambda ranks: k + k // ranks, k, written=2),
+        Recipe("1 % of elements", elements, lambda ranks: k + k // ranks, written=2),
     ]
 
 
@@ -73,7 +72,7 @@ def dense(shape: Shape, ranks: int) -> list[Content]:
         return {
             "name": name,
             "trained": shape.weights,
-            "held": {**parts, "values": 0, "positions": 0, "originals": 0},
+            "held": {**parts, "values": 0, "positions": 0},
             "weights_gathered": gathered,
             "beyond": gradients * reduced,
         }
@@ -93,7 +92,6 @@ def sparse(shape: Shape, ranks: int, recipe: Recipe) -> Content:
             "moments": 8 * values,
             "gradients": 4 * values,
             "positions": 4 * recipe.positions(ranks),
-            "originals": 2 * recipe.originals,
         },
         "weights_gathered": 2 * frozen_elements(blocks, root, ranks),
         "beyond": sum(beyond(recipe.added, ranks, written=recipe.written).values()),

@@ -73,12 +73,11 @@ class Run:
         return {"communicated": counter.table(), "held": held}
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes at rest, every storage once. Positions and originals are whole on every rank, all else is sharded."""
+        """Bytes at rest, every storage once. Positions are whole on every rank, all else is sharded."""
         added = set(self.added)
-        positions, originals = [], []
+        positions = []
         for slot in self.slots:
             positions += [slot.positions, slot.part.index.positions, slot.part.source]
-            originals.append(slot.originals)
             if slot.narrow is not None:
                 positions += [slot.narrow.index.positions, slot.narrow.features.numbers]
         states = self.optimizer.state.values() if self.optimizer else ()
@@ -88,7 +87,6 @@ class Run:
             "moments": storage_bytes(value for state in states for value in state.values()),
             "gradients": storage_bytes(p.grad for p in self.trained),
             "positions": storage_bytes(positions),
-            "originals": storage_bytes(originals),
         }
 
 
