@@ -26,6 +26,7 @@ demo: $(VENV)/native  ## fine-tune a real transformer on real text: sparse besid
 examples: $(VENV)/native  ## run every program of examples/, on models that packages carry
 	for program in plain_loop trainer trl_sft embedding_rows two_deltas; do echo "== examples/$$program.py"; \
 	  $(RUN) examples/$$program.py || exit 1; done
+	@echo "== examples/fsdp2.py"; $(RUN) -m torch.distributed.run --nproc_per_node 2 examples/fsdp2.py
 
 test-examples: $(VENV)/native  ## every program of examples/ in a short form
 	$(RUN) -m pytest -q python_tests/test_examples.py

@@ -98,3 +98,14 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
     """Of the batches, none of which is trained on."""
     with torch.no_grad():
         return sum(model(**batch).loss.item() for batch in batches) / len(batches)
+
+
+def shard_on_cpu() -> None:
+    """Call before the Accelerator. Without a GPU, it would replace FSDP by DistributedDataParallel, without a word.
+
+    Nothing else in accelerate depends on the GPU, so it need only believe that there are several.
+    """
+    from accelerate import DistributedType, PartialState
+
+    if not torch.cuda.is_available():
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU

