@@ -92,6 +92,10 @@ def step_cost() -> str:
     return _markdown("step_cost") + _pictures(("step_cost", "Time, peak memory and file size"))
 
 
+def sharded() -> str:
+    return _markdown("sharded")
+
+
 def gpu_floors() -> str:
     return _markdown("gpu_floors")
 
