@@ -158,9 +158,7 @@ class Slot:
     def originals(self) -> Tensor:
         """The original weights at the positions, in their original dtype, on the device of the weight."""
         if self._originals is None:
-            raise ValueError(
-                f"{self.label!r}: its original weights are not kept under fully_shard, nor is what needs them"
-            )
+            raise ValueError(f"{self.label!r}: its original weights are not kept under fully_shard")
         if self._originals.is_meta:
             raise ValueError(
                 f"{self.label!r} was on the meta device when train_only was called, so its original weights are "
