@@ -87,7 +87,13 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor], limit: float = 1e-
 
 def one_process(rank: int, world: int, folder: str) -> None:
     """Accumulation and clipping; weights on every rank, or loaded by one; unselected weights keep their bits."""
-    for kind, efficient in (("llama", False), ("llama", True), ("gpt2", True), ("moe", True)):
+    ours, torchs = sk.SparseAdamW, torch.optim.AdamW
+    for kind, efficient, cls in (
+        ("llama", False, ours),
+        ("llama", True, torchs),
+        ("gpt2", True, ours),
+        ("moe", True, ours),
+    ):
         accelerator = accelerator_of(rank, world, cpu_ram_efficient_loading=efficient)
         model, tuned = prepared(kind)
         base = whole(model)
@@ -97,7 +103,7 @@ def one_process(rank: int, world: int, folder: str) -> None:
                 for p in model.parameters():
                     p.zero_()  # a checkpoint is read by rank 0 alone
                 tuned = sk.train_only(model, tuned.selection)
-        optimizer = sk.SparseAdamW(tuned.parameters(), **ADAMW)
+        optimizer = cls(tuned.parameters(), **ADAMW)
         run, optimizer, batches = accelerator.prepare(model, optimizer, loader(BATCH // world))
         assert type(next(tuned.parameters())).__name__ == "DTensor"
         assert list(train(run, optimizer, batches, accelerator)) == list(range(1, STEPS + 1))

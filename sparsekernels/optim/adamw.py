@@ -13,7 +13,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from ..selection import Selection
 from ..training import sharding
 from ..training.regroup import reselect_indices
-from ..training.replicas import KNOWN
 from ..training.train_only import STEP_HOOKS
 from . import checkpoint, options
 from .amp import GIVEN, NOTHING, Scaling, check_capture, scaling, takes_scaling
@@ -270,7 +269,7 @@ class SparseAdamW(torch.optim.AdamW):
         for number, group in enumerate(self.param_groups):
             plan = self._plans.get(number)
             if plan is None or not plan.holds(group, first):
-                sharding.link_all(KNOWN.values())  # accelerate gives an optimizer the Parameters of fully_shard
+                sharding.link_parameters(self)
                 plan = self._plans[number] = GroupPlan(group, first)
             first += len(plan.params)
             for kind in plan.kinds:

@@ -20,7 +20,6 @@ from torch import Tensor
 from ..common.supported import is_dtensor
 from ..index import Index
 from ..training import sharding
-from ..training.replicas import KNOWN
 from ..training.slot import SLOT
 from .group import name_of
 from .state import MOMENTS, placed_step, state_dtype
@@ -47,7 +46,7 @@ def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state_dict: tensors, numbers, strings, lists and dicts."""
     for before in optimizer._optimizer_state_dict_pre_hooks.values():
         before(optimizer)
-    sharding.link_all(KNOWN.values())
+    sharding.link_parameters(optimizer)
     state: dict[Any, Any] = dict(optimizer.state)
     for group, i, p in _parameters(optimizer):
         index = _index(group, i, p)
@@ -69,7 +68,7 @@ def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Load a state_dict of SparseAdamW, or of torch's AdamW or SparseAdam; nothing changes if it does not fit."""
     state_dict = state_dict.copy()
-    sharding.link_all(KNOWN.values())
+    sharding.link_parameters(optimizer)
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = before(optimizer, state_dict)
         state_dict = state_dict if changed is None else changed

@@ -21,7 +21,7 @@ from ..common.shards import Cut
 from ..common.supported import as_integers, is_dtensor, local_of, refuse_sharded
 from ..index import Index
 from ..ops import gather, scatter_
-from .replicas import SHARDED_MODELS, Replicas
+from .replicas import KNOWN, Replicas
 from .slot import SLOT, Slot
 
 BUCKET = 2**26  # bytes that one collective gathers
@@ -99,10 +99,17 @@ def is_sharded(slots: Iterable[Slot]) -> bool:
     return any(slot.is_managed() for slot in slots)
 
 
-def link_all(models: Iterable[Replicas] = SHARDED_MODELS) -> None:
-    """Let optimizers find the slots of models, by default of those that ran a forward under fully_shard; see `link`."""
-    for replicas in list(models):
-        link(replicas)
+def link_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer find the slots of its Parameters, which accelerate, too, may have replaced; see `link`."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    unknown = {id(p) for p in params if is_dtensor(p) and SLOT not in p.__dict__}
+    for replicas in list(KNOWN.values()) if unknown else []:
+        slots: Sequence[Any] = replicas.slots
+        managed = [slot for slot in slots if slot.is_managed()]
+        if not all(is_dtensor(slot.values) for slot in managed):
+            _reshard(replicas)
+        if any(id(slot.values) in unknown for slot in managed):
+            link(replicas)
 
 
 def link(replicas: Replicas) -> None:

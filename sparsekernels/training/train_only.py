@@ -34,7 +34,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if getattr(optimizer, "writes_weights", False):
         return
     if SHARDED_MODELS:
-        sharding.link_all()
+        sharding.link_parameters(optimizer)
     sharded = []
     for group in optimizer.param_groups:
         warn_untrained(optimizer.state, group["params"])
