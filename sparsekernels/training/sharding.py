@@ -104,11 +104,7 @@ def link_parameters(optimizer: torch.optim.Optimizer) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     unknown = {id(p) for p in params if is_dtensor(p) and SLOT not in p.__dict__}
     for replicas in list(KNOWN.values()) if unknown else []:
-        slots: Sequence[Any] = replicas.slots
-        managed = [slot for slot in slots if slot.is_managed()]
-        if not all(is_dtensor(slot.values) for slot in managed):
-            _reshard(replicas)
-        if any(id(slot.values) in unknown for slot in managed):
+        if any(id(slot.values) in unknown for slot in _resharded(replicas)):
             link(replicas)
 
 
@@ -118,19 +114,28 @@ def link(replicas: Replicas) -> None:
     Raises:
         ValueError: sharded in a way that is not supported.
     """
-    slots: Sequence[Any] = replicas.slots
-    managed = [slot for slot in slots if slot.is_managed()]
+    managed = _managed(replicas)
     if all(SLOT in slot.stepped.__dict__ for slot in managed):
         return
-    model = replicas.model() if replicas.model is not None else None
-    if model is not None:
-        reshard(model, managed)
-    for slot in managed:
+    for slot in _resharded(replicas):
         part_of(slot)
     for slot in managed:
         shards_of(slot)[0].__dict__[SLOT] = slot
         slot.remember_shard()
         slot.forget_originals()
+
+
+def _managed(replicas: Replicas) -> list[Slot]:
+    slots: Sequence[Any] = replicas.slots
+    return [slot for slot in slots if slot.is_managed()]
+
+
+def _resharded(replicas: Replicas) -> list[Slot]:
+    """The slots that FSDP manages, once their modules hold shards again."""
+    managed, model = _managed(replicas), replicas.model() if replicas.model is not None else None
+    if model is not None:
+        reshard(model, managed)
+    return managed
 
 
 def reshard(model: nn.Module, slots: Iterable[Slot]) -> None:
