@@ -14,7 +14,8 @@ frozen weights and values of a block in one call: the all-gathers of a contender
 to the embeddings, count as those of the weights, and the difference as what is beyond. The bar is for what is beyond,
 in one step: 4.4 times the 4 bytes of each selected element. Values are gathered in forward, in backward and after the
 step, gradients are reduced: four times, and a tenth for padding, because FSDP2 cuts dimension 0 of a tensor into chunks
-of equal length. One process communicates nothing but what is gathered after the step.
+of equal length. That padding shrinks with the size of the tensors: blocks of 64 x 64 miss the bar in small models,
+where a matrix has few of them, as --small shows. One process communicates nothing but what is gathered after the step.
 
 Bytes held are counted between backward and optimizer, on the rank that holds most. Each rank has all positions,
 and those in its own rows a second time; all else is sharded. Peak memory is that of a process above

@@ -195,6 +195,8 @@ def states_and_deltas(rank: int, world: int, mesh: Any) -> None:
     with torch.no_grad():
         other(ids(2, 7))  # the outermost weights are gathered when the state comes
     other.load_state_dict(run.state_dict())
+    run.load_state_dict({"scale": run.state_dict()["scale"]}, strict=False)  # no weight, and the next forward runs
+    run(ids(2, 7))
     for values, wanted in zip(loaded.parameters(), tuned.parameters(), strict=True):
         assert torch.equal(values.to_local(), wanted.to_local())
     changed = {name: x.clone() for name, x in run.state_dict().items()}
@@ -264,7 +266,7 @@ def other_selections(rank: int, world: int, mesh: Any) -> None:
 
 
 def ranks_without_positions(rank: int, world: int, mesh: Any) -> None:
-    """Rows of one rank alone, a tensor with fewer rows than ranks, and one position in all."""
+    """Rows of one rank alone, a tensor with fewer rows than ranks, one position in all; as many rows as experts."""
     results = []
     for shard in (False, True):
         torch.manual_seed(3)
@@ -278,6 +280,15 @@ def ranks_without_positions(rank: int, world: int, mesh: Any) -> None:
             run(torch.ones(2, 4)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
+        results.append(whole(run))
+    same(results[1], results[0])
+    results = []
+    for shard in (False, True):
+        model = made("zoo")
+        rows = Index(torch.arange(3), model.experts.weight.shape, "row")
+        tuned = sk.train_only(model, Selection({"experts.weight": rows}))
+        run = sharded(model, mesh) if shard else model
+        train(run, tuned, optimizer_of(tuned), rank if shard else 0, world if shard else 1)
         results.append(whole(run))
     same(results[1], results[0])
 
@@ -315,7 +326,7 @@ def ways_to_run(rank: int, world: int, mesh: Any) -> None:
         if way == "offloaded":
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
         for block in model.model.layers if way == "compiled" else ():
-            block.compile(backend="aot_eager")
+            block.compile(backend="aot_eager", fullgraph=True)
         run = sharded(model, mesh, **options)
         train(run, tuned, optimizer_of(tuned), rank, world)
         results.append(whole(run))

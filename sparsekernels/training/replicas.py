@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
-from weakref import WeakSet, WeakValueDictionary, ref
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,6 @@ class Replicated(Protocol):
 
 
 KNOWN: WeakValueDictionary[str, Replicas] = WeakValueDictionary()  # by key: torch.compile treats a string as a constant
-
-SHARDED_MODELS: WeakSet[Replicas] = WeakSet()  # those whose forward ran under fully_shard
 
 REPLICAS = "_sparse_replicas"  # where a model under train_only keeps its own
 

@@ -60,7 +60,7 @@ def cut_index(index: Index, first: int, last: int) -> tuple[Index, slice | Tenso
     bounds = torch.tensor([first * units, last * units], device=index.positions.device)
     begin, end = torch.searchsorted(index.positions.long(), bounds).tolist()
     local = index.with_positions((index.positions[begin:end] - first * units).contiguous(), shape)
-    return local, slice(begin, end) if source is None else source[begin:end]
+    return local, slice(begin, end) if source is None else source[begin:end].clone()
 
 
 def local_index(weight: Any, index: Index) -> Index:
@@ -88,7 +88,7 @@ def part_of(slot: Slot, loaded: Any = None) -> Part:
     if slot.part is None or slot.part.index.positions.device != device:
         cut = Cut.of(weight, repr(slot.label))
         index, source = cut_index(slot.index_on(device), cut.first, cut.last)
-        whole_rows = slot.index.granularity == "row" and len(slot.index) == slot.index.shape[0]
+        whole_rows = slot.index.granularity == "row" and slot.index.compact_shape == slot.index.shape
         aligned = whole_rows or (slot.index.granularity == "column" and len(slot.index.shape) == 2)
         slot.part = Part(Cut.of(values, repr(slot.label)), index, source, aligned)
     return slot.part
@@ -258,7 +258,6 @@ def loaded(slot: Slot, weight: Any) -> Tensor:
     bits = as_integers(whole)  # each entry has one owner, so the sum of all keeps its bits
     dist.all_reduce(bits, group=part.values.group)
     mine = bits.view(values.dtype)[part.values.first : part.values.last]
-    slot.seen = None  # torch writes the values next
     kept = mine if values.is_meta else slot.unrounded(local_of(values), mine)
     return DTensor.from_local(
         kept, values.device_mesh, values.placements, run_check=False, shape=values.shape, stride=values.stride()
@@ -273,8 +272,8 @@ def summed(shards: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, in
     found: dict[str, int] = {}
     for (mesh, placements), names in kinds.items():
         total = torch.tensor([counts[name] for name in names], device=shards[names[0]].device)
-        for dim, placement in enumerate(placements):
-            if not placement.is_replicate():
-                dist.all_reduce(total, group=mesh.get_group(dim))
+        for dim in sorted(range(mesh.ndim), key=lambda dim: placements[dim].is_replicate()):
+            how = dist.ReduceOp.MAX if placements[dim].is_replicate() else dist.ReduceOp.SUM
+            dist.all_reduce(total, how, group=mesh.get_group(dim))
         found |= dict(zip(names, total.tolist(), strict=True))
     return found

@@ -20,7 +20,7 @@ from ..structure.layers import kind_of
 from .fingerprint import base_of
 from .narrow import Narrow, narrow_of
 from .remap import IndexedValues
-from .replicas import SHARDED_MODELS, Replicas, check_while_tracing
+from .replicas import Replicas, check_while_tracing
 
 VALUES = "_values"
 SLOT = "_sparse_slot"
@@ -254,11 +254,12 @@ class Slot:
         plain = isinstance(values, nn.Parameter) and isinstance(weight, nn.Parameter)  # FSDP1 has views in their place
         if values is None or weight is None or not plain or is_dtensor(values) != is_dtensor(weight):
             refuse_sharded(repr(self.label), "by FSDP1 or in part")
+        if torch.compiler.is_compiling():
+            return values, self.index  # version numbers would break the graph
         if self.seen is not None and self.seen != versions(self.shards[0]):
             raise ValueError(
                 f"{self.label!r}: its values changed outside of a step; call SparseModel.sync_() in all processes first"
             )
-        SHARDED_MODELS.add(self.replicas)
         return values, self.index
 
     def remember_shard(self) -> None:

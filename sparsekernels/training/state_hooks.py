@@ -33,6 +33,7 @@ def after_save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local
 def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load the values along with their weights, so that the two never differ."""
     for attribute, slot in slots_of(module).items():
+        slot.seen = None  # torch writes the values next, those of now where the state has no weight
         weight = state_dict.get(prefix + attribute)
         found = slot.values.detach()  # if the weight does not fit, torch reports it
         if weight is not None and weight.shape == slot.index.shape and is_dtensor(weight) == is_dtensor(slot.weight):

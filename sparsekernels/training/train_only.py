@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..common.supported import is_dtensor
@@ -21,7 +22,7 @@ from . import sharding
 from .attach import Installation, holders_of
 from .delta import Delta
 from .layers import trains_selection
-from .replicas import SHARDED_MODELS
+from .replicas import KNOWN
 from .reselect import reselect
 from .slot import SLOT, Left, Slot, compact_copy, warn_untrained
 from .state_hooks import LEFT
@@ -29,11 +30,12 @@ from .state_hooks import LEFT
 STEP_HOOKS: set[int] = set()  # this package's global torch optimizer hooks: none or one
 
 
+@_disable_dynamo
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """After a step of any torch optimizer, write its result into the weights, so that every reader sees it."""
     if getattr(optimizer, "writes_weights", False):
         return
-    if SHARDED_MODELS:
+    if KNOWN:
         sharding.link_parameters(optimizer)
     sharded = []
     for group in optimizer.param_groups:
