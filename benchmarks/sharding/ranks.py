@@ -91,7 +91,7 @@ class Run:
 
 
 def storage_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of memory behind tensors and the local shards of DTensors; what is no tensor has none."""
+    """Bytes of memory behind tensors and the local shards of DTensors; other entries count for nothing."""
     found: dict[int, int] = {}
     for tensor in tensors:
         if isinstance(tensor, Tensor):

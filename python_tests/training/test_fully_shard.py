@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,16 @@ def refusals(rank: int, world: int, mesh: Any) -> None:
     with pytest.raises(ValueError, match="no longer holds, for example after fully_shard"):
         early.step()
 
+    run, tuned = fresh("zoo", mesh)
+    optimizer = optimizer_of(tuned)
+    alone = sk.train_only(made("zoo"), tuned.selection)
+    plain = optimizer_of(alone)
+    loss_of(alone.model, ids(2, 7)).backward()
+    plain.step()
+    with pytest.raises(ValueError, match=r"exp_avg in the state_dict must be DTensors.*set_optimizer_state_dict"):
+        optimizer.load_state_dict(plain.state_dict())
+    assert not optimizer.state
+
     model = made("zoo")
     sharded(model, mesh)
     with pytest.raises(ValueError, match=r"fully_shard .FSDP2., after train_only"):
@@ -291,6 +302,33 @@ def ranks_without_positions(rank: int, world: int, mesh: Any) -> None:
         train(run, tuned, optimizer_of(tuned), rank if shard else 0, world if shard else 1)
         results.append(whole(run))
     same(results[1], results[0])
+
+
+def in_part_and_copied(rank: int, world: int, mesh: Any) -> None:
+    """Sharded are two layers alone, of a copy of the model; it is evaluated between backward and its first step."""
+    model = made("zoo")
+    sk.train_only(model, selection(model))
+    wanted = copy.deepcopy(model)
+    run = copy.deepcopy(model)
+    fully_shard(run.up, mesh=mesh)
+    fully_shard(run.experts, mesh=mesh)
+    whole_too = sharded(copy.deepcopy(model), mesh)
+    for each in (wanted, run, whole_too):
+        optimizer = sk.SparseAdamW([p for p in each.parameters() if p.requires_grad], **ADAMW)
+        loss_of(each, ids(4, 7)).backward()
+        with torch.no_grad():
+            each(ids(2, 7))
+        optimizer.step()
+        same(whole(each), wanted.state_dict())
+
+    model = made("zoo")
+    tuned = sk.train_only(model, selection(model))
+    fully_shard(model.up, mesh=mesh)
+    loss_of(model, ids(4, 7)).backward()
+    optimizer_of(tuned).step()
+    plain = made("zoo")
+    tuned.delta().apply(plain)
+    same(plain.state_dict(), whole(model), 0.0)
 
 
 def half_precision(rank: int, world: int, mesh: Any) -> None:
@@ -396,6 +434,7 @@ SCENES = (
     refusals,
     other_selections,
     ranks_without_positions,
+    in_part_and_copied,
     half_precision,
     ways_to_run,
     meta_device,

@@ -113,6 +113,13 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
             f"{name}: the state_dict was made for selected positions, and this Parameter has none; make the optimizer "
             "of SparseModel.parameters(), under fully_shard after it, or of Selection.param_groups()"
         )
+    for what in (*MOMENTS, MASTER):
+        if what in entry and is_dtensor(entry[what]) != is_dtensor(p):
+            held = "DTensors" if is_dtensor(p) else "plain tensors"
+            raise ValueError(
+                f"{name}: {what} in the state_dict must be {held}, as the Parameter is; load it by "
+                "set_optimizer_state_dict of torch.distributed.checkpoint.state_dict"
+            )
     shape = index.compact_shape if index is not None else p.shape
     step_counts = torch.as_tensor(entry["step"]).shape
     if index is None and "rows" in entry:

@@ -51,9 +51,9 @@ def step_sharded(group: dict[str, Any], plan: GroupPlan, states: State) -> None:
     params, grads = _locals(stepped), _locals(p.grad for p in stepped)
     moments = [_locals(states[p][name] for p in stepped) for name in names]
     steps = [states[p]["step"] for p in stepped]
-    torch._foreach_add_(steps, 1)
     lr, lr_tensor, _, _ = numbers(group, params[0], NOTHING)
     beta1, beta2 = group["betas"]
+    torch._foreach_add_(steps, 1)
     adamw_(
         params,
         grads,

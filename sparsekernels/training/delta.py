@@ -111,11 +111,16 @@ class Delta:
                 "reselect(restore=False) left; take delta() before fully_shard"
             )
         plain = plain_names(model)
-        bases = sharding.of_first(slots.values(), lambda slot: slot.base())
-        found = {id(slot): whole.cpu() for slot, whole in sharding.gathered(slots.values())}
+        managed = [slot for slot in slots.values() if slot.is_managed()]
+        bases = dict(zip(map(id, managed), sharding.of_first(managed, lambda slot: slot.base()), strict=True))
+        found = {id(slot): whole.cpu() for slot, whole in sharding.gathered(managed)}
         changes = {}
-        for (name, slot), base in zip(slots.items(), bases, strict=True):
-            changes[plain.get(name, name)] = TensorDelta(slot.index.to("cpu"), found[id(slot)], base)
+        for name, slot in slots.items():
+            if id(slot) in found:
+                change = TensorDelta(slot.index.to("cpu"), found[id(slot)], bases[id(slot)])
+            else:  # outside of what fully_shard was given
+                change = TensorDelta.of(slot.index, gather(slot.weight.detach(), slot.index), slot.originals)
+            changes[plain.get(name, name)] = change
         return cls(changes)
 
     def save(self, path: str | Path) -> None:

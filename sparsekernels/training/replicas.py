@@ -93,6 +93,10 @@ def before_forward(model: nn.Module, *_: Any) -> None:
     if torch.compiler.is_compiling():
         return
     replicas: Replicas = model.__dict__[REPLICAS]
+    if replicas.model is None or replicas.model() is not model:  # a copy, in which each slot has its own
+        replicas.model = ref(model)
+        for slot in replicas.slots:
+            slot.replicas = replicas
     if DistributedDataParallel._active_ddp_module is None:
         if not replicas.compared and replicas.slots and replicas.slots[0].is_managed():
             sharded = [slot.values for slot in replicas.slots if is_dtensor(slot.values)]

@@ -67,7 +67,7 @@ def local_index(weight: Any, index: Index) -> Index:
     """The part of a selection that lies in what this process holds of its weight."""
     if not is_dtensor(weight):
         return index
-    cut = Cut.of(weight, "a weight")
+    cut = Cut.of(weight, f"a weight of shape {list(index.shape)}")
     return cut_index(index, cut.first, cut.last)[0]
 
 
@@ -76,7 +76,10 @@ def shards_of(slot: Slot) -> tuple[Any, Any]:
     now = slot.values, slot.weight
     if slot.shards is None or is_dtensor(now[0]):
         if not (is_dtensor(now[0]) and is_dtensor(now[1])):
-            refuse_sharded(repr(slot.label), "and gathered now; call reshard() on what fully_shard was given first")
+            raise ValueError(
+                f"{slot.label!r} holds no shard at the moment: FSDP2 keeps it gathered after an evaluation; call "
+                "reshard() on the model that fully_shard was given (FSDP1 is not supported)"
+            )
         slot.shards = now
     return slot.shards
 
@@ -109,7 +112,7 @@ def link_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def link(replicas: Replicas) -> None:
-    """Let optimizers find the slots: fully_shard put new Parameters in the place of the compact ones.
+    """Let optimizers find the slots: fully_shard replaced the compact Parameters by new ones.
 
     Raises:
         ValueError: sharded in a way that is not supported.

@@ -162,7 +162,8 @@ class Slot:
         if self._originals.is_meta:
             raise ValueError(
                 f"{self.label!r} was on the meta device when train_only was called, so its original weights are "
-                "unknown; merge() gives the model back as it is; next time load the weights first, then call train_only"
+                "unknown; merge() gives the model back as it is, of a sharded one save the state_dict; next time load "
+                "the weights first, then call train_only"
             )
         return self._originals.to(self.weight.device)
 
