@@ -32,6 +32,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether a Parameter is a view of the flat one that FSDP1 keeps instead."""
+    return "_fsdp_flattened" in tensor.__dict__
+
+
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether fully_shard (FSDP2) manages the model; FSDP1 has no DTensors."""
     managed = any(SHARDED in module.__dict__ for module in model.modules())

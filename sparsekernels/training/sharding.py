@@ -76,9 +76,10 @@ def shards_of(slot: Slot) -> tuple[Any, Any]:
     now = slot.values, slot.weight
     if slot.shards is None or is_dtensor(now[0]):
         if not (is_dtensor(now[0]) and is_dtensor(now[1])):
+            slot.check_supported()
             raise ValueError(
                 f"{slot.label!r} holds no shard at the moment: FSDP2 keeps it gathered after an evaluation; call "
-                "reshard() on the model that fully_shard was given (FSDP1 is not supported)"
+                "reshard() on the model that fully_shard was given"
             )
         slot.shards = now
     return slot.shards

@@ -13,7 +13,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.messages import listed, warn
-from ..common.supported import SHARDED, as_integers, is_dtensor, refuse_sharded, refuse_unsupported
+from ..common.supported import SHARDED, as_integers, is_dtensor, is_flattened, refuse_sharded, refuse_unsupported
 from ..index import Index
 from ..ops import gather, scatter_
 from ..structure.layers import kind_of
@@ -252,7 +252,7 @@ class Slot:
     def _gathered(self) -> tuple[nn.Parameter, Index]:
         """Values and positions under fully_shard. Nothing is written here: weights get their values after each step."""
         values, weight = (self.owner._parameters.get(self.name + tail) for tail in (VALUES, ""))
-        plain = isinstance(values, nn.Parameter) and isinstance(weight, nn.Parameter)  # FSDP1 has views in their place
+        plain = isinstance(values, nn.Parameter) and isinstance(weight, nn.Parameter) and not is_flattened(values)
         if values is None or weight is None or not plain or is_dtensor(values) != is_dtensor(weight):
             refuse_sharded(repr(self.label), "by FSDP1 or in part")
         if torch.compiler.is_compiling():
