@@ -186,7 +186,7 @@ class Index:
         if self.tile[0] != 1:  # else they ascend already
             offsets, order = offsets.sort()
             place = place[order]
-        dtype = _dtype_for(self.shape.numel())
+        dtype = dtype_for(self.shape.numel())
         return Index.unchecked(offsets.to(dtype), self.shape), place
 
     def shaped(self, flat: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def index_of(positions: Tensor, kind: Mapping[str, Any]) -> Index:
     return Index(positions, shape, kind["granularity"], None if kind["block"] is None else tuple(kind["block"]))
 
 
-def _dtype_for(limit: int) -> torch.dtype:
+def dtype_for(limit: int) -> torch.dtype:
     return torch.int32 if limit <= 2**31 - 1 else torch.int64
 
 
@@ -298,7 +298,7 @@ def _validated(positions: Tensor, limit: int, granularity: Granularity) -> Tenso
         first, last = int(positions[0]), int(positions[-1])
         if first < 0 or last >= limit:
             raise ValueError(f"positions must lie in [0, {limit}), got {granularity} {first if first < 0 else last}")
-    return positions.to(_dtype_for(limit), copy=True).contiguous()
+    return positions.to(dtype_for(limit), copy=True).contiguous()
 
 
 torch.serialization.add_safe_globals([Index])

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from models import ids
 from processes import in_processes, uses_processes
-from test_fully_shard import fresh, ids, loss_of, made, optimizer_of, same, selection, whole
+from sharded_models import fresh, loss_of, made, optimizer_of, same, selection, whole
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 

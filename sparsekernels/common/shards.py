@@ -15,8 +15,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True)
 class Cut:
-    """How dimension 0 of a tensor is cut into chunks of equal length, of which the last ones may be short or empty."""
+    """How dimension 0 of a tensor is cut into chunks of equal length, of which the last ones may be short or empty.
 
+    `device` is where its collectives run: those of NCCL on a GPU, also for shards that CPUOffloadPolicy keeps.
+    """
+
+    device: str
     group: dist.ProcessGroup
     ranks: int
     chunk: int
@@ -35,10 +39,17 @@ class Cut:
         first, last = min(rank * chunk, length), min((rank + 1) * chunk, length)
         if tensor._local_tensor.shape[0] != last - first:
             refuse_sharded(name, f"with {tensor._local_tensor.shape[0]} rows here, where chunks have {last - first}")
-        return cls(mesh.get_group(dims[0]), ranks, chunk, first, last)
+        return cls(mesh.device_type, mesh.get_group(dims[0]), ranks, chunk, first, last)
 
     def gather(self, mine: Tensor) -> Tensor:
         """What each rank gives, as many entries [n] on all of them: [ranks, n]. A collective call."""
-        everything = mine.new_empty(self.ranks * len(mine))
-        _all_gather(everything, mine, group=self.group)
-        return everything.view(self.ranks, len(mine))
+        sent = mine.to(self.device)
+        everything = sent.new_empty(self.ranks * len(sent))
+        _all_gather(everything, sent, group=self.group)
+        return everything.view(self.ranks, len(sent)).to(mine.device)
+
+    def sum(self, mine: Tensor) -> Tensor:
+        """The sum of what each rank gives. A collective call."""
+        total = mine.to(self.device, copy=True)
+        dist.all_reduce(total, group=self.group)
+        return total.to(mine.device)

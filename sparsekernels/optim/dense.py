@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import _get_capturable_supported_devices
 
+from ..common.supported import is_dtensor
 from .amp import Scaling
 from .group import GroupPlan, misfit, name_of
 from .rows import problem_of_rows, step_rows
@@ -19,6 +20,8 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tenso
 
 def check_dense(group: dict[str, Any], plan: GroupPlan, states: Mapping[Tensor, dict[str, Any]]) -> None:
     """Raise ValueError if a gradient and its state do not fit each other, before anything changes."""
+    if group["foreach"] or group["fused"]:
+        _refuse_mixed(group, [p for p in plan.dense if p.grad is not None])
     for p in plan.dense:
         if p.grad is None:
             continue
@@ -26,6 +29,17 @@ def check_dense(group: dict[str, Any], plan: GroupPlan, states: Mapping[Tensor, 
         problem = (problem_of_rows if p.grad.is_sparse else _problem)(p, p.grad, state, group)
         if problem is not None:
             raise ValueError(f"{name_of(group, p)}: {problem}")
+
+
+def _refuse_mixed(group: dict[str, Any], params: list[Tensor]) -> None:
+    """torch would fail on these, after compact Parameters were stepped and before their weights were written."""
+    kinds = {is_dtensor(p): name_of(group, p) for p in params}
+    if len(kinds) == 2:
+        option = "foreach" if group["foreach"] else "fused"
+        raise ValueError(
+            f"{kinds[True]} is sharded and {kinds[False]} is not, and {option}=True cannot step both at once; "
+            f"give each a group of its own, or leave out {option}"
+        )
 
 
 def _problem(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> str | None:

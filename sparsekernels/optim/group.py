@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..common.supported import is_dtensor, refuse_unsupported
-from ..index import Index
+from ..index import Index, dtype_for
 from ..training.slot import SLOT, Slot
 from .state import MOMENTS, SeenRows, compute_dtype, state_dtype
 
@@ -30,6 +31,7 @@ class GroupPlan:
         self.dense = [p for p in params if p not in self.slots and p not in self.index]
         self.kinds = [kind for kind in ("compact", "indexed") if getattr(self, kind)]
         self.batches: dict[str, Any] = {}  # kind -> Batch, kept by it between steps
+        self._every: dict[Any, Tensor] = {}
         self.seen: dict[Tensor, SeenRows] = {}  # of parameters with sparse gradients
 
     def holds(self, group: dict[str, Any], first: int) -> bool:
@@ -47,7 +49,15 @@ class GroupPlan:
         """Seed and first random stream for parameters of a kind; empty if they round to nearest."""
         if not group["stochastic_rounding"]:
             return ()
-        return group["seed"], self.first + (len(self.compact) if kind == "indexed" else 0)
+        before = {"compact": [], "indexed": self.compact, "sharded": [*self.compact, *self.indexed, *self.dense]}
+        return group["seed"], self.first + len(before[kind])
+
+    def every(self, p: Tensor) -> Tensor:
+        """All positions of a flat tensor, made once."""
+        key = len(p), p.device
+        if key not in self._every:
+            self._every[key] = torch.arange(len(p), dtype=dtype_for(len(p)), device=p.device)
+        return self._every[key]
 
 
 def name_of(group: dict[str, Any], param: Tensor) -> str:

@@ -61,14 +61,14 @@ def step_sharded(group: dict[str, Any], plan: GroupPlan, states: State) -> None:
         moments[1],
         moments[2] if group["amsgrad"] else [],
         steps,
-        [torch.arange(len(p), dtype=torch.int32 if len(p) < 2**31 else torch.int64, device=p.device) for p in params],
+        [plan.every(p) for p in params],
         lr=lr if lr_tensor is None else lr_tensor,
         beta1=float(beta1),
         beta2=float(beta2),
         weight_decay=float(group["weight_decay"]),
         eps=float(group["eps"]),
         maximize=group["maximize"],
-        rounding=plan.rounding("compact", group),
+        rounding=plan.rounding("sharded", group),
     )
 
 

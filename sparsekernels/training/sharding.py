@@ -21,7 +21,7 @@ from ..common.shards import Cut
 from ..common.supported import as_integers, is_dtensor, local_of, refuse_sharded
 from ..index import Index
 from ..ops import gather, scatter_
-from .replicas import KNOWN, Replicas
+from .replicas import KNOWN, Replicas, before_forward
 from .slot import SLOT, Slot
 
 BUCKET = 2**26  # bytes that one collective gathers
@@ -122,11 +122,24 @@ def link(replicas: Replicas) -> None:
     if all(SLOT in slot.stepped.__dict__ for slot in managed):
         return
     for slot in _resharded(replicas):
+        if slot.weight.is_meta:
+            raise ValueError(
+                f"{slot.label!r} is on the meta device: make the optimizer after to_empty() and loading the weights"
+            )
         part_of(slot)
+    _compare_before_gathering(replicas)
     for slot in managed:
         shards_of(slot)[0].__dict__[SLOT] = slot
         slot.remember_shard()
         slot.forget_originals()
+
+
+def _compare_before_gathering(replicas: Replicas) -> None:
+    """Put our hook before that of FSDP2, which fails where ranks have other numbers of positions."""
+    model = None if replicas.model is None else replicas.model()
+    hooks: Any = {} if model is None else model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is before_forward]:
+        hooks.move_to_end(key, last=False)
 
 
 def _managed(replicas: Replicas) -> list[Slot]:
@@ -259,8 +272,7 @@ def loaded(slot: Slot, weight: Any) -> Tensor:
         whole[part.source] = found.view(whole[part.source].shape)
     else:
         whole.view(-1)[part.source] = found
-    bits = as_integers(whole)  # each entry has one owner, so the sum of all keeps its bits
-    dist.all_reduce(bits, group=part.values.group)
+    bits = part.values.sum(as_integers(whole))  # each entry has one owner, so the sum of all keeps its bits
     mine = bits.view(values.dtype)[part.values.first : part.values.last]
     kept = mine if values.is_meta else slot.unrounded(local_of(values), mine)
     return DTensor.from_local(
@@ -275,7 +287,7 @@ def summed(shards: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, in
         kinds.setdefault((shard.device_mesh, shard.placements), []).append(name)
     found: dict[str, int] = {}
     for (mesh, placements), names in kinds.items():
-        total = torch.tensor([counts[name] for name in names], device=shards[names[0]].device)
+        total = torch.tensor([counts[name] for name in names], device=mesh.device_type)
         for dim in sorted(range(mesh.ndim), key=lambda dim: placements[dim].is_replicate()):
             how = dist.ReduceOp.MAX if placements[dim].is_replicate() else dist.ReduceOp.SUM
             dist.all_reduce(total, how, group=mesh.get_group(dim))

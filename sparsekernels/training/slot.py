@@ -65,9 +65,23 @@ def warn_untrained(states: Mapping[Tensor, Any], parameters: Iterable[Tensor]) -
         )
 
 
-def versions(shard: Any) -> tuple[int, int]:
-    """Of a DTensor and of its local tensor, which count different changes."""
-    return shard._version, shard._local_tensor._version
+@dataclass(frozen=True)
+class Seen:
+    """The version of a DTensor and that of its local tensor, which count different changes."""
+
+    version: int
+    local: Tensor
+    local_version: int
+
+    @classmethod
+    def of(cls, shard: Any) -> Seen:
+        return cls(shard._version, shard._local_tensor, shard._local_tensor._version)
+
+    def is_outdated(self, shard: Any) -> bool:
+        """Whether the values changed; not known of another local tensor, such as `Module.to` makes on some ranks."""
+        if shard._local_tensor is not self.local:
+            return False
+        return (shard._version, self.local._version) != (self.version, self.local_version)
 
 
 def is_private(values: Tensor) -> bool:
@@ -115,7 +129,7 @@ class Slot:
         self.written = -1
         self.pending = self.trained = self.warned = False
         self.shards: Any = None
-        self.seen: tuple[int, int] | None = None
+        self.seen: Seen | None = None
         self.part: Any = None
 
     @property
@@ -252,12 +266,14 @@ class Slot:
     def _gathered(self) -> tuple[nn.Parameter, Index]:
         """Values and positions under fully_shard. Nothing is written here: weights get their values after each step."""
         values, weight = (self.owner._parameters.get(self.name + tail) for tail in (VALUES, ""))
-        plain = isinstance(values, nn.Parameter) and isinstance(weight, nn.Parameter) and not is_flattened(values)
+        plain = isinstance(values, nn.Parameter) and isinstance(weight, nn.Parameter)
         if values is None or weight is None or not plain or is_dtensor(values) != is_dtensor(weight):
             refuse_sharded(repr(self.label), "by FSDP1 or in part")
         if torch.compiler.is_compiling():
             return values, self.index  # version numbers would break the graph
-        if self.seen is not None and self.seen != versions(self.shards[0]):
+        if is_flattened(values):
+            refuse_sharded(repr(self.label), "by FSDP1")
+        if self.seen is not None and self.seen.is_outdated(self.shards[0]):
             raise ValueError(
                 f"{self.label!r}: its values changed outside of a step; call SparseModel.sync_() in all processes first"
             )
@@ -265,7 +281,7 @@ class Slot:
 
     def remember_shard(self) -> None:
         """The weight has the values of the shard as they are now."""
-        self.seen = None if self.shards is None else versions(self.shards[0])
+        self.seen = None if self.shards is None else Seen.of(self.shards[0])
 
     def check_supported(self) -> None:
         """Raise ValueError if the weight or its values were sharded, or replaced by an unsupported kind of tensor."""

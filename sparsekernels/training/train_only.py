@@ -243,7 +243,8 @@ class SparseModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.restore()
+        if error is None or self._found is None or not sharding.is_sharded(self.slots.values()):
+            self.restore()  # else restore() would refuse, and hide the error
 
 
 def train_only(model: nn.Module, selection: Selection) -> SparseModel:

@@ -24,8 +24,7 @@ def topk_over_ranks(scores: Sequence[Any], k: int, magnitude: bool) -> list[Tens
     cut = cuts[0]
     if any(each.group is not cut.group for each in cuts):
         raise ValueError("scores must be sharded over one device mesh")
-    holds_nan = torch.tensor([int(local_of(score).isnan().any()) for score in scores], device=scores[0].device)
-    dist.all_reduce(holds_nan, group=cut.group)
+    holds_nan = cut.sum(torch.tensor([int(local_of(score).isnan().any()) for score in scores]))
     if bool(holds_nan.any()):
         raise ValueError(f"scores[{int(holds_nan.nonzero()[0])}] holds NaN")
     bound, ties = _boundary(scores, k, magnitude, cut)
@@ -54,7 +53,7 @@ def _boundary(scores: Sequence[Any], k: int, magnitude: bool, cut: Cut) -> tuple
             if known:
                 code = code[(code >> (shift + width)) & ((1 << known) - 1) == prefix]
             histogram += torch.bincount((code >> shift) & ((1 << width) - 1), minlength=1 << width)
-        dist.all_reduce(histogram, group=cut.group)
+        histogram = cut.sum(histogram)
         from_here_up = histogram.flip(0).cumsum(0).flip(0)
         digit = int((from_here_up >= wanted).sum()) - 1
         wanted -= int(from_here_up[digit] - histogram[digit])
