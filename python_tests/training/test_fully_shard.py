@@ -1,4 +1,4 @@
-"""fully_shard (FSDP2) over gloo: several processes on parts of a batch are one process on the whole batch."""
+"""fully_shard (FSDP2) and DistributedDataParallel over gloo: several processes on parts of a batch are one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ import torch
 from processes import in_processes, uses_processes
 from sharded_models import MODELS, UNITS, fresh, made, optimizer_of, same, selection, train, whole
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import sparsekernels as sk
 
 
 def matrix(rank: int, world: int, folder: str) -> None:
-    meshes = {"fsdp": init_device_mesh("cpu", (world,))}
+    meshes = {"fsdp": init_device_mesh("cpu", (world,)), "ddp": None}
     if world == 4:
         meshes["hsdp"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for name, mesh in meshes.items():
         for kind in MODELS:
             for units in UNITS:
-                run, tuned = fresh(kind, mesh, units)
+                if mesh is None:
+                    model = made(kind)
+                    tuned = sk.train_only(model, selection(model, units))
+                    run = DistributedDataParallel(model)
+                else:
+                    run, tuned = fresh(kind, mesh, units)
                 train(run, tuned, optimizer_of(tuned), rank, world)
-                torch.save(whole(run), f"{folder}/{name}-{kind}-{units}-{rank}.pt")
+                torch.save(whole(tuned.model), f"{folder}/{name}-{kind}-{units}-{rank}.pt")
 
 
 @pytest.mark.compatibility("FSDP", "FSDP2 (`fully_shard`, after `train_only`), also with a 2-D mesh (HSDP)", "works")
@@ -38,7 +44,7 @@ def test_processes_are_one_process(tmp_path: Path, world: int) -> None:
             tuned = sk.train_only(model, selection(model, units))
             train(model, tuned, optimizer_of(tuned), 0, 1)
             masks = {name: index.mask() for name, index in tuned.selection.items()}
-            for mesh in ("fsdp", "hsdp") if world == 4 else ("fsdp",):
+            for mesh in ("fsdp", "ddp", "hsdp") if world == 4 else ("fsdp", "ddp"):
                 states = [torch.load(tmp_path / f"{mesh}-{kind}-{units}-{rank}.pt") for rank in range(world)]
                 same(states[0], model.state_dict())
                 for name, weight in states[0].items():
