@@ -329,10 +329,14 @@ class Selection(Mapping[str, Index]):
         lines.append(f"{'total':<60} {self.numel:>12,} elements of {total:,} {self.numel / max(total, 1):.3%}")
         return "\n".join(lines)
 
-    def check(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def check(self, model: nn.Module, *, tensor_parallel: bool = False) -> dict[str, nn.Parameter]:
         """Return the selected parameters of `model`, by the names of the selection; nothing is changed.
 
         For a model wrapped by PEFT, torch.compile or DistributedDataParallel, the names of the plain model work too.
+
+        Args:
+            model: any module.
+            tensor_parallel: whether parameters may be DTensors, as parallelize_module makes them.
 
         Raises:
             ValueError: the model lacks a parameter, has it in another shape, or has it sharded or quantised; the
@@ -346,7 +350,7 @@ class Selection(Mapping[str, Index]):
         missing = [name for name in self if name not in own]
         if missing:
             raise ValueError(f"the selection names parameters that the model lacks: {', '.join(missing[:5])}")
-        refuse_unsupported_of(model, own.values())
+        refuse_unsupported_of(model, own.values(), tensor_parallel=tensor_parallel)
         found = {name: parameters[own[name]] for name in self}
         for name, index in self.items():
             if index.shape != found[name].shape:

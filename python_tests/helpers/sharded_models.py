@@ -42,7 +42,15 @@ def loss_of(run: nn.Module, batch: Tensor) -> Tensor:
     return getattr(out, "logits", out).float().square().mean()
 
 
-def train(run: nn.Module, tuned: sk.SparseModel, optimizer: Any, rank: int, world: int, steps: int = STEPS) -> None:
+def train(
+    run: nn.Module,
+    tuned: sk.SparseModel,
+    optimizer: Any,
+    rank: int,
+    world: int,
+    steps: int = STEPS,
+    clip: Any = torch.nn.utils.clip_grad_norm_,
+) -> None:
     """Each rank has its rows of every micro-batch; two of them make a step, whose gradient is clipped."""
     for step in range(steps):
         for micro in range(ACCUMULATED):
@@ -50,7 +58,7 @@ def train(run: nn.Module, tuned: sk.SparseModel, optimizer: Any, rank: int, worl
                 run.set_requires_gradient_sync(micro == ACCUMULATED - 1)
             batch = ids(BATCH, 7, seed=10 * step + micro).chunk(world)[rank]
             (loss_of(run, batch) / ACCUMULATED).backward()
-        torch.nn.utils.clip_grad_norm_(list(tuned.parameters()), 0.01)
+        clip(list(tuned.parameters()), 0.01)
         optimizer.step()
         optimizer.zero_grad()
 

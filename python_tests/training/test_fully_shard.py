@@ -1,4 +1,4 @@
-"""fully_shard (FSDP2) and DistributedDataParallel over gloo: several processes on parts of a batch are one process on the whole batch."""
+"""FSDP2 and DistributedDataParallel over gloo: processes on parts of a batch are one process on the whole batch."""
 
 from __future__ import annotations
 

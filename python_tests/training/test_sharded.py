@@ -16,7 +16,10 @@ from torch._dynamo.exc import InternalTorchDynamoError
 import sparsekernels as sk
 from sparsekernels import Index, Selection
 
-SHARDED = "is sharded.* not supported: .*fully_shard .FSDP2., after train_only.*DistributedDataParallel"
+SHARDED = (
+    "is sharded.* not supported: .*fully_shard .FSDP2., after train_only.*parallelize_module, before train_only.*"
+    "DistributedDataParallel"
+)
 
 
 def net() -> nn.Module:
@@ -68,6 +71,7 @@ def sharding(rank: int, world: int, folder: str) -> None:
         refuses_after(net(), selection, shard, x)
     refuses_before(tensor_parallel(net()), selection, METHODS)  # the weights of FSDP1 have no shape that one could fit
     refuses_before(fully_sharded(net()), selection, METHODS[1:])
+    refused(lambda: sk.train_only(fully_sharded(net()), selection))
 
 
 def refuses_after(model: nn.Module, selection: Selection, shard: Callable[[nn.Module], nn.Module], x: Tensor) -> None:
@@ -80,7 +84,6 @@ def refuses_after(model: nn.Module, selection: Selection, shard: Callable[[nn.Mo
 def refuses_before(model: nn.Module, selection: Selection, methods: list[Callable[[nn.Module], Any]]) -> None:
     weights = {name: p for name, p in model.named_parameters() if name in selection}
     group = {"params": list(weights.values()), "indices": [selection[name] for name in weights]}
-    refused(lambda: sk.train_only(model, selection))
     refused(lambda: selection.param_groups(model))
     refused(lambda: sk.SparseAdamW([group]))
     for method in methods:
@@ -88,10 +91,11 @@ def refuses_before(model: nn.Module, selection: Selection, methods: list[Callabl
 
 
 @pytest.mark.compatibility("FSDP", "FSDP1 (`FullyShardedDataParallel`)", "refused")
-@pytest.mark.compatibility("Tensor parallelism", "`parallelize_module` (DTensor)", "refused")
+@pytest.mark.compatibility("Tensor parallelism", "`parallelize_module` after `train_only`", "refused")
+@pytest.mark.compatibility("Tensor parallelism", "methods that score, on a model under `parallelize_module`", "refused")
 @uses_processes
 def test_sharded_models_are_refused(tmp_path: Path) -> None:
-    """By fully_shard, FSDP1, tensor parallelism before train_only; by the last two also after it, at the first use."""
+    """FSDP1, tensor parallelism after train_only, at the first use; dense weights that are stepped or scored."""
     in_processes(sharding, tmp_path)
 
 

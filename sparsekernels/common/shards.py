@@ -13,6 +13,14 @@ from .supported import refuse_sharded
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
 
 
+def all_gather(mine: Tensor, group: dist.ProcessGroup, device: str) -> Tensor:
+    """What each rank gives, as many entries [n] on all of them: [ranks, n]. A collective call, on `device`."""
+    sent = mine.to(device)
+    everything = sent.new_empty(group.size() * len(sent))
+    _all_gather(everything, sent, group=group)
+    return everything.view(group.size(), len(sent)).to(mine.device)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How dimension 0 of a tensor is cut into chunks of equal length, of which the last ones may be short or empty.
@@ -28,25 +36,37 @@ class Cut:
     last: int
 
     @classmethod
-    def of(cls, tensor: Any, name: str) -> Cut:
-        """How a DTensor is cut. Raises ValueError if it is not as FSDP2 does it."""
-        dims = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-        if len(dims) != 1 or type(tensor.placements[dims[0]]).__name__ != "Shard" or tensor.placements[dims[0]].dim:
-            refuse_sharded(name, f"as {tensor.placements}")
-        mesh, length = tensor.device_mesh, tensor.shape[0]
+    def of(cls, tensor: Any, name: str, within: int | None = None) -> Cut:
+        """How FSDP2 cut a DTensor.
+
+        within: entries of dimension 0 before that, on this rank, where the last dimension of the mesh is that of tensor
+            parallelism.
+
+        Raises:
+            ValueError: it is not cut as FSDP2 does it.
+        """
+        mesh, placements = tensor.device_mesh, tensor.placements
+        kinds = ("Shard",) if within is None else ("Shard", "_StridedShard")
+        outer = placements if within is None else placements[:-1]
+        dims = [i for i, placement in enumerate(outer) if not placement.is_replicate()]
+        if len(dims) != 1 or type(placements[dims[0]]).__name__ not in kinds or placements[dims[0]].dim:
+            refuse_sharded(name, f"as {placements}")
+        length = tensor.shape[0] if within is None else within
         ranks, rank = mesh.size(dims[0]), mesh.get_local_rank(dims[0])
-        chunk = -(-length // ranks)
-        first, last = min(rank * chunk, length), min((rank + 1) * chunk, length)
+        first, last = cls.bounds(length, ranks, rank)
         if tensor._local_tensor.shape[0] != last - first:
             refuse_sharded(name, f"with {tensor._local_tensor.shape[0]} rows here, where chunks have {last - first}")
-        return cls(mesh.device_type, mesh.get_group(dims[0]), ranks, chunk, first, last)
+        return cls(mesh.device_type, mesh.get_group(dims[0]), ranks, -(-length // ranks), first, last)
+
+    @staticmethod
+    def bounds(length: int, ranks: int, rank: int) -> tuple[int, int]:
+        """First and last entry of a rank, as torch.chunk cuts."""
+        chunk = -(-length // ranks)
+        return min(rank * chunk, length), min((rank + 1) * chunk, length)
 
     def gather(self, mine: Tensor) -> Tensor:
         """What each rank gives, as many entries [n] on all of them: [ranks, n]. A collective call."""
-        sent = mine.to(self.device)
-        everything = sent.new_empty(self.ranks * len(sent))
-        _all_gather(everything, sent, group=self.group)
-        return everything.view(self.ranks, len(sent)).to(mine.device)
+        return all_gather(mine, self.group, self.device)
 
     def sum(self, mine: Tensor) -> Tensor:
         """The sum of what each rank gives. A collective call."""

@@ -60,13 +60,18 @@ def refuse_sharded(name: str, how: str = "") -> NoReturn:
     """Raise ValueError for a parameter that is sharded, or that is so in a way that is not supported."""
     raise ValueError(
         f"{name} is sharded{how and ' ' + how}, which is not supported: training would not reach the weight. Use "
-        "fully_shard (FSDP2), after train_only and with its default placement, or DistributedDataParallel; FSDP1, "
-        "tensor parallelism and DeepSpeed ZeRO-3 are not supported"
+        "fully_shard (FSDP2), after train_only and with its default placement, parallelize_module, before train_only, "
+        "or DistributedDataParallel; FSDP1 and DeepSpeed ZeRO-3 are not supported"
     )
 
 
-def refuse_unsupported_of(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Raise ValueError if one of these parameters, by default any, is sharded, quantised or not yet initialised."""
+def refuse_unsupported_of(
+    model: nn.Module, names: Iterable[str] | None = None, *, tensor_parallel: bool = False
+) -> None:
+    """Raise ValueError if one of these parameters, by default any, is sharded, quantised or not yet initialised.
+
+    tensor_parallel: whether they may be DTensors outside of fully_shard.
+    """
     chosen = None if names is None else set(names)
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
@@ -75,7 +80,8 @@ def refuse_unsupported_of(model: nn.Module, names: Iterable[str] | None = None) 
                 continue
             if SHARDED in module.__dict__:
                 refuse_sharded(repr(name))
-            refuse_unsupported(repr(name), parameter)
+            if not (tensor_parallel and is_dtensor(parameter)):
+                refuse_unsupported(repr(name), parameter)
 
 
 def as_integers(x: Tensor) -> Tensor:

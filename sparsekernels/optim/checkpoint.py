@@ -120,7 +120,7 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
                 f"{name}: {what} in the state_dict must be {held}, as the Parameter is; load it by "
                 "set_optimizer_state_dict of torch.distributed.checkpoint.state_dict"
             )
-    shape = index.compact_shape if index is not None else p.shape
+    shape = index.compact_shape if index is not None and not is_dtensor(p) else p.shape
     step_counts = torch.as_tensor(entry["step"]).shape
     if index is None and "rows" in entry:
         rows = entry["rows"]
@@ -183,7 +183,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, An
 def _index(group: dict[str, Any], i: int, p: Tensor) -> Index | None:
     if group.get("indices"):
         return group["indices"][i]
-    return p.__dict__[SLOT].index if SLOT in p.__dict__ else None
+    return p.__dict__[SLOT].selected if SLOT in p.__dict__ else None
 
 
 def _without_room(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""torch's gradient clipping, extended to sparse (COO) gradients, on which torch's own raises."""
+"""torch's gradient clipping, extended to what torch's own raises on: sparse gradients, several device meshes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ..common.supported import is_dtensor
 
 
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, *args: Any, **kwargs: Any) -> Tensor:
     """Scale all gradients in place so that their total norm is at most `max_norm`; the Parameters do not change.
 
     As `torch.nn.utils.clip_grad_norm_`. A sparse gradient contributes the norm of its coalesced values: duplicate rows
-    are added first, and `.grad` is left coalesced.
+    are added first, and `.grad` is left coalesced. Gradients may be DTensors of several device meshes, and plain ones;
+    the latter count once: tensor parallelism leaves them alike on every rank.
 
     Args:
         parameters: one or more Parameters of any shape and dtype; those without `.grad` are skipped.
@@ -21,12 +25,12 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, *arg
         *args, **kwargs: as torch's: norm_type, error_if_nonfinite, foreach.
 
     Returns:
-        The total norm before clipping, a 0-d tensor.
+        The total norm before clipping, a 0-d tensor. With DTensors, a collective call.
 
     Raises:
         RuntimeError: as torch's, for a norm that is not finite with error_if_nonfinite.
 
-    Source: torch's function does the arithmetic; adding duplicates first is ours.
+    Source: torch's functions do the arithmetic; adding duplicates first is ours.
 
     Examples:
         >>> table = torch.nn.Embedding(5, 2, sparse=True)
@@ -34,7 +38,32 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, *arg
         >>> sk.clip_grad_norm_(table.parameters(), max_norm=1.0)
         tensor(2.8284)
     """
-    return torch.nn.utils.clip_grad_norm_(_stand_ins(parameters), max_norm, *args, **kwargs)
+    params = _stand_ins(parameters)
+    meshes: dict[Any, list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            meshes.setdefault(getattr(p.grad, "device_mesh", None), []).append(p)
+    if len(meshes) > 1:
+        return _clip_over_meshes(list(meshes.values()), max_norm, *args, **kwargs)
+    return torch.nn.utils.clip_grad_norm_(params, max_norm, *args, **kwargs)
+
+
+def _clip_over_meshes(
+    kinds: list[list[Tensor]],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """As `clip_grad_norm_`, of lists of Parameters each of which torch can clip."""
+    norms = []
+    for params in kinds:
+        norm: Any = get_total_norm([p.grad for p in params], norm_type, error_if_nonfinite, foreach)  # type: ignore[misc]
+        norms.append(norm.full_tensor() if is_dtensor(norm) else norm)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    for params in kinds:
+        clip_grads_with_norm_(params, max_norm, total, foreach)
+    return total
 
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..index import Index
 from .layers import SLOTS, SparseEmbedding, SparseLinear, attach, detach, slots_of, trains_selection
 from .replicas import REPLICAS, Replicas, before_forward
-from .slot import SLOT, VALUES, CompactParameter, Holders, Slot
+from .slot import SLOT, VALUES, Holders, Slot
 from .state_hooks import KEPT, LOADING, after_save, before_load, before_loading, before_save, keep
 
 
@@ -34,7 +34,7 @@ class Installation:
             self.hooks.append(self.model.register_forward_pre_hook(before_forward))
             self.watched = True
 
-    def give(self, slot: Slot, index: Index, values: CompactParameter, originals: Tensor) -> None:
+    def give(self, slot: Slot, index: Index, values: nn.Parameter, originals: Tensor) -> None:
         """Register a new slot on its owner, and give every module that holds the weight the sparse backward."""
         self.slots.append(slot)
         slot.register(index, values, originals)

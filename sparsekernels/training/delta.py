@@ -87,7 +87,7 @@ class Delta:
     @classmethod
     def from_slots(cls, model: nn.Module, slots: Mapping[str, Slot], left: Mapping[str, Left]) -> Delta:
         """The trained state of a model under train_only; see `SparseModel.delta`."""
-        if sharding.is_sharded(slots.values()):
+        if any(slot.is_sharded() for slot in slots.values()):
             return cls._from_shards(model, slots, left)
         found = {name: (slot.weight, (slot.index, slot.originals)) for name, slot in slots.items()}
         for name, entry in left.items():
@@ -101,7 +101,7 @@ class Delta:
     @classmethod
     @torch.no_grad()
     def _from_shards(cls, model: nn.Module, slots: Mapping[str, Slot], left: Mapping[str, Left]) -> Delta:
-        """Of weights that fully_shard cut: each value is gathered, in the dtype of the weight.
+        """Of weights that are sharded: each value is gathered, in the dtype of the weight.
 
         The fingerprints are those of the first rank: others need not have loaded their weights before fully_shard.
         """
@@ -111,13 +111,17 @@ class Delta:
                 "reselect(restore=False) left; take delta() before fully_shard"
             )
         plain = plain_names(model)
-        managed = [slot for slot in slots.values() if slot.is_managed()]
-        bases = dict(zip(map(id, managed), sharding.of_first(managed, lambda slot: slot.base()), strict=True))
-        found = {id(slot): whole.cpu() for slot, whole in sharding.gathered(managed)}
+        cut = [slot for slot in slots.values() if slot.is_sharded()]
+        bases = {id(slot): slot.base() for slot in cut if slot.parallel is not None}
+        managed = [slot for slot in cut if slot.parallel is None]
+        bases |= zip(map(id, managed), sharding.of_first(managed, lambda slot: slot.base()), strict=True)
+        found = {}
+        for slot, values in sharding.gathered(cut):
+            found[id(slot)] = (values if slot.parallel is None else slot.parallel.whole(values)).cpu()
         changes = {}
         for name, slot in slots.items():
             if id(slot) in found:
-                change = TensorDelta(slot.index.to("cpu"), found[id(slot)], bases[id(slot)])
+                change = TensorDelta(slot.selected.to("cpu"), found[id(slot)], bases[id(slot)])
             else:  # outside of what fully_shard was given
                 change = TensorDelta.of(slot.index, gather(slot.weight.detach(), slot.index), slot.originals)
             changes[plain.get(name, name)] = change

@@ -75,9 +75,13 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)
         if ctx.needs_input_grad[3]:
-            index = ctx.index.at(positions)
+            index, parallel = ctx.index.at(positions), ctx.slot.parallel
+            if parallel is not None:
+                grad, kept = parallel.features(grad, ctx.transposed), parallel.features(kept, not ctx.transposed)
             left, right = (kept, grad) if ctx.transposed else (grad, kept)
             grad_values = masked_grad_linear(_matrix(left), _matrix(right), index).to(ctx.dtype)
+            if parallel is not None:
+                grad_values = parallel.distributed(grad_values)
             _gradient_came(ctx)
         return grad_input, None, grad_bias, grad_values, None, None, None, None, None
 
@@ -97,11 +101,17 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids, positions = ctx.saved_tensors
-        index = ctx.index.at(positions)
-        grad = grads[0].reshape(ids.numel(), index.shape[1])
-        found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx)
+        index, parallel = ctx.index.at(positions), ctx.slot.parallel
+        (grad,) = grads
+        if parallel is None:
+            grad = grad.reshape(ids.numel(), index.shape[1])
+            found = masked_grad_embedding(grad, ids.reshape(-1), index, padding_idx=ctx.padding_idx).to(ctx.dtype)
+        else:
+            rows, foreign = parallel.rows_of(ids, ctx.padding_idx)
+            grad = parallel.features(grad, 1).reshape(len(rows), index.shape[1]).masked_fill(foreign[:, None], 0)
+            found = parallel.distributed(masked_grad_embedding(grad, rows, index).to(ctx.dtype))
         _gradient_came(ctx)
-        return None, None, found.to(ctx.dtype), None, None, None
+        return None, None, found, None, None, None
 
 
 class _Attach(torch.autograd.Function):
@@ -118,9 +128,12 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (positions,) = ctx.saved_tensors
         dense = grads[0].to_dense() if grads[0].is_sparse else grads[0]
-        found = gather(dense.contiguous(), ctx.index.at(positions))
+        parallel = ctx.slot.parallel
+        if parallel is not None:
+            dense = parallel.like_weight(dense)
+        found = gather(dense.contiguous(), ctx.index.at(positions)).to(ctx.dtype)
         _gradient_came(ctx)
-        return None, found.to(ctx.dtype), None, None
+        return None, found if parallel is None else parallel.distributed(found), None, None
 
 
 def _gradient_came(ctx: Any) -> None:
@@ -130,7 +143,7 @@ def _gradient_came(ctx: Any) -> None:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 is not possible without features
 
 
 def _attached(slot: Slot) -> Tensor:
@@ -150,17 +163,18 @@ def sparse_linear(module: Any, input: Tensor, *, transposed: bool) -> Tensor:
         return F.linear(input, weight.T if transposed else weight, bias)
     values, index = slot.sync_()
     kind, kept = input.device.type, None
-    features = None
+    features, seen = None, input
     if slot.narrow is not None and torch.is_grad_enabled() and values.requires_grad:
         features, index = slot.narrow.on(index.positions.device)
+        seen = input if slot.parallel is None else slot.parallel.features(input, not transposed)
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         if features is not None:
-            kept = features.take(input, input.dtype, slot)
+            kept = features.take(seen, input.dtype, slot)
         return _Linear.apply(input, weight, bias, values, kept, index.positions, index, transposed, slot)  # type: ignore[no-any-return]
     # As autocast does for F.linear; cast here so that backward sees the dtypes of forward.
     dtype = torch.get_autocast_dtype(kind)
     if features is not None:
-        kept = features.take(input, input.dtype if input.dtype == torch.float64 else dtype, slot)
+        kept = features.take(seen, input.dtype if input.dtype == torch.float64 else dtype, slot)
     args = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (input, weight, bias)]
     with torch.autocast(kind, enabled=False):
         return _Linear.apply(*args, values, kept, index.positions, index, transposed, slot)  # type: ignore[no-any-return]
@@ -201,6 +215,9 @@ def attach(module: nn.Module) -> list[Any]:
 def _put(module: Any, *_: Any) -> None:
     detach(module)  # torch.compile's graph then depends on whether a view was left over
     for name, slot in slots_of(module).items():
+        if not torch.is_grad_enabled():
+            slot.sync_()
+            continue
         view: Any = _attached(slot)
         module.__dict__[name] = view
         if not torch.compiler.is_compiling():

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.supported import is_dtensor
 from ..index import Index
 from .narrow import Narrow
 
@@ -25,12 +24,14 @@ class Replicated(Protocol):
     narrow: Narrow | None
 
     @property
-    def index(self) -> Index: ...
+    def selected(self) -> Index: ...
 
     @property
     def values(self) -> Any: ...
 
     def is_managed(self) -> bool: ...
+
+    def is_shard(self, tensor: Any) -> bool: ...
 
     def check_compiled(self) -> None: ...
 
@@ -73,7 +74,7 @@ class Replicas:
 
     def _compare(self, groups: Sequence[Any]) -> None:
         """With all processes that are reached through these groups, one after the other."""
-        found: list[dict[str, str]] = [{slot.label: fingerprint(slot.index) for slot in self.slots}]
+        found: list[dict[str, str]] = [{slot.label: fingerprint(slot.selected) for slot in self.slots}]
         for group in groups:
             others: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(others, found, group=group)
@@ -99,7 +100,7 @@ def before_forward(model: nn.Module, *_: Any) -> None:
             slot.replicas = replicas
     if DistributedDataParallel._active_ddp_module is None:
         if not replicas.compared and replicas.slots and replicas.slots[0].is_managed():
-            sharded = [slot.values for slot in replicas.slots if is_dtensor(slot.values)]
+            sharded = [slot.values for slot in replicas.slots if slot.is_shard(slot.values)]
             if sharded:  # else FSDP2 has gathered all of them by now: they are compared in the first step
                 replicas.compare_over(sharded[0].device_mesh)
         return

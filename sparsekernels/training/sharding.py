@@ -21,6 +21,7 @@ from ..common.shards import Cut
 from ..common.supported import as_integers, is_dtensor, local_of, refuse_sharded
 from ..index import Index
 from ..ops import gather, scatter_
+from .parts import Source, part_of_index, put, taken
 from .replicas import KNOWN, Replicas, before_forward
 from .slot import SLOT, Slot
 
@@ -34,48 +35,36 @@ class Part:
     Attributes:
         values: how the compact values are cut.
         index: the selected positions within this rank's rows of the weight.
-        source: where their values are in the compact tensor: a slice of dimension 0, or flat entries.
+        source: where their values are in the compact tensor.
         aligned: whether every rank holds the values of its own rows already.
     """
 
     values: Cut
     index: Index
-    source: slice | Tensor
+    source: Source
     aligned: bool
 
-    def select(self, whole: Tensor) -> Tensor:
-        """The values of `index`, of those of the whole tensor."""
-        return whole[self.source] if isinstance(self.source, slice) else whole.reshape(-1)[self.source]
+
+def held(slot: Slot) -> Index:
+    """The selected positions in what this process holds of the weight."""
+    return part_of(slot).index if slot.is_shard(slot.weight) else slot.index
 
 
-def cut_index(index: Index, first: int, last: int) -> tuple[Index, slice | Tensor]:
-    """The part of a selection that lies in some rows of dimension 0, and where its values are; see `Part`."""
-    shape = torch.Size((last - first, *index.shape[1:]))
-    if index.granularity == "column" and len(index.shape) == 2:
-        return Index.unchecked(index.positions, shape, "column"), slice(first, last)
-    source = None
-    if index.granularity not in ("element", "row"):
-        index, source = index.entries()
-    units = index.num_positions // max(1, index.shape[0])
-    bounds = torch.tensor([first * units, last * units], device=index.positions.device)
-    begin, end = torch.searchsorted(index.positions.long(), bounds).tolist()
-    local = index.with_positions((index.positions[begin:end] - first * units).contiguous(), shape)
-    return local, slice(begin, end) if source is None else source[begin:end].clone()
-
-
-def local_index(weight: Any, index: Index) -> Index:
-    """The part of a selection that lies in what this process holds of its weight."""
+def held_of(weight: Any, index: Index) -> Index:
+    """The part of a selection that lies in what this process holds of a weight."""
     if not is_dtensor(weight):
         return index
     cut = Cut.of(weight, f"a weight of shape {list(index.shape)}")
-    return cut_index(index, cut.first, cut.last)[0]
+    return part_of_index(index, 0, cut.first, cut.last)[0]
 
 
 def shards_of(slot: Slot) -> tuple[Any, Any]:
     """Values and weight as FSDP2 keeps them; the module itself holds gathered ones during a forward, and after some."""
     now = slot.values, slot.weight
-    if slot.shards is None or is_dtensor(now[0]):
-        if not (is_dtensor(now[0]) and is_dtensor(now[1])):
+    if not slot.is_managed():  # by tensor parallelism alone
+        return now
+    if slot.shards is None or slot.is_shard(now[0]):
+        if not (slot.is_shard(now[0]) and slot.is_shard(now[1])):
             slot.check_supported()
             raise ValueError(
                 f"{slot.label!r} holds no shard at the moment: FSDP2 keeps it gathered after an evaluation; call "
@@ -90,17 +79,14 @@ def part_of(slot: Slot, loaded: Any = None) -> Part:
     values, weight = shards_of(slot)
     device = (weight if loaded is None else loaded).device
     if slot.part is None or slot.part.index.positions.device != device:
-        cut = Cut.of(weight, repr(slot.label))
-        index, source = cut_index(slot.index_on(device), cut.first, cut.last)
-        whole_rows = slot.index.granularity == "row" and slot.index.compact_shape == slot.index.shape
-        aligned = whole_rows or (slot.index.granularity == "column" and len(slot.index.shape) == 2)
-        slot.part = Part(Cut.of(values, repr(slot.label)), index, source, aligned)
+        index = slot.index_on(device)
+        cut = Cut.of(weight, repr(slot.label), None if slot.parallel is None else index.shape[0])
+        part, source = part_of_index(index, 0, cut.first, cut.last)
+        whole_rows = index.granularity == "row" and index.compact_shape == index.shape
+        aligned = whole_rows or (index.granularity == "column" and len(index.shape) == 2)
+        room = None if slot.parallel is None else slot.parallel.room
+        slot.part = Part(Cut.of(values, repr(slot.label), room), part, source, aligned and slot.parallel is None)
     return slot.part
-
-
-def is_sharded(slots: Iterable[Slot]) -> bool:
-    """Whether fully_shard manages one of them."""
-    return any(slot.is_managed() for slot in slots)
 
 
 def link_parameters(optimizer: torch.optim.Optimizer) -> None:
@@ -131,7 +117,8 @@ def link(replicas: Replicas) -> None:
     for slot in managed:
         shards_of(slot)[0].__dict__[SLOT] = slot
         slot.remember_shard()
-        slot.forget_originals()
+        if slot.parallel is None:  # else in the first step, because this is collective then
+            slot.forget_originals()
 
 
 def _compare_before_gathering(replicas: Replicas) -> None:
@@ -157,7 +144,7 @@ def _resharded(replicas: Replicas) -> list[Slot]:
 
 def reshard(model: nn.Module, slots: Iterable[Slot]) -> None:
     """Let modules hold shards again: the outermost ones do not after a forward without a backward."""
-    if all(is_dtensor(slot.values) for slot in slots):
+    if all(slot.is_shard(slot.values) for slot in slots):
         return
     from torch.distributed.fsdp import FSDPModule
 
@@ -180,6 +167,8 @@ def of_first(slots: Iterable[Slot], work: Callable[[Slot], Any]) -> list[Any]:
         ValueError: `work` raised it in the first process.
     """
     slots = list(slots)
+    if not slots:
+        return []
     mesh = shards_of(slots[0])[0].device_mesh
     shared: list[Any] = [None]
     if mesh.get_rank() == mesh.mesh.flatten()[0]:
@@ -195,12 +184,16 @@ def of_first(slots: Iterable[Slot], work: Callable[[Slot], Any]) -> list[Any]:
 
 
 def gathered(slots: Iterable[Slot]) -> Iterator[tuple[Slot, Tensor]]:
-    """The values of each slot, whole, in its compact shape and in the dtype of the weight.
+    """The values of each slot, in the compact shape of its Index and in the dtype of the weight.
 
     A collective call: every rank passes the same slots, in the same order.
     """
     kinds: dict[Any, list[Slot]] = {}
     for slot in slots:
+        if not slot.is_managed():
+            assert slot.parallel is not None
+            yield slot, slot.parallel.compact(local_of(slot.values)).to(slot.weight.dtype)
+            continue
         weight = shards_of(slot)[1]
         kinds.setdefault((part_of(slot).values.group, weight.dtype, weight.device), []).append(slot)
     for (_, dtype, _), members in kinds.items():
@@ -222,8 +215,9 @@ def _gather(slots: list[Slot], dtype: torch.dtype) -> Iterator[tuple[Slot, Tenso
     for shard, room in zip(shards, mine.split(lengths), strict=True):
         local = local_of(shard).reshape(-1)
         room[: len(local)] = local
-    for slot, shard, found in zip(slots, shards, cuts[0].gather(mine).split(lengths, 1), strict=True):
-        yield slot, found.reshape(-1)[: shard.numel()].view(shard.shape)
+    for slot, found in zip(slots, cuts[0].gather(mine).split(lengths, 1), strict=True):
+        shape = slot.index.compact_shape
+        yield slot, found.reshape(-1)[: math.prod(shape)].view(shape)
 
 
 @torch.no_grad()
@@ -240,17 +234,20 @@ def write_(slots: Iterable[Slot]) -> None:
     apart = []
     for slot in slots:
         values, weight = shards_of(slot)
-        if part_of(slot).aligned and is_dtensor(slot.weight):
+        if slot.is_managed() and part_of(slot).aligned and slot.is_shard(slot.weight):
             _write(local_of(weight), part_of(slot).index, local_of(values))
         else:
             apart.append(slot)
-    for slot, whole in gathered(apart):
-        part = part_of(slot)
-        _write(local_of(shards_of(slot)[1]), part.index, part.select(whole))
-        if not is_dtensor(slot.weight):
-            _write(slot.weight.detach(), slot.index, whole)
+    for slot, values in gathered(apart):
+        if slot.is_managed():
+            part = part_of(slot)
+            _write(local_of(shards_of(slot)[1]), part.index, taken(values, part.source))
+        if not slot.is_shard(slot.weight):
+            _write(local_of(slot.weight), slot.index, values)
     for slot in slots:
         slot.remember_shard()
+        if slot.is_managed():
+            slot.forget_originals()
 
 
 def _write(weight: Tensor, index: Index, values: Tensor) -> None:
@@ -263,17 +260,20 @@ def loaded(slot: Slot, weight: Any) -> Tensor:
     """As `Slot.loaded`, of a DTensor cut as the weight is. A collective call."""
     from torch.distributed.tensor import DTensor
 
-    part, (values, own) = part_of(slot, weight), shards_of(slot)
+    values, own = shards_of(slot)
     if weight.placements != own.placements:
         refuse_sharded(repr(slot.label), f"as {own.placements}, its state as {weight.placements}")
-    found = gather(local_of(weight).contiguous(), part.index).to(values.dtype)
-    whole = torch.zeros(values.shape, dtype=values.dtype, device=found.device)
-    if isinstance(part.source, slice):
-        whole[part.source] = found.view(whole[part.source].shape)
+    local = local_of(weight).contiguous()
+    if slot.is_managed():
+        part = part_of(slot, weight)
+        whole = torch.zeros(slot.index.compact_shape, dtype=values.dtype, device=local.device)
+        put(whole, part.source, gather(local, part.index).to(values.dtype))
+        bits = part.values.sum(as_integers(whole))  # each entry has one owner, so the sum of all keeps its bits
+        mine = bits.view(values.dtype)
+        mine = (mine if slot.parallel is None else slot.parallel.flat(mine))[part.values.first : part.values.last]
     else:
-        whole.view(-1)[part.source] = found
-    bits = part.values.sum(as_integers(whole))  # each entry has one owner, so the sum of all keeps its bits
-    mine = bits.view(values.dtype)[part.values.first : part.values.last]
+        assert slot.parallel is not None
+        mine = slot.parallel.flat(gather(local, slot.index_on(local.device)).to(values.dtype))
     kept = mine if values.is_meta else slot.unrounded(local_of(values), mine)
     return DTensor.from_local(
         kept, values.device_mesh, values.placements, run_check=False, shape=values.shape, stride=values.stride()

@@ -13,12 +13,21 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.messages import listed, warn
-from ..common.supported import SHARDED, as_integers, is_dtensor, is_flattened, refuse_sharded, refuse_unsupported
+from ..common.supported import (
+    SHARDED,
+    as_integers,
+    is_dtensor,
+    is_flattened,
+    local_of,
+    refuse_sharded,
+    refuse_unsupported,
+)
 from ..index import Index
 from ..ops import gather, scatter_
 from ..structure.layers import kind_of
 from .fingerprint import base_of
 from .narrow import Narrow, narrow_of
+from .parallel import Parallel
 from .remap import IndexedValues
 from .replicas import Replicas, check_while_tracing
 
@@ -79,9 +88,12 @@ class Seen:
 
     def is_outdated(self, shard: Any) -> bool:
         """Whether the values changed; not known of another local tensor, such as `Module.to` makes on some ranks."""
-        if shard._local_tensor is not self.local:
-            return False
-        return (shard._version, self.local._version) != (self.version, self.local_version)
+        return shard._local_tensor is self.local and not self.is_of(shard)
+
+    def is_of(self, shard: Any) -> bool:
+        """Whether nothing has changed since."""
+        same = shard._local_tensor is self.local
+        return same and (shard._version, self.local._version) == (self.version, self.local_version)
 
 
 def is_private(values: Tensor) -> bool:
@@ -111,8 +123,10 @@ class Slot:
             their memory; -1 if they share it or have none.
         pending: whether a gradient arrived since. The optimizer step that follows may change values without a new
             version, as DeepSpeed's `values.data.copy_(...)` does.
-        shards: values and weight as FSDP2 keeps them, once found; seen: versions of these values when the weight got
-            them, None if not known; part: what this rank holds (`sharding.Part`).
+        parallel: how tensor parallelism divides the weight; `index`, originals and `narrow` are then of what this rank
+            holds, and `selected` is of the whole weight.
+        shards: values and weight as FSDP2 keeps them, once found; part: what this rank holds (`sharding.Part`).
+        seen: versions of values that are DTensors when the weight got them, None if not known.
         replicas: shared by all slots of a model. trained: whether a step saw a gradient. warned: whether a step without
             one was reported.
     """
@@ -128,6 +142,7 @@ class Slot:
         self.owner, self.name = holders[0]
         self.written = -1
         self.pending = self.trained = self.warned = False
+        self.parallel: Parallel | None = None
         self.shards: Any = None
         self.seen: Seen | None = None
         self.part: Any = None
@@ -148,12 +163,17 @@ class Slot:
     def stepped(self) -> nn.Parameter:
         """The values that an optimizer steps; where FSDP2 has gathered those in the module, their shards."""
         values = self.values
-        return values if self.shards is None or is_dtensor(values) else self.shards[0]
+        return values if self.shards is None or self.is_shard(values) else self.shards[0]
 
     @property
     def positions(self) -> Tensor:
         """The positions, on the device of the weight."""
         return self.index.positions
+
+    @property
+    def selected(self) -> Index:
+        """The Index of the whole weight."""
+        return self.index if self.parallel is None else self.parallel.selected
 
     @property
     def index(self) -> Index:
@@ -182,15 +202,18 @@ class Slot:
         return self._originals.to(self.weight.device)
 
     def base(self) -> str:
-        """The fingerprint of the original weights, as `TensorDelta.base`."""
-        return base_of(self.index, self.originals) if self._base is None else self._base
+        """The fingerprint of the original weights, as `TensorDelta.base`. A collective call in tensor parallelism."""
+        if self._base is not None:
+            return self._base
+        originals = self.originals if self.parallel is None else self.parallel.whole(self.originals)
+        return base_of(self.selected, originals)
 
     def forget_originals(self) -> None:
-        """Keep their fingerprint alone: under fully_shard every rank would hold all of them."""
+        """Keep their fingerprint alone: under fully_shard every rank would hold all of them. Collective as `base`."""
         if self._originals is not None and not self._originals.is_meta:
             self._base, self._originals = self.base(), None
 
-    def register(self, index: Index, values: CompactParameter, originals: Tensor) -> None:
+    def register(self, index: Index, values: nn.Parameter, originals: Tensor) -> None:
         """Put the values on the owner, replacing those that are there; keep positions and originals."""
         before = self.owner._parameters.get(self.name + VALUES)
         if before is not None:
@@ -204,6 +227,9 @@ class Slot:
             self.narrow.share(slot.narrow for slot in self.replicas.slots if slot is not self and slot.narrow)
         self.owner.register_parameter(self.name + VALUES, values)
         self.link(values)
+        if self.parallel is not None:
+            self.remember_shard()
+            return
         self.written = values._version
         self._remember(values)
 
@@ -231,6 +257,8 @@ class Slot:
         """
         if self.is_managed():
             return self._gathered()
+        if self.parallel is not None:
+            return self._in_parallel()
         if torch.compiler.is_compiling():
             check_while_tracing(self.replicas.key)
             return self.values, self.index  # SparseAdamW writes; a version number is not part of a graph
@@ -256,12 +284,30 @@ class Slot:
             self.pending = False
         return values, self._index
 
+    def is_sharded(self) -> bool:
+        """Whether the values are a DTensor, or gathered from one."""
+        return self.parallel is not None or self.is_managed()
+
     def is_managed(self) -> bool:
         """Whether FSDP manages a module that holds the weight."""
         for module, _ in self.holders:  # noqa: SIM110 - a generator is slower
             if SHARDED in module.__dict__:
                 return True
         return False
+
+    def is_shard(self, tensor: Any) -> bool:
+        """Whether values or weight are sharded by FSDP2, not gathered, or outside of it."""
+        return is_dtensor(tensor) and tensor.device_mesh.ndim > (self.parallel is not None)
+
+    def _in_parallel(self) -> tuple[nn.Parameter, Index]:
+        """As `sync_`, in tensor parallelism: each rank holds the values of its part of the weight."""
+        values: Any = self.values
+        if not torch.compiler.is_compiling() and (self.seen is None or not self.seen.is_of(values)):
+            self.check_supported()
+            assert self.parallel is not None
+            self.write_(self.parallel.compact(local_of(values)))
+            self.remember_shard()
+        return values, self.index
 
     def _gathered(self) -> tuple[nn.Parameter, Index]:
         """Values and positions under fully_shard. Nothing is written here: weights get their values after each step."""
@@ -280,8 +326,8 @@ class Slot:
         return values, self.index
 
     def remember_shard(self) -> None:
-        """The weight has the values of the shard as they are now."""
-        self.seen = None if self.shards is None else Seen.of(self.shards[0])
+        """The weight has the values, which are DTensors, as they are now."""
+        self.seen = Seen.of(self.stepped) if is_dtensor(self.stepped) else None
 
     def check_supported(self) -> None:
         """Raise ValueError if the weight or its values were sharded, or replaced by an unsupported kind of tensor."""
@@ -289,7 +335,8 @@ class Slot:
             self._gathered()
             return
         for tensor in (self.values, self.weight):
-            refuse_unsupported(repr(self.label), tensor)
+            if self.parallel is None or not is_dtensor(tensor):
+                refuse_unsupported(repr(self.label), tensor)
 
     def _adopt(self, values: nn.Parameter) -> None:
         """Another Parameter replaced the values: in a copied model, or by load_state_dict(assign=True)."""
@@ -316,7 +363,8 @@ class Slot:
         self.written, self.pending = values._version, False
 
     def write_(self, values: Tensor) -> None:
-        scatter_(self.weight.detach(), self.index, values.detach())
+        weight = self.weight.detach() if self.parallel is None else local_of(self.weight)
+        scatter_(weight, self.index, values.detach())
 
     def loaded(self, weight: Tensor) -> Tensor:
         """The values that belong to a weight about to be loaded.

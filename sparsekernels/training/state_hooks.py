@@ -36,7 +36,7 @@ def before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         slot.seen = None  # torch writes the values next, those of now where the state has no weight
         weight = state_dict.get(prefix + attribute)
         found = slot.values.detach()  # if the weight does not fit, torch reports it
-        if weight is not None and weight.shape == slot.index.shape and is_dtensor(weight) == is_dtensor(slot.weight):
+        if weight is not None and weight.shape == slot.selected.shape and is_dtensor(weight) == is_dtensor(slot.weight):
             found = sharding.loaded(slot, weight) if is_dtensor(weight) else slot.loaded(weight)
         if slot.owner is module:
             # Also where there are some: set_model_state_dict puts those of now into a dict that has none.
@@ -113,12 +113,12 @@ def _known(module: nn.Module) -> dict[int, list[Index]]:
     for part in module.modules():
         for slot in part.__dict__.get(SLOTS, {}).values():
             if not slot.weight.is_meta:
-                known[id(slot.weight)] = [sharding.local_index(slot.weight, slot.index)]
+                known[id(slot.weight)] = [sharding.held(slot)]
     for part in module.modules():
         for attribute, index in part.__dict__.get(LEFT, {}).items():
             weight: Any = part._parameters[attribute]
             if not weight.is_meta:
-                known.setdefault(id(weight), []).append(sharding.local_index(weight, index))
+                known.setdefault(id(weight), []).append(sharding.held_of(weight, index))
     return known
 
 

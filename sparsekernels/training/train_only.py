@@ -16,12 +16,13 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..common.supported import is_dtensor
+from ..common.supported import is_dtensor, local_of
 from ..selection import Selection
 from . import sharding
 from .attach import Installation, holders_of
 from .delta import Delta
 from .layers import trains_selection
+from .parallel import Parallel
 from .replicas import KNOWN
 from .reselect import reselect
 from .slot import SLOT, Left, Slot, compact_copy, warn_untrained
@@ -86,10 +87,14 @@ class SparseModel:
     @property
     def selection(self) -> Selection:
         """What is trained, by parameter name."""
-        return Selection({name: slot.index for name, slot in self.slots.items()})
+        return Selection({name: slot.selected for name, slot in self.slots.items()})
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name of the weight, compact Parameter) pairs, of index.compact_shape; fp32 (fp64 for fp64)."""
+        """(name of the weight, compact Parameter) pairs, of index.compact_shape; fp32 (fp64 for fp64).
+
+        Of weights that tensor parallelism divides, flat DTensors, in which the values of each rank are padded with
+        zeros to the same number.
+        """
         self.check_in_use()
         self._link()
         for name, slot in self.slots.items():
@@ -122,17 +127,17 @@ class SparseModel:
         self.check_in_use()
         self._link()
         for slot in self.slots.values():
-            if not slot.is_managed():
+            if not slot.is_sharded():
                 slot.refresh_()
-        sharding.write_(slot for slot in self.slots.values() if slot.is_managed())
+        sharding.write_(slot for slot in self.slots.values() if slot.is_sharded())
 
     def _link(self) -> None:
         """Find the compact Parameters again if fully_shard replaced them."""
         assert self._found is not None
         sharding.link(self._found.replicas)
 
-    def _refuse_sharded(self, call: str) -> None:
-        if sharding.is_sharded(self.slots.values()):
+    def _refuse_managed(self, call: str) -> None:
+        if any(slot.is_managed() for slot in self.slots.values()):
             raise ValueError(
                 f"{call} is not possible under fully_shard, which keeps the compact Parameters; take delta() and apply "
                 "it to a model that is not sharded, or save the state_dict"
@@ -179,7 +184,9 @@ class SparseModel:
             Selection(2 elements of 1 tensors)
         """
         self.check_in_use()
-        self._refuse_sharded("reselect()")
+        self._refuse_managed("reselect()")
+        if any(slot.parallel is not None for slot in self.slots.values()):
+            raise ValueError("reselect() is not possible with tensor parallelism; call merge(), then train_only again")
         assert self._found is not None
         self.slots, left = reselect(self._found, self.slots, self.left, selection, optimizer, restore)
         self.leave(left)
@@ -201,7 +208,7 @@ class SparseModel:
     def restore(self) -> nn.Module:
         """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
         if self._found is not None:
-            self._refuse_sharded("restore()")
+            self._refuse_managed("restore()")
             originals = [(slot, slot.originals) for slot in self.slots.values()]  # raises before anything is written
             for slot, values in originals:
                 slot.write_(values)
@@ -213,7 +220,7 @@ class SparseModel:
     def merge(self) -> nn.Module:
         """Keep the trained weights and give back everything else as it was found. Returns the model."""
         if self._found is not None:
-            self._refuse_sharded("merge()")
+            self._refuse_managed("merge()")
             self.sync_()
             self._leave()
         return self.model
@@ -243,7 +250,7 @@ class SparseModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or self._found is None or not sharding.is_sharded(self.slots.values()):
+        if error is None or self._found is None or not any(slot.is_managed() for slot in self.slots.values()):
             self.restore()  # else restore() would refuse, and hide the error
 
 
@@ -282,7 +289,7 @@ def train_only(model: nn.Module, selection: Selection) -> SparseModel:
         raise ValueError("train_only makes Parameters to train; call it outside torch.inference_mode()")
     if any(trains_selection(module) for module in model.modules()):
         raise ValueError("the model already trains a selection; call restore() or merge() on its SparseModel first")
-    weights = selection.check(model)
+    weights = selection.check(model, tensor_parallel=True)
     holders = holders_of(model, weights)
     found = Installation(model)
     slots: dict[str, Slot] = {}
@@ -293,8 +300,12 @@ def train_only(model: nn.Module, selection: Selection) -> SparseModel:
         for name, weight in weights.items():
             # Positions moved to the meta device would be lost, and the weight may be materialised later.
             index = selection[name] if weight.is_meta else selection[name].to(weight.device)
-            slots[name] = Slot(name, holders[name], found.replicas)
-            found.give(slots[name], index, *compact_copy(weight, index))
+            slots[name] = slot = Slot(name, holders[name], found.replicas)
+            if is_dtensor(weight):
+                slot.parallel = Parallel.of(weight, index, repr(name))
+                index = slot.parallel.index
+            values, originals = compact_copy(local_of(weight), index)
+            found.give(slot, index, values if slot.parallel is None else slot.parallel.parameter(values), originals)
         found.watch()
     except BaseException:
         found.put_back()
