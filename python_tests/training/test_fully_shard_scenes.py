@@ -14,7 +14,6 @@ from processes import in_processes, uses_processes
 from sharded_models import (
     ADAMW,
     BATCH,
-    UNITS,
     fresh,
     loss_of,
     made,
@@ -355,27 +354,6 @@ def skipped_steps(rank: int, world: int, mesh: Any) -> None:
     assert scaler.get_scale() == 512.0
 
 
-def sift_of_shards(rank: int, world: int, mesh: Any) -> None:
-    """Each rank with its part of the batches: the Selection of one process with all of them, and its report."""
-    batches = [{"input_ids": ids(BATCH, 7, seed=seed), "labels": ids(BATCH, 7, seed=seed)} for seed in range(2)]
-    mine = [{name: x.chunk(world)[rank] for name, x in batch.items()} for batch in batches]
-    for units in ({}, {"granularity": "row"}, {"granularity": "column", "share_inputs": True}, UNITS["block"]):
-        for count in (1, 2):
-            options = {**units, "density": 0.1, "num_batches": count, "progress": False}
-            model = made("llama").double()
-            wanted = sk.methods.sift(model, batches, **options)
-            run = sharded(model, mesh)
-            found = sk.methods.sift(run, mine, **options)
-            assert found == wanted, options
-            curves = [torch.tensor(each.report["curve"]) for each in (found, wanted)]
-            assert torch.allclose(*curves, rtol=1e-9)
-            assert all(p.grad is None for p in run.parameters())
-    for p in run.parameters():
-        p.requires_grad_(False)
-    with pytest.raises(ValueError, match="is frozen: under fully_shard"):
-        sk.methods.sift(run, mine, progress=False)
-
-
 SCENES = (
     other_optimizers,
     after_an_evaluation,
@@ -392,7 +370,6 @@ SCENES = (
     ways_to_run,
     meta_device,
     skipped_steps,
-    sift_of_shards,
 )
 
 
@@ -406,7 +383,6 @@ def scenes(rank: int, world: int, folder: str) -> None:
 @pytest.mark.compatibility("FSDP", "FSDP2 with MixedPrecisionPolicy, CPUOffloadPolicy, bf16 weights", "works")
 @pytest.mark.compatibility("FSDP", "FSDP2 with gradient checkpointing, compiled blocks, GradScaler", "works")
 @pytest.mark.compatibility("FSDP", "FSDP2 of a model on the meta device, loaded afterwards", "works")
-@pytest.mark.compatibility("FSDP", "`methods.sift` of a model under FSDP2", "works")
 @pytest.mark.compatibility("FSDP", "FSDP2 and ranks that train different positions", "refused")
 @pytest.mark.compatibility("FSDP", "FSDP2 before `train_only`", "refused")
 @uses_processes

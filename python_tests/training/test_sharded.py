@@ -41,6 +41,7 @@ METHODS: list[Callable[[nn.Module], Any]] = [
     lambda m: sk.methods.sift(m, BATCHES, loss=lambda m, b: squares(m, b).sum(), targets=["1.weight"], head=()),
     lambda m: sk.fisher_diagonal(m, BATCHES, loss=squares, names=["1.weight"]),
     lambda m: sk.methods.fish(m, BATCHES, 0.5, loss=squares, targets=["1.weight"], head=()),
+    lambda m: sk.methods.ird(m, BATCHES, 0.5, loss=squares, targets=["1.weight"], head=(), progress=False),
     lambda m: sk.matrices(m, ["1.weight"]),  # what singular_value_gradients takes
     lambda m: sk.methods.laser.rank(m, BATCHES, names=["1.weight"]),
     lambda m: sk.methods.laser.reduce(m, [sk.methods.laser.Reduction("1.weight", 0.5)]),
@@ -70,7 +71,7 @@ def sharding(rank: int, world: int, folder: str) -> None:
     for shard in (flat, tensor_parallel):
         refuses_after(net(), selection, shard, x)
     refuses_before(tensor_parallel(net()), selection, METHODS)  # the weights of FSDP1 have no shape that one could fit
-    refuses_before(fully_sharded(net()), selection, METHODS[1:])
+    refuses_before(fully_sharded(net()), selection, METHODS[3:])
     refused(lambda: sk.train_only(fully_sharded(net()), selection))
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..common.supported import is_fully_sharded
 from ..common.units import Granularity, Tile
-from ..scoring.fisher import Labels
+from ..scoring.fisher import Labels, fisher_diagonal
 from ..scoring.losses import Batch, Loss, batch_size
 from ..selection import Selection
-from .fisher_search import MAX_FISHER_BYTES, Search, take
+from .fisher_search import MAX_FISHER_BYTES, Search, budget, take, top_of_shards, with_head
 
 
 def fish(
@@ -35,7 +36,9 @@ def fish(
     model is not changed.
 
     Args:
-        model, samples, labels, loss: as in `sparsekernels.fisher_diagonal`.
+        model, samples, labels, loss: as in `sparsekernels.fisher_diagonal`, also for a model under fully_shard: all
+            ranks pass the same samples and get the same Selection, and what is used outside its module's forward is not
+            noticed.
         density: share of all parameters of the model that train, head included, in (0, 1]. Adapters do not count.
         num_samples: use only the first `num_samples` samples; None for all.
         targets: patterns (as in `fnmatch`) of the parameters that compete. Default: all but the head, including
@@ -72,12 +75,19 @@ def fish(
         >>> selection.numel, selection.report["samples"]
         (4, 16)
     """
-    batches = take(samples, num_samples)
-    search = Search.start(
-        "fish", model, batches, density, targets, head, (granularity, block), loss, labels, max_fisher_bytes, progress
-    )
-    chosen, carried = search.top(batches, search.everything, search.k)
-    selection = search.selection(chosen)
+    batches, units = take(samples, num_samples), (granularity, block)
     count = sum(batch_size(batch, i) for i, batch in enumerate(batches))
-    selection.report = {"samples": count, "carried": carried, "left_out": search.left_out}
+    left_out: list[str] = []
+    if is_fully_sharded(model):
+        names, dense, k = budget(model, density, targets, head, units)
+        totals = fisher_diagonal(model, batches, loss=loss, labels=labels, names=names, progress=progress)
+        chosen, carried = top_of_shards(totals, units, k)
+        selection = with_head(model, chosen, dense)
+    else:
+        search = Search.start(
+            "fish", model, batches, density, targets, head, units, loss, labels, max_fisher_bytes, progress
+        )
+        chosen, carried = search.top(batches, search.everything, search.k)
+        selection, left_out = search.selection(chosen), search.left_out
+    selection.report = {"samples": count, "carried": carried, "left_out": left_out}
     return selection

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..choosing import Units, best_units, unit_scores, unit_sizes, units_for
 from ..common.names import base_parameters, default_head, groups, matching
+from ..common.shards import Cut
+from ..common.supported import local_of
 from ..common.units import num_units, tile_of
 from ..index import Index
-from ..ops import topk
+from ..ops import gather, topk
 from ..scoring.fisher import Labels, zeros_for
 from ..scoring.losses import Batch, Loss, batch_size, rows_of
 from ..scoring.own_forward import refuse_outside, warn_left_out
 from ..scoring.per_sample import PerSampleGradients
 from ..selection import Selection
+from ..training.sharding import held_of
 
 MAX_FISHER_BYTES = 4 << 30
 
@@ -71,30 +75,13 @@ class Search:
         max_fisher_bytes: int,
         progress: bool,
     ) -> Search:
-        if not 0 < density <= 1:
-            raise ValueError(f"density must lie in (0, 1], got {density}")
-        units_for(torch.Size((1, 1)), units)
-        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-        dense = default_head(model) if head is None else matching(parameters, head, "head")
-        base = [name for name in base_parameters(model) if name in parameters]
-        chosen = base if targets is None else matching(parameters, targets, "targets")
-        chosen = [name for name in chosen if name not in set(dense)]
-        total = sum(parameters[name].numel() for name in {*base, *dense})
-        charged, available = sum(parameters[n].numel() for n in dense), sum(parameters[n].numel() for n in chosen)
-        k = min(int(total * density) - charged, available)
-        if not chosen:
-            raise ValueError("targets: all of them belong to the head, which trains densely; nothing to select")
-        if k < 1:
-            raise ValueError(
-                f"density {density} of {total:,} weights leaves none besides the {charged:,} of the head, which train "
-                "densely; raise density, or pass a smaller head"
-            )
+        chosen, dense, k = budget(model, density, targets, head, units)
         gradients = PerSampleGradients(model, batches, dict.fromkeys(chosen), loss, labels)
         left_out = [name for name in chosen if name in gradients.outside]
         everything: dict[str, Index | None] = dict.fromkeys(name for name in chosen if name not in gradients.outside)
         if targets is not None or not everything:
             refuse_outside(left_out, "targets")
-        k = min(k, sum(parameters[name].numel() for name in everything))
+        k = min(k, sum(model.get_parameter(name).numel() for name in everything))
         warn_left_out(method, left_out)
         gradients.warn_slow(everything)
         return cls(model, everything, dense, units, k, max_fisher_bytes, gradients, progress, left_out)
@@ -152,5 +139,57 @@ class Search:
 
     def selection(self, chosen: Mapping[str, Index]) -> Selection:
         """The chosen entries, and the head."""
-        shapes = {name: self.model.get_parameter(name).shape for name in self.head}
-        return Selection({**chosen, **{name: Index.full(shape) for name, shape in shapes.items()}})
+        return with_head(self.model, chosen, self.head)
+
+
+def budget(
+    model: nn.Module, density: float, targets: Iterable[str] | None, head: Iterable[str] | None, units: Units
+) -> tuple[list[str], list[str], int]:
+    """Names of the targets and of the head, and how many entries of the targets `density` leaves."""
+    if not 0 < density <= 1:
+        raise ValueError(f"density must lie in (0, 1], got {density}")
+    units_for(torch.Size((1, 1)), units)
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    dense = default_head(model) if head is None else matching(parameters, head, "head")
+    base = [name for name in base_parameters(model) if name in parameters]
+    chosen = base if targets is None else matching(parameters, targets, "targets")
+    chosen = [name for name in chosen if name not in set(dense)]
+    total = sum(parameters[name].numel() for name in {*base, *dense})
+    charged, available = sum(parameters[n].numel() for n in dense), sum(parameters[n].numel() for n in chosen)
+    k = min(int(total * density) - charged, available)
+    if not chosen:
+        raise ValueError("targets: all of them belong to the head, which trains densely; nothing to select")
+    if k < 1:
+        raise ValueError(
+            f"density {density} of {total:,} weights leaves none besides the {charged:,} of the head, which train "
+            "densely; raise density, or pass a smaller head"
+        )
+    return chosen, dense, k
+
+
+def with_head(model: nn.Module, chosen: Mapping[str, Index], head: Iterable[str]) -> Selection:
+    """The chosen entries, and every row of the head."""
+    return Selection({**chosen, **{name: Index.full(model.get_parameter(name).shape) for name in head}})
+
+
+def top_of_shards(totals: Mapping[str, Any], units: Units, k: int) -> tuple[dict[str, Index], float]:
+    """As `Search.top`, of the Fisher information of a model under fully_shard: DTensors. A collective call."""
+    if units[0] == "element":
+        positions = topk(list(totals.values()), k)
+    else:
+        scores = [unit_scores(total, units, square=False) for total in totals.values()]
+        sizes = [unit_sizes(x.shape, units, s.device) for x, s in zip(totals.values(), scores, strict=True)]
+        positions = best_units([score / size for score, size in zip(scores, sizes, strict=True)], sizes, k)
+    chosen = {
+        name: Index(found, total.shape, *units_for(total.shape, units))
+        for (name, total), found in zip(totals.items(), positions, strict=True)
+        if len(found)
+    }
+    sums = torch.zeros(2, dtype=torch.float64)
+    for name, total in totals.items():
+        local = local_of(total)
+        sums[1] += float(local.sum(dtype=torch.float64))
+        if name in chosen and local.numel():
+            sums[0] += float(gather(local, held_of(total, chosen[name]).to(local.device)).sum(dtype=torch.float64))
+    carried, whole = Cut.of(next(iter(totals.values())), "the Fisher information").sum(sums).tolist()
+    return chosen, carried / whole if whole else 0.0

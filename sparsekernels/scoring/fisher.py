@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..common.names import base_parameters, matching, own_names
+from ..common.supported import is_fully_sharded
 from ..index import Index
 from ..selection import Selection
 from ..training.layers import refuse_train_only
 from .losses import Batch, Loss
 from .per_sample import PerSampleGradients
+from .sharded import squares_of_shards
 
 Labels = Literal["given", "expected"]
 
@@ -40,7 +42,7 @@ def fisher_diagonal(
         model: any torch model, not under train_only. Linear, GPT-2's Conv1D, Embedding, LayerNorm and RMSNorm are split
             by sample; tied weights count once. Parameters of other modules take one exact backward per sample, and a
             warning names them; so do parameters whose norms differ from autograd's on the first sample, and those whose
-            inputs do not have one row of tokens per sample.
+            inputs do not have one row of tokens per sample. Of a model under fully_shard, see below.
         samples: batches in Hugging Face form (mappings of tensors with labels), of any size; moved to the model's
             device. The result does not depend on the batching.
         loss: function of (model, batch) that returns one loss per sample, [B], without mixing samples; other models in
@@ -56,6 +58,10 @@ def fisher_diagonal(
     Returns:
         name -> tensor of the parameter's shape, or index.compact_shape under a selection; fp32 (fp64 for fp64 models),
         on the device of the parameter. A sum over samples, not a mean.
+
+    Under fully_shard this is a collective call: all ranks pass the same samples, and get DTensors, sharded as the
+    parameters are. Each sample takes one backward of the whole model, on every rank alike, so more ranks save memory
+    and no time. The parameters must require gradients; `selection` and labels="expected" are not possible.
 
     Numerics: fp32 accumulation, fp64 for fp64 models. Deterministic on the CPU.
     Cost: per batch, a forward, a backward without weight gradients, and for a Linear of M x N and T tokens 2*T*M*N more
@@ -74,9 +80,14 @@ def fisher_diagonal(
         >>> sk.fisher_diagonal(model, samples, loss=lambda model, batch: model(batch["x"])[:, 0])
         {'weight': tensor([[10.,  4.]])}
     """
+    sharded = is_fully_sharded(model)
+    if sharded and selection is not None:
+        raise ValueError("selection is not possible under fully_shard; pass names")
     indices = _indices(model, selection, names)
-    totals = {name: zeros_for(model.get_parameter(name), index) for name, index in indices.items()}
     batches = list(samples)
+    if sharded:
+        return squares_of_shards(model, batches, indices, loss, labels, progress)
+    totals = {name: zeros_for(model.get_parameter(name), index) for name, index in indices.items()}
     gradients = PerSampleGradients(model, batches, indices, loss, labels)
     gradients.warn_slow(indices)
     gradients.add_squares_(batches, indices, totals, progress)

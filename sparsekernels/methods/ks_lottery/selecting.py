@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ...choosing import count_for
 from ...common.messages import warn
 from ...common.names import embedding_weight
+from ...common.shards import Cut
+from ...common.supported import is_dtensor, local_of
 from ...index import Index
 from ...ops import ks_2samp, topk
 from ...selection import Selection
@@ -23,17 +25,32 @@ CHUNK = 1 << 24  # elements of a table that exist in fp32 at a time
 
 
 class Tables(NamedTuple):
-    """One embedding table in two states, each [V, D], and the name of its parameter."""
+    """One embedding table in two states, each [V, D], and the name of its parameter.
+
+    Of a sharded table, `before` and `after` are the rows of this rank, `shape` is that of the whole, and `cut` says
+    which rows these are.
+    """
 
     name: str
     before: Tensor
     after: Tensor
+    shape: torch.Size
+    cut: Cut | None = None
 
     def parts(self, dtype: torch.dtype) -> Iterable[tuple[Tensor, Tensor]]:
         """Both, a few rows at a time."""
         rows = max(1, CHUNK // self.before.shape[1])
         for x, y in zip(self.before.split(rows), self.after.split(rows), strict=True):
             yield x.to(dtype), y.to(dtype)
+
+    def of_all_rows(self, parts: Iterable[Tensor]) -> Tensor:
+        """What was computed for each row, a few at a time: [V] on the CPU. A collective call for a sharded table."""
+        mine = torch.cat(list(parts))
+        if self.cut is None:
+            return mine.cpu()
+        room = mine.new_zeros(self.cut.chunk)
+        room[: len(mine)] = mine
+        return self.cut.gather(room).reshape(-1)[: self.shape[0]].cpu()
 
     def refuse_nan(self, of_rows: Tensor) -> None:
         if bool(of_rows.isnan().any()):
@@ -60,7 +77,8 @@ def select(
             `embed_tune`, which has both states: then omit `after`. For a SparseModel, or the model that it trains,
             these are the rows before training.
         after: the table after tuning, in one of the same three forms; for a SparseModel its fp32 values, before
-            rounding.
+            rounding. Under fully_shard both tables are DTensors, `before` a clone of the sharded weight. This is a
+            collective call then: each rank tests its own rows, and all get the same Selection.
         alpha: rows with a p-value below it are selected, in (0, 1).
         correction: adjustment of p-values for V simultaneous tests: "bonferroni", "bh" (Benjamini-Hochberg), or None,
             as in the paper: then about alpha * V rows are false positives if the samples are independent.
@@ -103,9 +121,9 @@ def select(
         raise ValueError(f"fallback_density must lie in [0, 1], got {fallback_density}")
     tables = tables_of(before, after, name)
     found = [ks_2samp(x, y, method="exact") for x, y in tables.parts(_common(tables))]
-    p = torch.cat([part.pvalue for part in found]).cpu()
+    p = tables.of_all_rows(part.pvalue for part in found)
     tables.refuse_nan(p)
-    report: dict[str, Any] = {"pvalues": p, "statistics": torch.cat([part.statistic for part in found]).cpu()}
+    report: dict[str, Any] = {"pvalues": p, "statistics": tables.of_all_rows(part.statistic for part in found)}
     if correction == "bonferroni":
         p = report["adjusted"] = (p * len(p)).clamp_max(1)
     elif correction == "bh":
@@ -121,7 +139,7 @@ def select(
         )
         smallest = f"none of {len(p)} rows of {tables.name!r} has p < {alpha:g}, the smallest is {float(p.min()):.3g}"
         warn(f"ks_lottery.select: {smallest}. {taken}. Tune longer or at a larger lr")
-    return _selection(tables.name, rows, tables.before.shape, report)
+    return _selection(tables.name, rows, tables.shape, report)
 
 
 def _least_alike(tables: Tables, statistics: Tensor, k: int) -> Tensor:
@@ -155,7 +173,7 @@ def by_shift(before: Table, after: Table | None = None, *, k: int, name: str | N
     tables = tables_of(before, after, name)
     shifts = _shifts(tables)
     tables.refuse_nan(shifts)
-    return _selection(tables.name, _largest(shifts, k), tables.before.shape, {"shifts": shifts})
+    return _selection(tables.name, _largest(shifts, k), tables.shape, {"shifts": shifts})
 
 
 def by_frequency(
@@ -233,9 +251,22 @@ def tables_of(before: Table, after: Table | None, name: str | None) -> Tables:
             f"before and after must share shape and device, got {list(x.shape)} on {x.device} and "
             f"{list(y.shape)} on {y.device}"
         )
+    shape, cut = x.shape, None
+    if is_dtensor(x) or is_dtensor(y):
+        cut, x, y = _rows_of_rank(name, x, y)
     if _same_memory(x, y):
         raise ValueError("before and after are the same memory; clone the table before tuning")
-    return Tables(name, x, y)
+    return Tables(name, x, y, shape, cut)
+
+
+def _rows_of_rank(name: str, before: Any, after: Any) -> tuple[Cut, Tensor, Tensor]:
+    """How two sharded tables are cut, and the rows of them that this rank holds."""
+    if not (is_dtensor(before) and is_dtensor(after)) or before.placements != after.placements:
+        raise ValueError(
+            f"before and after must both be {name!r} as it is sharded: clone the DTensor before tuning, and call "
+            "reshard() on the model after an evaluation"
+        )
+    return Cut.of(after, repr(name)), local_of(before), local_of(after)
 
 
 def _name(before: Table, after: Table) -> str:
@@ -267,11 +298,12 @@ def _slot(tuned: SparseModel, name: str, argument: str) -> Slot:
 
 
 def _is_whole(slot: Slot) -> bool:
-    index = slot.index
+    index = slot.selected
     return index.granularity == "row" and len(index.shape) == 2 and len(index) == index.num_positions
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
+    x, y = local_of(x), local_of(y)
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() and x.data_ptr() == y.data_ptr()
 
 
@@ -283,7 +315,7 @@ def _common(tables: Tables) -> torch.dtype:
 def _shifts(tables: Tables) -> Tensor:
     """L2 distance that each row moved, [V] on the CPU."""
     compute_dtype = torch.promote_types(_common(tables), torch.float32)
-    return torch.cat([(y - x).norm(dim=1) for x, y in tables.parts(compute_dtype)]).cpu()
+    return tables.of_all_rows((y - x).norm(dim=1) for x, y in tables.parts(compute_dtype))
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:

@@ -141,7 +141,7 @@ def partial_transfer(tuned: SparseModel, selection: Selection) -> Delta:
     if len(selection) != 1:
         raise ValueError(f"selection must be rows of one table, got {len(selection)} tensors")
     ((name, index),) = selection.items()
-    _, before, after = tables_of(tuned, None, name)
+    _, before, after, *_ = tables_of(tuned, None, name)
     if index.granularity != "row" or index.shape != before.shape:
         raise ValueError(f"selection must be rows of {name!r}, {list(before.shape)}, got {index}")
     here = index.to(before.device)
