@@ -237,7 +237,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(at: int, monkeypatch: pyt
             raise MemoryError
         return sk.ops.gather(*args)
 
-    monkeypatch.setattr(sys.modules["sparsekernels.training.slot"], "gather", gather)
+    monkeypatch.setattr(sys.modules["sparsekernels.training.compact"], "gather", gather)
     with pytest.raises(MemoryError):
         sk.train_only(model, selection)
     assert found(model) == before

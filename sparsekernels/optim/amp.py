@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..common.supported import is_dtensor
-from ..training.slot import SLOT
+from ..training.compact import SLOT
 from .state import step_device
 
 Scaling = tuple[Tensor | None, Tensor | None]  # grad_scale and found_inf

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import has_native
-from ..training.slot import warn_untrained
+from ..training.compact import warn_untrained
 from .amp import Scaling, numbers
 from .group import GroupPlan, check_unchanged, misfit, name_of
 from .state import fresh_state, step_device

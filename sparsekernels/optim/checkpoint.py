@@ -20,7 +20,7 @@ from torch import Tensor
 from ..common.supported import is_dtensor
 from ..index import Index
 from ..training import sharding
-from ..training.slot import SLOT
+from ..training.compact import SLOT
 from .group import name_of
 from .state import MOMENTS, placed_step, state_dtype
 

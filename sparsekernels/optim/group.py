@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..common.supported import is_dtensor, refuse_unsupported
 from ..index import Index, dtype_for
-from ..training.slot import SLOT, Slot
+from ..training.compact import SLOT
+from ..training.slot import Slot
 from .state import MOMENTS, SeenRows, compute_dtype, state_dtype
 
 

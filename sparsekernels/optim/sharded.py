@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.supported import local_of
 from ..ops import adamw_
 from ..training import sharding
-from ..training.slot import warn_untrained
+from ..training.compact import warn_untrained
 from .amp import NOTHING, numbers
 from .group import GroupPlan, misfit, name_of
 from .state import MOMENTS, state_dtype, step_device

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..index import Index
+from .compact import SLOT, VALUES
 from .layers import SLOTS, SparseEmbedding, SparseLinear, attach, detach, slots_of, trains_selection
 from .replicas import REPLICAS, Replicas, before_forward
-from .slot import SLOT, VALUES, Holders, Slot
+from .slot import Holders, Slot
 from .state_hooks import KEPT, LOADING, after_save, before_load, before_loading, before_save, keep
 
 

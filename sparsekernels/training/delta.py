@@ -20,8 +20,9 @@ from ..selection import Selection
 from . import sharding
 from .fingerprint import base_of, fingerprint_of, is_whole
 from .layers import refuse_train_only
+from .left import Left
 from .remap import joined
-from .slot import Left, Slot
+from .slot import Slot
 
 
 @dataclass(frozen=True, eq=False)

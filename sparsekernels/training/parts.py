@@ -27,6 +27,7 @@ def part_of_index(index: Index, dim: int, first: int, last: int) -> tuple[Index,
     place = None
     if not (index.granularity == "element" or columns or (index.granularity == "row" and dim == 0)):
         index, place = index.entries()
+        place = place.to(index.positions.dtype)
     if dim > 0 and not columns:
         return _part_of_elements(index, place, shape, dim, first)
     units = 1 if columns else index.num_positions // max(1, index.shape[0])
@@ -48,7 +49,7 @@ def _part_of_elements(
     offsets, along = offsets[within], along[within]
     local = (offsets // (inner * size) * shape[dim] + along) * inner + offsets % inner
     part = index.with_positions(local.to(index.positions.dtype), shape)
-    return part, within if place is None else place[within]
+    return part, within.to(index.positions.dtype) if place is None else place[within]
 
 
 def taken(whole: Tensor, source: Source) -> Tensor:

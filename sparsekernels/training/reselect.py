@@ -11,9 +11,11 @@ from ..index import Index
 from ..ops import scatter_
 from ..selection import Selection
 from .attach import Installation, holders_of
+from .compact import CompactParameter, compact_copy
+from .left import Left
 from .regroup import Exchange, Regroup
 from .remap import IndexedValues, Remap, joined
-from .slot import CompactParameter, Holders, Left, Slot, compact_copy
+from .slot import Holders, Slot
 
 
 @dataclass(eq=False)

@@ -21,9 +21,10 @@ from ..common.shards import Cut
 from ..common.supported import as_integers, is_dtensor, local_of, refuse_sharded
 from ..index import Index
 from ..ops import gather, scatter_
+from .compact import SLOT
 from .parts import Source, part_of_index, put, taken
 from .replicas import KNOWN, Replicas, before_forward
-from .slot import SLOT, Slot
+from .slot import Slot
 
 BUCKET = 2**26  # bytes that one collective gathers
 

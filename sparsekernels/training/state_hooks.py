@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..common.supported import as_integers, is_dtensor, local_of
 from ..index import Index
 from . import sharding
+from .compact import VALUES
 from .layers import SLOTS, slots_of
-from .slot import VALUES
 
 LEFT = "_sparse_left"  # where a module keeps {name of its parameter: Index of what reselect(restore=False) left}
 KEPT = "_sparse_kept"  # where it keeps the names of those that it had, with values, when train_only was called

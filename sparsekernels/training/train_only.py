@@ -20,12 +20,14 @@ from ..common.supported import is_dtensor, local_of
 from ..selection import Selection
 from . import sharding
 from .attach import Installation, holders_of
+from .compact import SLOT, compact_copy, warn_untrained
 from .delta import Delta
 from .layers import trains_selection
+from .left import Left
 from .parallel import Parallel
 from .replicas import KNOWN
 from .reselect import reselect
-from .slot import SLOT, Left, Slot, compact_copy, warn_untrained
+from .slot import Slot
 from .state_hooks import LEFT
 
 STEP_HOOKS: set[int] = set()  # this package's global torch optimizer hooks: none or one
