@@ -85,6 +85,46 @@ def matrix(rank: int, world: int, folder: str) -> None:
             for found, wanted in zip(loaded.parameters(), tuned.parameters(), strict=True):
                 assert torch.equal(sharded_part(found), sharded_part(wanted))
             same(whole(other), whole(run), 0.0)
+    if world == 4:
+        four_ranks(rank, tensor_parallel, both)
+
+
+def four_ranks(rank: int, tensor_parallel: Any, both: Any) -> None:
+    """Compiled layers, use before the optimizer is made, checkpoints of another layout, other plain weights."""
+    results = []
+    for compiled in (False, True):
+        run, tuned = under_both(both, "column")
+        run.eval()
+        with torch.no_grad():
+            run(ids(2, 7))
+        run.state_dict()
+        for layer in (run.up, run.down) if compiled else ():
+            layer.compile(backend="aot_eager")
+        train(run, tuned, optimizer_of(tuned), both["dp"].get_local_rank(), 2, clip=sk.clip_grad_norm_)
+        results.append(whole(run))
+    same(results[1], results[0])
+
+    states = []
+    for mesh in (tensor_parallel, both["tp"]):
+        model = parallelised(mesh)
+        tuned = sk.train_only(model, Selection({"down.weight": Index.full((10, 16))}))
+        optimizer = optimizer_of(tuned)
+        step(model, optimizer)
+        states.append(optimizer.state_dict())
+    with pytest.raises(ValueError, match="another number of tensor-parallel ranks"):
+        optimizer.load_state_dict(states[0])
+    single = sk.SparseAdamW(sk.train_only(net(), tuned.selection).parameters())
+    with pytest.raises(ValueError, match=r"another number of tensor-parallel ranks|must be plain tensors"):
+        single.load_state_dict(states[0])
+
+    model = parallelised(both["tp"])
+    up = Index(torch.tensor([5, 100 + 10 * both["tp"].get_local_rank()]), (16, 10))
+    sk.train_only(model, Selection({"norm.weight": Index.full((10,)), "up.weight": up}))
+    run = fully_shard(model, mesh=both["dp"])
+    optimizer = sk.SparseAdamW([p for p in run.parameters() if p.requires_grad])
+    loss_of(run, ids(2, 7)).backward()
+    with pytest.raises(ValueError, match=r"'up.weight': rank 1 trains other positions than rank 0"):
+        optimizer.step()
 
 
 def under_both(mesh: Any, units: str) -> tuple[nn.Module, sk.SparseModel]:
@@ -275,6 +315,71 @@ def no_gradient_is_communicated(rank: int, world: int, mesh: Any) -> None:
     assert counts[0] == counts[1]
 
 
+def changed_without_a_version(rank: int, world: int, mesh: Any) -> None:
+    """Steps by hand through `.data`, also of values that load_state_dict(assign=True) replaced."""
+    results = []
+    for run in (net(), parallelised(mesh)):
+        tuned = sk.train_only(run, selection(net()))
+        run.load_state_dict({name: x.clone() for name, x in run.state_dict().items()}, assign=True)
+        for seed in range(3):
+            loss_of(run, ids(BATCH, 7, seed=seed)).backward()
+            for p in tuned.parameters():
+                p.data.add_(p.grad.data, alpha=-0.5)
+                p.grad = None
+        run(ids(2, 7))
+        results.append(whole(run))
+    same(results[1], results[0])
+    run.load_state_dict({name: x.clone() for name, x in run.state_dict().items()}, assign=True)
+    optimizer = sk.SparseAdamW([p for p in run.parameters() if p.requires_grad], **ADAMW)
+    step(run, optimizer)
+    for (_, values), slot in zip(tuned.named_parameters(), tuned.slots.values(), strict=True):
+        held = values if slot.parallel is None else slot.parallel.compact(values.detach().to_local())
+        assert torch.equal(sk.ops.gather(sharded_part(slot.weight.detach()), slot.index), held), slot.label
+    assert all("positions" in state for state in optimizer.state_dict()["state"].values())
+
+
+def a_step_between_forward_and_backward(rank: int, world: int, mesh: Any) -> None:
+    """Fails as in one process: the gradient of the input would be that of other weights."""
+    model, tuned = parallel(mesh)
+    optimizer = optimizer_of(tuned)
+    loss = loss_of(model, ids(BATCH, 7))
+    loss_of(model, ids(BATCH, 7)).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def columns_of_one_rank(rank: int, world: int, mesh: Any) -> None:
+    """Where one rank alone narrows its input, and the input is not laid out as the weight is: no rank waits."""
+    results = []
+    for placement in (None, Shard(0)):
+        torch.manual_seed(3)
+        model, x = nn.Linear(8, 6), torch.randn(4, 8)
+        if placement is not None:
+            model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(1)]))
+            model.bias = nn.Parameter(distribute_tensor(model.bias.detach(), mesh, [Replicate()]))
+            x = distribute_tensor(x, mesh, [placement])
+        tuned = sk.train_only(model, Selection({"weight": Index(torch.tensor([0, 1]), (6, 8), "column")}))
+        model(x).square().sum().backward()
+        optimizer_of(tuned).step()
+        results.append(whole(model))
+    same(results[1], results[0])
+
+
+def half_compiled(rank: int, world: int, mesh: Any) -> None:
+    """Two layers of different placement, and plain norms; torch.compile makes their attributes symbols."""
+    results = []
+    for compiled in (False, True):
+        model, tuned = parallel(mesh, "column")
+        for layer in (model.up, model.down, model.norm) if compiled else ():
+            layer.compile(backend="aot_eager")
+        optimizer = optimizer_of(tuned)
+        for seed in range(2):
+            step(model, optimizer, seed)
+        results.append(whole(model))
+    same(results[1], results[0])
+
+
 def refusals(rank: int, world: int, mesh: Any) -> None:
     _, tuned = parallel(mesh)
     with pytest.raises(ValueError, match=r"reselect\(\) is not possible with tensor parallelism"):
@@ -286,6 +391,11 @@ def refusals(rank: int, world: int, mesh: Any) -> None:
     with pytest.raises(ValueError, match=r"rank 1 trains other positions than rank 0"):
         optimizer.step()
     same(whole(other.model), before, 0.0)
+    later = sk.train_only(net(), selection(net()))
+    parallelize_module(later.model, mesh, {"up": ColwiseParallel()})
+    for call in (later.restore, lambda: list(later.parameters())):
+        with pytest.raises(ValueError, match=r"is sharded.*call parallelize_module before train_only"):
+            call()
     weird = nn.Linear(4, 4)
     weird.weight = nn.Parameter(
         distribute_tensor(weird.weight.detach(), init_device_mesh("cpu", (1, 2)), [Replicate(), Shard(0)])
@@ -315,7 +425,18 @@ def of_transformers(rank: int, world: int, folder: str) -> None:
     assert all(shipped.changes[name].base == change.base for name, change in delta.changes.items())
 
 
-SCENES = (other_optimizers, given_back, checkpoints, ways_to_run, no_gradient_is_communicated, refusals)
+SCENES = (
+    other_optimizers,
+    given_back,
+    checkpoints,
+    ways_to_run,
+    no_gradient_is_communicated,
+    changed_without_a_version,
+    a_step_between_forward_and_backward,
+    columns_of_one_rank,
+    half_compiled,
+    refusals,
+)
 
 
 def scenes(rank: int, world: int, folder: str) -> None:

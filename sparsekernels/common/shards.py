@@ -1,7 +1,8 @@
-"""How a DTensor is cut along dimension 0, as fully_shard and distribute_tensor do it."""
+"""Tensors cut along dimension 0, as fully_shard and distribute_tensor do it, and what ranks tell each other of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,16 @@ def all_gather(mine: Tensor, group: dist.ProcessGroup, device: str) -> Tensor:
     return everything.view(group.size(), len(sent)).to(mine.device)
 
 
+def of_everyone(mine: Any, groups: Iterable[dist.ProcessGroup]) -> dict[int, Any]:
+    """Rank -> what each process gives, of all that are reached through these groups one after the other; sorted."""
+    found = {dist.get_rank(): mine}
+    for group in groups:
+        others: list[Any] = [None] * group.size()
+        dist.all_gather_object(others, found, group=group)
+        found = {rank: each for other in others for rank, each in other.items()}
+    return dict(sorted(found.items()))
+
+
 @dataclass(frozen=True)
 class Cut:
     """How dimension 0 of a tensor is cut into chunks of equal length, of which the last ones may be short or empty.
@@ -36,22 +47,22 @@ class Cut:
     last: int
 
     @classmethod
-    def of(cls, tensor: Any, name: str, within: int | None = None) -> Cut:
+    def of(cls, tensor: Any, name: str, local_length: int | None = None) -> Cut:
         """How FSDP2 cut a DTensor.
 
-        within: entries of dimension 0 before that, on this rank, where the last dimension of the mesh is that of tensor
+        local_length: of dimension 0 on this rank before FSDP2, where the last dimension of the mesh is that of tensor
             parallelism.
 
         Raises:
             ValueError: it is not cut as FSDP2 does it.
         """
         mesh, placements = tensor.device_mesh, tensor.placements
-        kinds = ("Shard",) if within is None else ("Shard", "_StridedShard")
-        outer = placements if within is None else placements[:-1]
+        kinds = ("Shard",) if local_length is None else ("Shard", "_StridedShard")
+        outer = placements if local_length is None else placements[:-1]
         dims = [i for i, placement in enumerate(outer) if not placement.is_replicate()]
         if len(dims) != 1 or type(placements[dims[0]]).__name__ not in kinds or placements[dims[0]].dim:
             refuse_sharded(name, f"as {placements}")
-        length = tensor.shape[0] if within is None else within
+        length = tensor.shape[0] if local_length is None else local_length
         ranks, rank = mesh.size(dims[0]), mesh.get_local_rank(dims[0])
         first, last = cls.bounds(length, ranks, rank)
         if tensor._local_tensor.shape[0] != last - first:

@@ -59,9 +59,9 @@ def holds_nan(tensor: Tensor) -> bool:
 def refuse_sharded(name: str, how: str = "") -> NoReturn:
     """Raise ValueError for a parameter that is sharded, or that is so in a way that is not supported."""
     raise ValueError(
-        f"{name} is sharded{how and ' ' + how}, which is not supported: training would not reach the weight. Use "
-        "fully_shard (FSDP2), after train_only and with its default placement, parallelize_module, before train_only, "
-        "or DistributedDataParallel; FSDP1 and DeepSpeed ZeRO-3 are not supported"
+        f"{name} is sharded{how and ' ' + how}, which is not supported here. To train it, call parallelize_module "
+        "before train_only, and fully_shard (FSDP2), with its default placement, after it; or use "
+        "DistributedDataParallel. FSDP1 and DeepSpeed ZeRO-3 are not supported"
     )
 
 

@@ -5,6 +5,7 @@ Besides what torch saves, a Parameter with positions has, once it was stepped,
     positions   [K] or [R]  the positions its state belongs to; a state_dict without them (of torch.optim.AdamW over
                             the same compact Parameters) is assumed to fit
     master      as values   the compact values, if the weight's dtype is narrower and the model's state_dict rounds them
+    layout      [3]         under tensor parallelism, what the order of the values depends on (`Parallel.layout`)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..training.compact import SLOT
 from .group import name_of
 from .state import MOMENTS, placed_step, state_dtype
 
-POSITIONS, MASTER = "positions", "master"
+POSITIONS, MASTER, LAYOUT = "positions", "master", "layout"
 OF_ROWS = ("rows", "row_step", "row_decay", "decay_sum")  # of steps with sparse gradients: kept in their own dtypes
 # AdamW.__setstate__ fills in those that torch's state_dict lacks.
 FILLED_BY_TORCH = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay", "fused")
@@ -55,6 +56,8 @@ def packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         if index is None or not state.get(p):
             continue
         state[p] = {**state[p], POSITIONS: index.positions}
+        if _layout(p) is not None:
+            state[p][LAYOUT] = _layout(p)
         if SLOT in p.__dict__ and p.__dict__[SLOT].weight.dtype != p.dtype:
             state[p][MASTER] = p.detach()
     state_dict = _Bare([_without_indices(group) for group in optimizer.param_groups], state).state_dict()
@@ -120,6 +123,16 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
                 f"{name}: {what} in the state_dict must be {held}, as the Parameter is; load it by "
                 "set_optimizer_state_dict of torch.distributed.checkpoint.state_dict"
             )
+    same_positions = True
+    if index is not None and POSITIONS in entry:
+        saved = entry[POSITIONS].to(index.positions.device)  # torch's AdamW casts it to the dtype of p
+        same_positions = saved.shape == index.positions.shape and torch.equal(saved, index.positions.to(saved.dtype))
+        layouts = [None if x is None else x.tolist() for x in (entry.get(LAYOUT), _layout(p))]
+        if same_positions and layouts[0] != layouts[1]:
+            raise ValueError(
+                f"{name}: the state_dict was made with another number of tensor-parallel ranks, or another plan: its "
+                "values have another order; load it as it was saved, or start with a new optimizer"
+            )
     shape = index.compact_shape if index is not None and not is_dtensor(p) else p.shape
     step_counts = torch.as_tensor(entry["step"]).shape
     if index is None and "rows" in entry:
@@ -138,19 +151,18 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
             )
     if len(step_counts) and (index is None or step_counts != (len(index),)):
         raise ValueError(f"{name}: the state_dict was made for another selection: step has shape {list(step_counts)}")
-    if index is not None and POSITIONS in entry:
-        saved = entry[POSITIONS].to(index.positions.device)  # torch's AdamW casts it to the dtype of p
-        if saved.shape != index.positions.shape or not torch.equal(saved, index.positions.to(saved.dtype)):
-            raise ValueError(
-                f"{name}: the state_dict was made for another selection, of the same size but with other positions; "
-                "train the saved one (save the Selection with each checkpoint), and call reselect after loading"
-            )
+    if not same_positions:
+        raise ValueError(
+            f"{name}: the state_dict was made for another selection, of the same size but with other positions; "
+            "train the saved one (save the Selection with each checkpoint), and call reselect after loading"
+        )
 
 
 def _widen(state: dict[str, Any], entry: dict[str, Any], p: Tensor, index: Index | None, group: dict[str, Any]) -> None:
     """torch casts all state to the dtype of the parameter; restore ours where it is wider, in new memory."""
     state.pop(POSITIONS, None)
     state.pop(MASTER, None)
+    state.pop(LAYOUT, None)
     if index is None and not _of_sparse_gradients(entry, p, group):
         return
     for name in (*MOMENTS, *OF_ROWS):
@@ -184,6 +196,12 @@ def _index(group: dict[str, Any], i: int, p: Tensor) -> Index | None:
     if group.get("indices"):
         return group["indices"][i]
     return p.__dict__[SLOT].selected if SLOT in p.__dict__ else None
+
+
+def _layout(p: Tensor) -> Tensor | None:
+    """What the order of a Parameter's values depends on besides its positions; None if on nothing."""
+    slot = p.__dict__.get(SLOT)
+    return None if slot is None or slot.parallel is None else slot.parallel.layout
 
 
 def _without_room(value: Any) -> Any:

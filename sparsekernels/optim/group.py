@@ -50,8 +50,8 @@ class GroupPlan:
         """Seed and first random stream for parameters of a kind; empty if they round to nearest."""
         if not group["stochastic_rounding"]:
             return ()
-        before = {"compact": [], "indexed": self.compact, "sharded": [*self.compact, *self.indexed, *self.dense]}
-        return group["seed"], self.first + len(before[kind])
+        before = {"compact": 0, "indexed": len(self.compact), "sharded": len(self.params) - len(self.sharded)}
+        return group["seed"], self.first + before[kind]
 
     def every(self, p: Tensor) -> Tensor:
         """All positions of a flat tensor, made once."""

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..common.shards import Cut
+from ..common.shards import Cut, of_everyone
 from ..common.supported import is_dtensor, local_of
 from .eval_mode import in_eval_mode
 from .losses import Batch, Loss, PerSampleLoss, batch_size, rows_of, to_device
@@ -87,14 +86,11 @@ def _compare(batches: Sequence[Batch], mesh: Any) -> None:
             if isinstance(x, Tensor):
                 digest.update(f"{key} {x.dtype} {list(x.shape)}".encode())
                 digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    found = [digest.hexdigest()]
-    for dim in range(mesh.ndim):
-        others: list[Any] = [None] * mesh.size(dim)
-        dist.all_gather_object(others, found, group=mesh.get_group(dim))
-        found = [each for other in others for each in other]
-    for rank, other in enumerate(found):
-        if other != found[0]:
+    found = of_everyone(digest.hexdigest(), [mesh.get_group(dim) for dim in range(mesh.ndim)])
+    first, wanted = next(iter(found.items()))
+    for rank, other in found.items():
+        if other != wanted:
             raise ValueError(
-                f"samples: rank {rank} has others than rank 0; under fully_shard all ranks must pass the same ones, in "
-                "the same order, so without a DistributedSampler"
+                f"samples: rank {rank} has others than rank {first}; under fully_shard all ranks must pass the same "
+                "ones, in the same order, so without a DistributedSampler"
             )

@@ -77,7 +77,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             index, parallel = ctx.index.at(positions), ctx.slot.parallel
             if parallel is not None:
-                grad, kept = parallel.features(grad, ctx.transposed), parallel.features(kept, not ctx.transposed)
+                outputs, inputs = (1, 0) if ctx.transposed else (0, 1)  # dimensions of the weight
+                grad, kept = parallel.features(grad, outputs), parallel.features(kept, inputs)
             left, right = (kept, grad) if ctx.transposed else (grad, kept)
             grad_values = masked_grad_linear(_matrix(left), _matrix(right), index).to(ctx.dtype)
             if parallel is not None:
@@ -163,10 +164,13 @@ def sparse_linear(module: Any, input: Tensor, *, transposed: bool) -> Tensor:
         return F.linear(input, weight.T if transposed else weight, bias)
     values, index = slot.sync_()
     kind, kept = input.device.type, None
-    features, seen = None, input
-    if slot.narrow is not None and torch.is_grad_enabled() and values.requires_grad:
-        features, index = slot.narrow.on(index.positions.device)
-        seen = input if slot.parallel is None else slot.parallel.features(input, not transposed)
+    features, seen, parallel = None, input, slot.parallel
+    narrow = slot.narrow if torch.is_grad_enabled() and values.requires_grad else None
+    inputs = 0 if transposed else 1  # dimension of the weight
+    # Other ranks may have no narrow, so taking this one's must not need them.
+    if narrow is not None and (parallel is None or parallel.fits(input, inputs)):
+        features, index = narrow.on(index.positions.device)
+        seen = input if parallel is None else parallel.features(input, inputs)
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         if features is not None:
             kept = features.take(seen, input.dtype, slot)

@@ -19,23 +19,23 @@ from ..common.supported import is_dtensor, refuse_sharded
 from ..index import Index
 from .parts import Source, part_of_index, put
 
+ROUNDED = 64  # rooms are multiples of this, so that fully_shard cuts them into equal chunks, as some of torch needs
+
 
 @dataclass(frozen=True)
 class Parallel:
     """How one selected weight is divided over the ranks of a device mesh.
 
     Attributes:
-        mesh, placement: of the weight: one dimension; a dimension of the weight is sharded, or it is replicated.
-        selected: the positions in the whole weight.
-        parts: for each rank, the positions in what it holds, and where their values are in the whole compact tensor.
-        rank: this one. room: values that each rank has room for.
+        mesh: of one dimension. dim: the dimension of the weight that is sharded, None if all ranks hold all of it.
+        selected: the positions in the whole weight. index: those in what this rank holds.
+        room: values that each rank has room for.
     """
 
     mesh: Any
-    placement: Any
+    dim: int | None
     selected: Index
-    parts: list[tuple[Index, Source]]
-    rank: int
+    index: Index
     room: int
 
     @classmethod
@@ -45,19 +45,16 @@ class Parallel:
             refuse_sharded(name, f"as {weight.placements}")
         mesh, (placement,) = weight.device_mesh, weight.placements
         if placement.is_replicate():
-            parts: list[tuple[Index, Source]] = [(index, ())]
-        else:
-            dim = placement.dim % weight.dim()
-            bounds = [Cut.bounds(weight.shape[dim], mesh.size(), rank) for rank in range(mesh.size())]
-            parts = [part_of_index(index, dim, first, last) for first, last in bounds]
-        rank = 0 if placement.is_replicate() else mesh.get_local_rank()
-        room = max(math.prod(part.compact_shape) for part, _ in parts)
-        return cls(mesh, placement, index, parts, rank, room)
+            return cls(mesh, None, index, index, math.prod(index.compact_shape))
+        dim = placement.dim % weight.dim()
+        parts = [_part(index, dim, mesh.size(), rank)[0] for rank in range(mesh.size())]
+        most = max(math.prod(part.compact_shape) for part in parts)
+        return cls(mesh, dim, index, parts[mesh.get_local_rank()], max(1, -(-most // ROUNDED)) * ROUNDED)
 
     @property
-    def index(self) -> Index:
-        """The selected positions in what this rank holds."""
-        return self.parts[self.rank][0]
+    def layout(self) -> Tensor:
+        """What the order of the values in the flat DTensor depends on, besides `selected`."""
+        return torch.tensor([-1 if self.dim is None else self.dim, self.mesh.size(), self.room])
 
     def flat(self, compact: Tensor) -> Tensor:
         """The values of this rank [room], with zeros behind them."""
@@ -72,7 +69,7 @@ class Parallel:
         """The DTensor [ranks * room] of which this rank holds these values."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        placement = Replicate() if self.placement.is_replicate() else Shard(0)
+        placement = Replicate() if self.dim is None else Shard(0)
         return DTensor.from_local(self.flat(compact), self.mesh, [placement], run_check=False)
 
     def parameter(self, compact: Tensor) -> nn.Parameter:
@@ -81,39 +78,44 @@ class Parallel:
 
     def whole(self, compact: Tensor) -> Tensor:
         """The compact tensor of the whole weight, on every rank. A collective call."""
-        if self.placement.is_replicate():
+        if self.dim is None:
             return compact
         found = compact.new_zeros(self.selected.compact_shape)
-        everything = all_gather(self.flat(compact), self.mesh.get_group(), self.mesh.device_type)
-        for flat, (index, source) in zip(everything, self.parts, strict=True):
+        for rank, flat in enumerate(all_gather(self.flat(compact), self.mesh.get_group(), self.mesh.device_type)):
+            index, source = _part(self.selected, self.dim, self.mesh.size(), rank)
             put(found, source, flat[: math.prod(index.compact_shape)])
         return found
 
+    def fits(self, x: Any, dim: int) -> bool:
+        """Whether `features` needs no communication."""
+        return not is_dtensor(x) or x.placements == (self._placement(x, dim),)
+
     def features(self, x: Any, dim: int) -> Tensor:
         """What this rank holds of a tensor [..., F] whose last dimension is dimension `dim` of the weight."""
-        return self._local(x, self._is_shard_of(dim))
+        return x.redistribute(placements=[self._placement(x, dim)]).to_local() if is_dtensor(x) else x  # type: ignore[no-any-return]
 
     def like_weight(self, x: Any) -> Tensor:
         """What this rank holds of a tensor of the weight's shape, such as its dense gradient."""
-        return x.redistribute(placements=[self.placement]).to_local() if is_dtensor(x) else x  # type: ignore[no-any-return]
+        from torch.distributed.tensor import Replicate, Shard
+
+        placement = Replicate() if self.dim is None else Shard(self.dim)
+        return x.redistribute(placements=[placement]).to_local() if is_dtensor(x) else x  # type: ignore[no-any-return]
 
     def rows_of(self, ids: Any, padding_idx: int | None) -> tuple[Tensor, Tensor]:
         """Rows of this rank's table that ids name, [n], and a mask of those that are padding or rows of other ranks."""
-        ids = self._local(ids, False).reshape(-1)
+        ids = (ids.full_tensor() if is_dtensor(ids) else ids).reshape(-1)
         foreign = torch.zeros_like(ids, dtype=torch.bool) if padding_idx is None else ids == padding_idx
-        if self._is_shard_of(0):
-            first, last = Cut.bounds(self.selected.shape[0], self.mesh.size(), self.rank)
+        if self.dim == 0:
+            first, last = Cut.bounds(self.selected.shape[0], self.mesh.size(), self.mesh.get_local_rank())
             foreign |= (ids < first) | (ids >= last)
             ids = ids - first
         return ids.masked_fill(foreign, 0), foreign
 
-    def _is_shard_of(self, dim: int) -> bool:
-        return not self.placement.is_replicate() and self.placement.dim % len(self.selected.shape) == dim
-
-    def _local(self, x: Any, sharded: bool) -> Tensor:
+    def _placement(self, x: Any, dim: int) -> Any:
         from torch.distributed.tensor import Replicate, Shard
 
-        if not is_dtensor(x):
-            return x  # type: ignore[no-any-return]
-        wanted = Shard(x.dim() - 1) if sharded else Replicate()
-        return x.redistribute(placements=[wanted]).to_local()  # type: ignore[no-any-return]
+        return Shard(x.dim() - 1) if self.dim == dim else Replicate()
+
+
+def _part(index: Index, dim: int, ranks: int, rank: int) -> tuple[Index, Source]:
+    return part_of_index(index, dim, *Cut.bounds(index.shape[dim], ranks, rank))

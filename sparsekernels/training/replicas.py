@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 from weakref import WeakValueDictionary, ref
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..common.shards import of_everyone
 from ..index import Index
 from .narrow import Narrow
 
@@ -67,24 +67,22 @@ class Replicas:
             return
         self._compare([ddp.process_group])
 
-    def compare_over(self, mesh: Any) -> None:
-        """As `compare`, once, with the other processes of a device mesh."""
+    def compare_over(self, meshes: Iterable[Any]) -> None:
+        """As `compare`, once, with the other processes of device meshes."""
         if not self.compared:
-            self._compare([mesh.get_group(dim) for dim in range(mesh.ndim)])
+            self._compare([mesh.get_group(dim) for mesh in dict.fromkeys(meshes) for dim in range(mesh.ndim)])
 
     def _compare(self, groups: Sequence[Any]) -> None:
         """With all processes that are reached through these groups, one after the other."""
-        found: list[dict[str, str]] = [{slot.label: fingerprint(slot.selected) for slot in self.slots}]
-        for group in groups:
-            others: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(others, found, group=group)
-            found = [each for other in others for each in other]
-        for rank, other in enumerate(found):
-            names = [name for name in {**found[0], **other} if found[0].get(name) != other.get(name)]
+        found = of_everyone({slot.label: fingerprint(slot.selected) for slot in self.slots}, groups)
+        first, mine = next(iter(found.items()))
+        for rank, other in found.items():
+            names = [name for name in {**mine, **other} if mine.get(name) != other.get(name)]
             if names:
                 raise ValueError(
-                    f"{names[0]!r}: rank {rank} trains other positions than rank 0, and gradients of different weights "
-                    "would be averaged; select once and share it: train_only(model, selection.broadcast(src=0))"
+                    f"{names[0]!r}: rank {rank} trains other positions than rank {first}, and gradients of different "
+                    "weights would be averaged; select once and share it: "
+                    "train_only(model, selection.broadcast(src=0))"
                 )
         self.compared = True
 
@@ -102,7 +100,7 @@ def before_forward(model: nn.Module, *_: Any) -> None:
         if not replicas.compared and replicas.slots and replicas.slots[0].is_managed():
             sharded = [slot.values for slot in replicas.slots if slot.is_shard(slot.values)]
             if sharded:  # else FSDP2 has gathered all of them by now: they are compared in the first step
-                replicas.compare_over(sharded[0].device_mesh)
+                replicas.compare_over(values.device_mesh for values in sharded)
         return
     for slot in () if replicas.compared else replicas.slots:
         slot.replicas = replicas  # in a copy of the model each slot has its own

@@ -95,7 +95,8 @@ def link_parameters(optimizer: torch.optim.Optimizer) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     unknown = {id(p) for p in params if is_dtensor(p) and SLOT not in p.__dict__}
     for replicas in list(KNOWN.values()) if unknown else []:
-        if any(id(slot.values) in unknown for slot in _resharded(replicas)):
+        _resharded(replicas)
+        if any(id(slot.values) in unknown for slot in replicas.slots):
             link(replicas)
 
 
@@ -105,6 +106,10 @@ def link(replicas: Replicas) -> None:
     Raises:
         ValueError: sharded in a way that is not supported.
     """
+    slots: Sequence[Any] = replicas.slots
+    for slot in slots:
+        if slot.parallel is not None and not slot.is_managed() and SLOT not in slot.values.__dict__:
+            slot.link(slot.values)
     managed = _managed(replicas)
     if all(SLOT in slot.stepped.__dict__ for slot in managed):
         return
@@ -156,9 +161,10 @@ def reshard(model: nn.Module, slots: Iterable[Slot]) -> None:
 
 def compare(slots: Iterable[Slot]) -> None:
     """Raise ValueError, in all processes, if another one trains other positions. A collective call, the first time."""
+    slots = list(slots)
+    meshes = [shards_of(slot)[0].device_mesh for slot in slots]
     for slot in slots:
-        if not slot.replicas.compared:
-            slot.replicas.compare_over(shards_of(slot)[0].device_mesh)
+        slot.replicas.compare_over(meshes)
 
 
 def of_first(slots: Iterable[Slot], work: Callable[[Slot], Any]) -> list[Any]:
@@ -244,7 +250,7 @@ def write_(slots: Iterable[Slot]) -> None:
             part = part_of(slot)
             _write(local_of(shards_of(slot)[1]), part.index, taken(values, part.source))
         if not slot.is_shard(slot.weight):
-            _write(local_of(slot.weight), slot.index, values)
+            slot.write_(values)
     for slot in slots:
         slot.remember_shard()
         if slot.is_managed():

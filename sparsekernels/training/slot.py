@@ -55,12 +55,11 @@ class Slot:
     narrow: Narrow | None
     _originals: Tensor | None
     _base: str | None
-    address: int
 
     def __init__(self, label: str, holders: Holders, replicas: Replicas) -> None:
         self.label, self.holders, self.replicas = label, holders, replicas
         self.owner, self.name = holders[0]
-        self.written = -1
+        self.written = self.address = -1
         self.pending = self.trained = self.warned = False
         self.parallel: Parallel | None = None
         self.shards: Any = None
@@ -195,14 +194,22 @@ class Slot:
             self.write_(values)
             self.written, self.pending = values._version, False
         elif self.pending and torch._C._current_graph_task_id() == -1:  # not while a backward recomputes this
-            if values.is_cpu:
-                self.refresh_()
-            else:
-                # Comparing would wait for the device. Most likely this changes nothing, so autograd is not told.
-                with _unsafe_preserve_version_counter(self.weight):
-                    self.write_(values)
-            self.pending = False
+            self._write_pending(values.is_cpu)
         return values, self._index
+
+    def _write_pending(self, compare: bool) -> None:
+        """Write values that may have changed without a new version."""
+        if compare:
+            self.refresh_()
+        else:
+            # Comparing would wait for the device. Most likely this changes nothing, so autograd is not told.
+            with _unsafe_preserve_version_counter(self.weight):
+                self.write_(self._held())
+        self.pending = False
+
+    def _held(self) -> Tensor:
+        """The values of `index`, where no module holds gathered ones."""
+        return self.values.detach() if self.parallel is None else self.parallel.compact(local_of(self.values))
 
     def is_sharded(self) -> bool:
         """Whether the values are a DTensor, or gathered from one."""
@@ -217,16 +224,20 @@ class Slot:
 
     def is_shard(self, tensor: Any) -> bool:
         """Whether values or weight are sharded by FSDP2, not gathered, or outside of it."""
-        return is_dtensor(tensor) and tensor.device_mesh.ndim > (self.parallel is not None)
+        inner = 0 if self.parallel is None else 1
+        return is_dtensor(tensor) and tensor.device_mesh.ndim > inner
 
     def _in_parallel(self) -> tuple[nn.Parameter, Index]:
         """As `sync_`, in tensor parallelism: each rank holds the values of its part of the weight."""
         values: Any = self.values
-        if not torch.compiler.is_compiling() and (self.seen is None or not self.seen.is_of(values)):
-            self.check_supported()
-            assert self.parallel is not None
-            self.write_(self.parallel.compact(local_of(values)))
-            self.remember_shard()
+        if torch.compiler.is_compiling():
+            return values, self.index
+        if SLOT not in values.__dict__:
+            self._adopt(values)
+        if self.seen is None or not self.seen.is_of(values):
+            self.refresh_()
+        elif self.pending and torch._C._current_graph_task_id() == -1:
+            self._write_pending(values.is_cpu)
         return values, self.index
 
     def _gathered(self) -> tuple[nn.Parameter, Index]:
@@ -239,15 +250,15 @@ class Slot:
             return values, self.index  # version numbers would break the graph
         if is_flattened(values):
             refuse_sharded(repr(self.label), "by FSDP1")
-        if self.seen is not None and self.seen.is_outdated(self.shards[0]):
+        if self.shards is not None and self.seen is not None and self.seen.is_outdated(self.shards[0]):
             raise ValueError(
                 f"{self.label!r}: its values changed outside of a step; call SparseModel.sync_() in all processes first"
             )
         return values, self.index
 
     def remember_shard(self) -> None:
-        """The weight has the values, which are DTensors, as they are now."""
-        self.seen = Seen.of(self.stepped) if is_dtensor(self.stepped) else None
+        """The weight has the values as they are now, if they are a DTensor."""
+        self.seen, self.pending = Seen.of(self.stepped) if is_dtensor(self.stepped) else None, False
 
     def check_supported(self) -> None:
         """Raise ValueError if the weight or its values were sharded, or replaced by an unsupported kind of tensor."""
@@ -265,7 +276,9 @@ class Slot:
 
     def check_compiled(self) -> None:
         """Raise ValueError if the values can change without a new version: a compiled forward would not notice."""
-        if self.values.data_ptr() != self.address and not (self.values.is_meta or is_private(self.values)):
+        if self.parallel is not None or self.values.data_ptr() == self.address:
+            return
+        if not (self.values.is_meta or is_private(self.values)):
             raise ValueError(
                 f"{self.label!r}: its compact values share memory with other tensors, as in the flat buffer of "
                 "DeepSpeed ZeRO, and a compiled forward would not see them change; do not compile the model"
@@ -277,14 +290,18 @@ class Slot:
         values = self.values
         if values.is_meta:
             return
-        wanted = self.index.without_padding(values.detach().to(self.weight.dtype))
-        if not torch.equal(as_integers(gather(self.weight.detach(), self.index)), as_integers(wanted)):
+        wanted = self.index.without_padding(self._held().to(self.weight.dtype))
+        if not torch.equal(as_integers(gather(local_of(self.weight), self.index)), as_integers(wanted)):
             self.write_(wanted)
         self.written, self.pending = values._version, False
+        if self.parallel is not None:
+            self.remember_shard()
 
     def write_(self, values: Tensor) -> None:
-        weight = self.weight.detach() if self.parallel is None else local_of(self.weight)
-        scatter_(weight, self.index, values.detach())
+        """Write values of `index` into what this process holds of the weight."""
+        scatter_(local_of(self.weight), self.index, values.detach())
+        if self.parallel is not None:  # the version of its local tensor, which has changed, is not what autograd checks
+            torch.autograd.graph.increment_version(self.weight)
 
     def loaded(self, weight: Tensor) -> Tensor:
         """The values that belong to a weight about to be loaded.

@@ -16,6 +16,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..common.messages import warn
 from ..common.supported import is_dtensor, local_of
 from ..selection import Selection
 from . import sharding
@@ -115,8 +116,8 @@ class SparseModel:
         changing values through `.data` (which torch does not track) at any time other than between a backward and the
         next forward, and after changing values by hand before the weight is read directly or by a compiled forward.
 
-        Compares every value with its weight, whether or not torch recorded a change. Under fully_shard this is a
-        collective call, and writes all values.
+        Compares every value with its weight, whether or not torch recorded a change. Under fully_shard or tensor
+        parallelism this is a collective call, and writes all values.
 
         Examples:
             >>> model = torch.nn.Linear(2, 1)
@@ -196,7 +197,8 @@ class SparseModel:
     def delta(self) -> Delta:
         """Return the trained weights as a `Delta`, the file to ship. The model is not changed.
 
-        Under fully_shard this is a collective call: all processes make it, and each gets the whole Delta.
+        Under fully_shard or tensor parallelism this is a collective call: all processes make it, and each gets the
+        whole Delta.
 
         Examples:
             >>> model = torch.nn.Linear(4, 3)
@@ -211,6 +213,8 @@ class SparseModel:
         """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
         if self._found is not None:
             self._refuse_managed("restore()")
+            for slot in self.slots.values():
+                slot.check_supported()
             originals = [(slot, slot.originals) for slot in self.slots.values()]  # raises before anything is written
             for slot, values in originals:
                 slot.write_(values)
@@ -220,7 +224,10 @@ class SparseModel:
         return self.model
 
     def merge(self) -> nn.Module:
-        """Keep the trained weights and give back everything else as it was found. Returns the model."""
+        """Keep the trained weights and give back everything else as it was found. Returns the model.
+
+        With tensor parallelism, a collective call, as `sync_` is.
+        """
         if self._found is not None:
             self._refuse_managed("merge()")
             self.sync_()
@@ -252,8 +259,12 @@ class SparseModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or self._found is None or not any(slot.is_managed() for slot in self.slots.values()):
-            self.restore()  # else restore() would refuse, and hide the error
+        try:
+            self.restore()
+        except ValueError as refusal:
+            if error is None:
+                raise
+            warn(f"sparsekernels: the model was not restored: {refusal}")
 
 
 def train_only(model: nn.Module, selection: Selection) -> SparseModel:
