@@ -45,9 +45,8 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 def local_of(tensor: Any) -> Tensor:
     """What this process holds of a tensor, without its graph."""
-    with torch.no_grad():
-        local: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
-    return local.detach()
+    local: Any = tensor.detach()  # torch.no_grad() would stay on if Ctrl-C came while it ends
+    return local.to_local() if is_dtensor(local) else local  # type: ignore[no-any-return]
 
 
 def holds_nan(tensor: Tensor) -> bool:
