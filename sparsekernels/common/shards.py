@@ -16,10 +16,15 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 def all_gather(mine: Tensor, group: dist.ProcessGroup, device: str) -> Tensor:
     """What each rank gives, as many entries [n] on all of them: [ranks, n]. A collective call, on `device`."""
-    sent = mine.to(device)
+    sent = _placed(mine, device)
     everything = sent.new_empty(group.size() * len(sent))
     _all_gather(everything, sent, group=group)
     return everything.view(group.size(), len(sent)).to(mine.device)
+
+
+def _placed(x: Tensor, device: str) -> Tensor:
+    """On a device of this type: where it is, if that is one; not on the current device, which may be another."""
+    return x if x.device.type == device else x.to(device)
 
 
 def of_everyone(mine: Any, groups: Iterable[dist.ProcessGroup]) -> dict[int, Any]:
@@ -81,6 +86,6 @@ class Cut:
 
     def sum(self, mine: Tensor) -> Tensor:
         """The sum of what each rank gives. A collective call."""
-        total = mine.to(self.device, copy=True)
+        total = _placed(mine.clone(), self.device)
         dist.all_reduce(total, group=self.group)
         return total.to(mine.device)

@@ -153,7 +153,7 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
         raise ValueError(f"{name}: the state_dict was made for another selection: step has shape {list(step_counts)}")
     if not same_positions:
         raise ValueError(
-            f"{name}: the state_dict was made for another selection, of the same size but with other positions; "
+            f"{name}: the state_dict was made for another selection, with other positions; "
             "train the saved one (save the Selection with each checkpoint), and call reselect after loading"
         )
 

@@ -70,7 +70,8 @@ def fisher_diagonal(
     Raises:
         ValueError: no samples, samples without labels or with an empty attention mask, a loss that is not one value per
             sample, names that match nothing, checkpointing with use_reentrant=True, or a gradient that is not finite
-            (the message names the sample).
+            (the message names the sample). Under fully_shard also frozen parameters, ranks with other samples,
+            selection, and labels="expected".
 
     Source: FISH (Sung et al., arXiv 2111.09839), section 3.1.
 

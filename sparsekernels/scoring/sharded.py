@@ -69,12 +69,12 @@ def squares_of_shards(
 
 def _add_squares(parameters: Mapping[str, Tensor], totals: Mapping[str, Tensor]) -> Tensor:
     """Add what this rank holds; returns how many of the parameters have a gradient that is not finite."""
-    broken = torch.zeros((), dtype=torch.int64)
+    broken = torch.zeros((), dtype=torch.int64, device=next(iter(parameters.values())).device)
     for name, p in parameters.items():
         if p.grad is not None:
             total, grad = local_of(totals[name]), local_of(p.grad)
             total += grad.to(total.dtype).square()
-            broken += int(not bool(grad.isfinite().all()))
+            broken += grad.isfinite().all().logical_not()
     return broken
 
 

@@ -161,7 +161,7 @@ def reshard(model: nn.Module, slots: Iterable[Slot]) -> None:
 
 def compare(slots: Iterable[Slot]) -> None:
     """Raise ValueError, in all processes, if another one trains other positions. A collective call, the first time."""
-    slots = list(slots)
+    slots = [slot for slot in slots if not slot.replicas.compared]
     meshes = [shards_of(slot)[0].device_mesh for slot in slots]
     for slot in slots:
         slot.replicas.compare_over(meshes)
@@ -294,7 +294,9 @@ def summed(shards: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, in
         kinds.setdefault((shard.device_mesh, shard.placements), []).append(name)
     found: dict[str, int] = {}
     for (mesh, placements), names in kinds.items():
-        total = torch.tensor([counts[name] for name in names], device=mesh.device_type)
+        shard = shards[names[0]].device
+        device = shard if shard.type == mesh.device_type else mesh.device_type
+        total = torch.tensor([counts[name] for name in names], device=device)
         for dim in sorted(range(mesh.ndim), key=lambda dim: placements[dim].is_replicate()):
             how = dist.ReduceOp.MAX if placements[dim].is_replicate() else dist.ReduceOp.SUM
             dist.all_reduce(total, how, group=mesh.get_group(dim))

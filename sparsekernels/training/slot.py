@@ -223,7 +223,7 @@ class Slot:
         return False
 
     def is_shard(self, tensor: Any) -> bool:
-        """Whether values or weight are sharded by FSDP2, not gathered, or outside of it."""
+        """Whether this Parameter is one that FSDP2 has cut; not one that it has gathered, or does not manage."""
         inner = 0 if self.parallel is None else 1
         return is_dtensor(tensor) and tensor.device_mesh.ndim > inner
 

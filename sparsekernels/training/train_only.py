@@ -210,7 +210,10 @@ class SparseModel:
         return Delta.from_slots(self.model, self.slots, self.left)
 
     def restore(self) -> nn.Module:
-        """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model."""
+        """Give the model back as it was found: weights bit for bit, forward, requires_grad. Returns the model.
+
+        Raises ValueError, as `merge` does, under fully_shard, which keeps the compact Parameters.
+        """
         if self._found is not None:
             self._refuse_managed("restore()")
             for slot in self.slots.values():
@@ -285,8 +288,9 @@ def train_only(model: nn.Module, selection: Selection) -> SparseModel:
 
     Raises:
         ValueError: names or shapes that do not fit the model, two names of one tied weight, weights that are not
-            contiguous or not floating point, an Embedding with max_norm, the out_proj of nn.MultiheadAttention, a model
-            that is already under train_only, or a call inside torch.inference_mode(). The model is unchanged then.
+            contiguous or not floating point, quantised, or sharded by anything but parallelize_module, an Embedding
+            with max_norm, the out_proj of nn.MultiheadAttention, a model that is already under train_only, or a call
+            inside torch.inference_mode(). The model is unchanged then.
 
     Source: ours.
 

@@ -98,7 +98,8 @@ def select(
 
     Raises:
         ValueError: alpha, correction or fallback_density is invalid, tables are empty or do not fit each other, or have
-            NaN (the message names the row). RuntimeError: the SparseModel was restored or merged.
+            NaN (the message names the row), or only one of them is sharded. RuntimeError: the SparseModel was restored
+            or merged.
 
     Numerics: p-values in fp64, exact. Deterministic.
     Cost: one pass over both tables, and that of `sparsekernels.ops.ks_2samp`.

@@ -24,7 +24,8 @@ def topk_over_ranks(scores: Sequence[Any], k: int, magnitude: bool) -> list[Tens
     cut = cuts[0]
     if any(each.group is not cut.group for each in cuts):
         raise ValueError("scores must be sharded over one device mesh")
-    holds_nan = cut.sum(torch.tensor([int(local_of(score).isnan().any()) for score in scores]))
+    found_nan = torch.tensor([int(local_of(score).isnan().any()) for score in scores], device=scores[0].device)
+    holds_nan = cut.sum(found_nan)
     if bool(holds_nan.any()):
         raise ValueError(f"scores[{int(holds_nan.nonzero()[0])}] holds NaN")
     bound, ties = _boundary(scores, k, magnitude, cut)
