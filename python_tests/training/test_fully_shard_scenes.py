@@ -181,6 +181,7 @@ def moved_by_hand(rank: int, world: int, mesh: Any) -> None:
     run, tuned = fresh("zoo", mesh)
     train(run, tuned, optimizer_of(tuned), rank, world, steps=1)
     run.double().float()
+    run(ids(2, 7))
     train(run, tuned, optimizer_of(tuned), rank, world, steps=1)
     for (name, values), index in zip(tuned.named_parameters(), tuned.selection.values(), strict=True):
         assert torch.equal(sk.ops.gather(whole(run)[name], index), values.full_tensor()), name

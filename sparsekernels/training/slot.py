@@ -232,8 +232,6 @@ class Slot:
         values: Any = self.values
         if torch.compiler.is_compiling():
             return values, self.index
-        if SLOT not in values.__dict__:
-            self._adopt(values)
         if self.seen is None or not self.seen.is_of(values):
             self.refresh_()
         elif self.pending and torch._C._current_graph_task_id() == -1:
