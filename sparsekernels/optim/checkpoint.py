@@ -152,8 +152,9 @@ def _check(entry: dict[str, Any], p: Tensor, index: Index | None, name: str) -> 
     if len(step_counts) and (index is None or step_counts != (len(index),)):
         raise ValueError(f"{name}: the state_dict was made for another selection: step has shape {list(step_counts)}")
     if not same_positions:
+        like = "of the same size but " if entry[POSITIONS].shape == index.positions.shape else ""  # type: ignore[union-attr]
         raise ValueError(
-            f"{name}: the state_dict was made for another selection, with other positions; "
+            f"{name}: the state_dict was made for another selection, {like}with other positions; "
             "train the saved one (save the Selection with each checkpoint), and call reselect after loading"
         )
 
