@@ -20,6 +20,7 @@ PROGRAMS = {
     "finetune": "finetune",
     "accuracy": "accuracy",
     "grains": "grains",
+    "grains-text": "grains_text",
     "ird": "ird",
     "gates": "gates",
     "laser": "laser",

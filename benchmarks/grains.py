@@ -3,11 +3,12 @@
     make .venv/catalogues; python -m benchmarks grains
 
 SmolLM2-135M translates strings of message catalogues, English to German: the loss on the translation, on held-out
-strings. Everybody sees the same batches. Each contender searches its learning rate by validation loss with seed 0:
-three rates a factor of three apart, and further ones as long as the best lies at an end. Then it trains with this rate
-and every other seed, a new mask and a new order of texts for each. A run says the loss of the validation and of the
-test split; nothing is decided by the latter. All contenders train the seven projections of every block and nothing
-else, except dense, which trains all weights. LoRA has 4.9M weights with r=16 and 1.2M with r=4, about 5 % and 1 %.
+strings. `grains-text` is the same study of an encoder that classifies. Everybody sees the same batches. Each contender
+searches its learning rate on the validation split with seed 0: three rates a factor of three apart, and further ones as
+long as the best lies at an end. Then it trains with this rate and every other seed, a new mask and a new order of texts
+for each. A run says the score of the validation and of the test split; nothing is decided by the latter. All contenders
+train the projections of every block, and a head that is new, and nothing else, except dense, which trains all weights.
+LoRA with r=16 and r=4 has about 5 % and 1 % as many weights as the projections.
 
 Every run is added to the results file as soon as it is finished; starting again continues where it stopped.
 """
@@ -19,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,19 +29,15 @@ from torch import nn
 import sparsekernels as sk
 
 from . import study
-from .models import smollm2
-from .step_cost import PROJECTIONS
+from .grain_tasks import Task, Translation
 from .study import Content, Refused, Study, best_rate, program
-from .translating.parallel_text import from_packages
-from .translating.prompts import Batch, batches
+from .translating.prompts import Batch
 
 SEARCH_SEED = 0
 UNTUNED = "untuned"
-SCORED = 128  # held-out strings
 BLOCK = (64, 64)
 WARM_UP = 0.1  # of the steps; then the rate falls to zero, linearly
-
-Trainable = list[torch.nn.Parameter]
+HEAD_RATE = 1e-2  # of a new head, for every contender: the best of three for dense training in `accuracy`
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ def contenders() -> dict[str, Contender]:
 CONTENDERS = contenders()
 
 
-def select(contender: Contender, model: nn.Module, train: Sequence[Batch], seed: int) -> sk.Selection:
-    names = [name for name, _ in model.named_parameters() if name.split(".")[-2] in PROJECTIONS]
+def select(contender: Contender, model: nn.Module, names: list[str], given: Sequence[Batch], seed: int) -> sk.Selection:
     units: dict[str, Any] = {"granularity": contender.granularity}
     if contender.granularity == "block":
         units["block"] = BLOCK
@@ -77,104 +74,84 @@ def select(contender: Contender, model: nn.Module, train: Sequence[Batch], seed:
         return sk.Selection.random(model, contender.density, seed=seed, names=names, **units)
     if contender.choice == "sift":
         return sk.methods.sift(
-            model, train, contender.density, targets=names, head=(), num_batches=4, progress=False, **units
+            model, given, contender.density, targets=names, head=(), num_batches=4, progress=False, **units
         )
-    fisher = sk.fisher_diagonal(model, train[:8], names=names, progress=False)
+    fisher = sk.fisher_diagonal(model, given[:8], names=names, progress=False)
     # The Fisher information of a unit is the sum over its entries: topk sums squares.
     scores = {name: total.sqrt_() for name, total in fisher.items()}
     return sk.Selection.topk(scores, density=contender.density, per_tensor=True, **units)
 
 
 def prepared(
-    contender: Contender, model: nn.Module, train: Sequence[Batch], rate: float, seed: int
-) -> tuple[nn.Module, Trainable, torch.optim.Optimizer]:
-    """The model to call, what it trains, and the optimizer."""
-    if contender.choice == "dense":
-        parameters = list(model.parameters())
-        return model, parameters, torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
-    if contender.choice == "lora":
-        import peft
+    contender: Contender, task: Task, model: nn.Module, given: Sequence[Batch], rate: float, seed: int
+) -> torch.optim.Optimizer:
+    """The optimizer of what the contender trains of the model, which is changed to train that alone."""
+    names, head = task.targets(model), task.head(model)
+    sparse = contender.choice not in ("dense", "lora")
+    if sparse:
+        whole = {name: sk.Index.full(model.get_parameter(name).shape) for name in head}
+        tuned = sk.train_only(model, select(contender, model, names, given, seed) | sk.Selection(whole))
+        parameters = dict(tuned.named_parameters())
+    else:
+        if contender.choice == "lora":
+            import peft
 
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(r=contender.rank, lora_alpha=2 * contender.rank, target_modules=list(PROJECTIONS))
-        model = peft.get_peft_model(model, config)  # type: ignore[arg-type]
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return model, parameters, torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
-    tuned = sk.train_only(model, select(contender, model, train, seed))
-    parameters = list(tuned.parameters())
-    return model, parameters, sk.SparseAdamW(parameters, lr=rate, weight_decay=0.0)
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
-    """The loss of a token, over all of them."""
-    total, count = 0.0, 0
-    for batch in held_out:
-        tokens = int((batch["labels"][:, 1:] != -100).sum())
-        total += float(model(**batch).loss) * tokens
-        count += tokens
-    return total / count
-
-
-class Task:
-    """The model, and batches of each split."""
-
-    def __init__(self, batch_size: int, steps: int) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = smollm2()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.make: Callable[[], nn.Module] = lambda: AutoModelForCausalLM.from_pretrained(folder)
-        (self.text,) = from_packages(["de"])
-        self.batch_size, self.steps = batch_size, steps
-
-    def train(self, seed: int) -> list[Batch]:
-        return batches(self.tokenizer, self.text.pairs["train"], self.batch_size, seed)[: self.steps]
-
-    def held_out(self, split: str) -> list[Batch]:
-        return batches(self.tokenizer, self.text.pairs[split][:SCORED], 16)
+            torch.manual_seed(seed)
+            modules = [name.removesuffix(".weight") for name in names]
+            config = peft.LoraConfig(r=contender.rank, lora_alpha=2 * contender.rank, target_modules=modules)
+            peft.inject_adapter_in_model(config, model)
+            for name in head:
+                model.get_parameter(name).requires_grad_()
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for name, p in parameters.items() if name not in head], "lr": rate},
+        {"params": [p for name, p in parameters.items() if name in head], "lr": HEAD_RATE},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if sparse:
+        return sk.SparseAdamW(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def train(task: Task, contender: Contender, rate: float, seed: int) -> Content:
-    """One run; the loss on the validation and the test split."""
+    """One run; the score on the validation and the test split."""
     started = time.perf_counter()
-    base, given = task.make().train(), task.train(seed)
-    model, parameters, optimizer = prepared(contender, base, given, rate, seed)
+    model, given = task.model(seed).train(), task.train(seed)
+    optimizer = prepared(contender, task, model, given, rate, seed)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
     warm = max(1, round(WARM_UP * len(given)))
+    torch.manual_seed(seed)  # the same dropout for every contender, whatever its choice drew
     for step, batch in enumerate(given):
         scale = min((step + 1) / warm, (len(given) - step) / max(1, len(given) - warm))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * scale
-        model(**batch).loss.backward()
+        for group, highest in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = highest * scale
+        with torch.autocast("cpu", torch.bfloat16, enabled=task.autocast):
+            loss = model(**batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     return {
-        **{split: mean_loss(model, task.held_out(split)) for split in ("validation", "test")},
+        **{split: task.score(model, task.held_out(split)) for split in ("validation", "test")},
         "trained_weights": sum(p.numel() for p in parameters),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
 def arguments(add: Callable[..., Any]) -> None:
-    add("--steps", type=study.positive, default=50, help="steps of a run [%(default)s]")
-    add("--batch-size", type=study.positive, default=8, help="strings of a batch [%(default)s]")
+    add("--steps", type=study.positive, help="steps of a run [translation 50, text an epoch]")
+    add("--batch-size", type=study.positive, help="texts of a batch [translation 8, text 32]")
     add("--seeds", type=study.positive, default=3, help="runs with the rate that was found [%(default)s]")
     add("--only", nargs="+", metavar="NAME", choices=list(CONTENDERS), help="measure these contenders alone")
 
 
-def measure(args: argparse.Namespace, origin: Content) -> Content:
+def measure(args: argparse.Namespace, origin: Content, make_task: Callable[[int | None, int | None], Task]) -> Content:
     names = args.only or list(CONTENDERS)
-    task = Task(args.batch_size, args.steps)
-    settings = {"steps": args.steps, "batch_size": args.batch_size, "block": list(BLOCK), "scored": SCORED}
-    settings |= {
-        "seeds": args.seeds,
-        "language": task.text.language,
-        "data": task.text.source,
-        "texts": task.text.sizes,
-    }
-    results = Study(args.out, settings, origin)
+    task = make_task(args.batch_size, args.steps)
+    settings = {"steps": task.steps, "batch_size": task.batch_size, "block": list(BLOCK), "seeds": args.seeds}
+    results = Study(args.out, settings | task.settings, origin)
 
     def run(name: str, rate: float, seed: int) -> Content:
         def once() -> Content:
@@ -185,30 +162,37 @@ def measure(args: argparse.Namespace, origin: Content) -> Content:
         return results.run({"name": name, "lr": rate, "seed": seed}, once)
 
     results.run({"name": UNTUNED, "lr": 0.0, "seed": SEARCH_SEED}, lambda: untuned(task))
+    sign = 1 if task.higher else -1
     for name in names:
-        rate = best_rate(lambda rate: -run(name, rate, SEARCH_SEED)["validation"], CONTENDERS[name].lr)  # noqa: B023
+        rate = best_rate(lambda rate: sign * run(name, rate, SEARCH_SEED)["validation"], CONTENDERS[name].lr)  # noqa: B023
         for seed in range(args.seeds):
             run(name, rate, seed)
     return results.content
 
 
 def untuned(task: Task) -> Content:
-    return {"test": mean_loss(task.make().eval(), task.held_out("test"))}
+    return {"test": task.score(task.model(SEARCH_SEED).eval(), task.held_out("test"))}
 
 
-def final_runs(content: Content, name: str) -> list[Content]:
-    """The runs with the rate of the lowest validation loss, in the order of their seeds; none if some are missing."""
+def final_runs(content: Content, name: str, higher: bool = False) -> list[Content]:
+    """The runs with the rate of the best validation score, in the order of their seeds; none if some are missing."""
     runs = [run for run in content["runs"] if run["name"] == name]
     search = [run for run in runs if run["seed"] == SEARCH_SEED]
-    rate = min(search, key=lambda run: run["validation"])["lr"] if search else None
+    best = max if higher else min
+    rate = best(search, key=lambda run: run["validation"])["lr"] if search else None
     found = sorted((run for run in runs if run["lr"] == rate), key=lambda run: run["seed"])
     return found if len(found) == content["settings"]["seeds"] else []
 
 
 def table(content: Content) -> str:
-    dense, rows = final_runs(content, "dense"), []
+    return rows_of(content, "grains", "SmolLM2-135M, English to German strings", higher=False)
+
+
+def rows_of(content: Content, program: str, about: str, higher: bool) -> str:
+    dense, rows = final_runs(content, "dense", higher), []
+    form, score = (".1%", "test accuracy") if higher else (".3f", "test loss")
     for name in CONTENDERS:
-        runs = final_runs(content, name)
+        runs = final_runs(content, name, higher)
         if not runs:
             continue
         tried = [run["lr"] for run in content["runs"] if run["name"] == name and run["seed"] == SEARCH_SEED]
@@ -217,30 +201,24 @@ def table(content: Content) -> str:
             [
                 name,
                 f"{runs[0]['trained_weights']:,}",
-                study.mean_and_spread((run["test"] for run in runs), ".3f"),
-                f"{statistics.mean(gaps):+.3f}" if gaps and name != "dense" else "",
+                study.mean_and_spread((run["test"] for run in runs), form),
+                f"{statistics.mean(gaps):+{form}}" if gaps and name != "dense" else "",
                 f"{runs[0]['lr']:g}",
                 f"{min(tried):g} to {max(tried):g}",
             ]
         )
     if not rows:
         raise Refused("no contender was measured to the end")
-    head = ["", "trained weights", "test loss", "above dense", "learning rate", "tried"]
+    head = ["", "trained weights", score, "against dense", "learning rate", "tried"]
     (base,) = [run["test"] for run in content["runs"] if run["name"] == UNTUNED]
     settings = content["settings"]
-    about = (
-        f"SmolLM2-135M, English to German strings, {settings['steps']} steps of {settings['batch_size']}; untuned: "
-        f"{base:.3f}. Mean ± standard deviation over {settings['seeds']} seeds."
+    said = (
+        f"{about}, {settings['steps']} steps of {settings['batch_size']}; untuned: {base:{form}}. "
+        f"Mean ± standard deviation over {settings['seeds']} seeds."
     )
-    text = [about, "", study.table(head, rows), "", study.written_by(content, "python -m benchmarks grains")]
+    text = [said, "", study.table(head, rows), "", study.written_by(content, f"python -m benchmarks {program}")]
     return "\n".join(text)
 
 
-main = program(
-    "grains",
-    __doc__,
-    arguments,
-    measure,
-    table,
-    small=("--steps", "2", "--batch-size", "2", "--seeds", "1", "--only", "1% columns, random", "LoRA r=16 (PEFT)"),
-)
+SMALL = ("--steps", "2", "--batch-size", "2", "--seeds", "1", "--only", "1% columns, random", "LoRA r=16 (PEFT)")
+main = program("grains", __doc__, arguments, partial(measure, make_task=Translation), table, small=SMALL)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,20 +13,26 @@ import torch
 from models import batch, transformer
 from torch import nn
 
-from benchmarks import grains
-from benchmarks.study import Refused
+from benchmarks import grains, grains_text
+from benchmarks.study import Refused, program
 
 
 class Task:
-    """Of the same form as the study's, with random tokens and a model of two layers."""
+    """Of the same form as a study's, with random tokens and a model of two layers; its head is the last norm."""
 
-    text = SimpleNamespace(source="random tokens", sizes={}, language="none")
+    settings = {"data": "random tokens"}
 
-    def __init__(self, batch_size: int, steps: int) -> None:
-        self.batch_size, self.steps = batch_size, steps
+    def __init__(self, batch_size: int, steps: int, higher: bool) -> None:
+        self.batch_size, self.steps, self.higher, self.autocast = batch_size, steps, higher, higher
 
-    def make(self) -> nn.Module:
+    def model(self, seed: int) -> nn.Module:
         return transformer("llama")
+
+    def targets(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters() if "_proj" in name]
+
+    def head(self, model: nn.Module) -> list[str]:
+        return ["model.norm.weight"] if self.higher else []
 
     def train(self, seed: int) -> list[Any]:
         return [batch("llama", self.batch_size, seed=10 * seed + step) for step in range(self.steps)]
@@ -33,33 +40,42 @@ class Task:
     def held_out(self, split: str) -> list[Any]:
         return [batch("llama", 4, seed=1000 + len(split))]
 
+    @torch.no_grad()
+    def score(self, model: nn.Module, held_out: list[Any]) -> float:
+        loss = float(model(**held_out[0]).loss)
+        return math.exp(-loss) if self.higher else loss
+
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grains, "Task", Task)
     monkeypatch.setattr(grains, "BLOCK", (2, 4))
 
 
-def test_every_contender_trains_what_it_says(tmp_path: Path) -> None:
-    out = tmp_path / "grains.json"
+@pytest.mark.parametrize("study", [grains, grains_text])
+def test_every_contender_trains_what_it_says(study: Any, tmp_path: Path) -> None:
+    out, higher = tmp_path / "grains.json", study is grains_text
+    measure = partial(grains.measure, make_task=partial(Task, higher=higher))
+    main = program("grains", None, grains.arguments, measure, study.table)
     options = ["--steps", "4", "--batch-size", "2", "--seeds", "2", "--threads", str(torch.get_num_threads())]
-    assert grains.main([*options, "--out", str(out)]) == 0
+    assert main([*options, "--out", str(out)]) == 0
     content = json.loads(out.read_text())
-    weights = sum(p.numel() for name, p in transformer("llama").named_parameters() if "_proj" in name)
+    parameters = dict(transformer("llama").named_parameters())
+    weights = sum(p.numel() for name, p in parameters.items() if "_proj" in name)
+    head = parameters["model.norm.weight"].numel() if higher else 0
     for name, contender in grains.CONTENDERS.items():
-        runs = grains.final_runs(content, name)
+        runs = grains.final_runs(content, name, higher)
         assert [run["seed"] for run in runs] == [0, 1], name
         search = [run for run in content["runs"] if run["name"] == name and run["seed"] == grains.SEARCH_SEED]
         rates = {run["lr"]: run["validation"] for run in search}
-        assert runs[0]["lr"] == min(rates, key=lambda rate: rates[rate])
+        assert runs[0]["lr"] == (max if higher else min)(rates, key=lambda rate: rates[rate])
         assert min(rates) < runs[0]["lr"] < max(rates) or len(rates) == 3 + grains.study.MAX_EXTENSIONS
         if contender.density:
-            share = runs[0]["trained_weights"] / weights
+            share = (runs[0]["trained_weights"] - head) / weights
             assert contender.density <= share + 1e-3, name
             assert share < contender.density + 0.08, name  # one unit of a small tensor
         assert name in out.with_suffix(".md").read_text()
     count = len(content["runs"])
-    assert grains.main([*options, "--out", str(out)]) == 0
+    assert main([*options, "--out", str(out)]) == 0
     assert len(json.loads(out.read_text())["runs"]) == count
 
 

@@ -1,0 +1,121 @@
+"""What the studies of rows, columns and blocks train on: a language model and an encoder, each with a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from sparsekernels.common.names import default_head, default_targets
+
+from .finetuning.config import Config, default_model
+from .finetuning.text_task import load_task
+from .finetuning.training import evaluate, load, load_model
+from .models import smollm2
+from .study import Content
+from .translating.parallel_text import from_packages
+from .translating.prompts import Batch, batches
+
+
+class Task(Protocol):
+    """A model, batches of each split, and a score. `higher` says which scores are better."""
+
+    higher: bool
+    autocast: bool  # to bf16, in training
+    steps: int
+    batch_size: int
+    settings: Content
+
+    def model(self, seed: int) -> nn.Module:
+        """The pre-trained model; what is new in it is drawn with the seed."""
+
+    def targets(self, model: nn.Module) -> list[str]:
+        """The weights of which units are selected, those that LoRA adapts."""
+
+    def head(self, model: nn.Module) -> list[str]:
+        """The parameters that every contender trains densely beside them."""
+
+    def train(self, seed: int) -> list[Batch]: ...
+
+    def held_out(self, split: str) -> list[Batch]: ...
+
+    def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float: ...
+
+
+class Translation:
+    """SmolLM2-135M, strings of message catalogues, English to German; the mean loss of a token of the translation."""
+
+    higher, autocast = False, False
+    SCORED = 128  # held-out strings
+
+    def __init__(self, batch_size: int | None, steps: int | None) -> None:
+        from transformers import AutoTokenizer
+
+        self.batch_size, self.steps = batch_size or 8, steps or 50
+        self.folder = smollm2()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        (self.text,) = from_packages(["de"])
+        self.settings = {"scored": self.SCORED, "language": self.text.language, "data": self.text.source}
+        self.settings |= {"texts": self.text.sizes}
+
+    def model(self, seed: int) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder)
+        return model
+
+    def targets(self, model: nn.Module) -> list[str]:
+        return default_targets(model)
+
+    def head(self, model: nn.Module) -> list[str]:
+        return []
+
+    def train(self, seed: int) -> list[Batch]:
+        return batches(self.tokenizer, self.text.pairs["train"], self.batch_size, seed)[: self.steps]
+
+    def held_out(self, split: str) -> list[Batch]:
+        return batches(self.tokenizer, self.text.pairs[split][: self.SCORED], 16)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float:
+        total, count = 0.0, 0
+        for batch in held_out:
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(model(**batch).loss) * tokens
+            count += tokens
+        return total / count
+
+
+class Classification:
+    """MiniLM, 22M, names the subpackage that a docstring comes from, by a new head; the accuracy. One epoch in bf16."""
+
+    higher, autocast = True, True
+
+    def __init__(self, batch_size: int | None, steps: int | None) -> None:
+        self.batch_size, self.task = batch_size or 32, load_task("classification")
+        self.config = Config("", default_model(), batch_size=self.batch_size, max_length=16, autocast=self.autocast)
+        self.loaded = load(self.config, self.task)
+        epoch = len(self.loaded.batches(self.config, "train", seed=0))
+        self.steps = min(steps or epoch, epoch)
+        self.settings = {"data": self.task.source, "texts": self.task.sizes, "max_length": self.config.max_length}
+
+    def model(self, seed: int) -> nn.Module:
+        return load_model(replace(self.config, seed=seed), len(self.task.labels))[0]
+
+    def targets(self, model: nn.Module) -> list[str]:
+        return default_targets(model)
+
+    def head(self, model: nn.Module) -> list[str]:
+        return default_head(model)
+
+    def train(self, seed: int) -> list[Batch]:
+        return self.loaded.batches(self.config, "train", seed=seed)[: self.steps]
+
+    def held_out(self, split: str) -> list[Batch]:
+        return self.loaded.batches(self.config, split)
+
+    def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float:
+        return float(evaluate(model, held_out, self.config)["value"])

@@ -1,0 +1,31 @@
+"""Elements, rows, columns and blocks of an encoder that classifies: the study of grains.py on another task.
+
+    python -m benchmarks grains-text
+
+MiniLM names the subpackage that a docstring of scipy or sympy comes from, by a classifier over the mean of its states,
+in one epoch. Contenders, the search of rates, and what a run says are those of `python -m benchmarks grains`; the
+classifier trains in all of them, with one rate. The score is accuracy.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from . import grains
+from .grain_tasks import Classification
+from .study import Content, program
+
+
+def table(content: Content) -> str:
+    source = content["settings"]["data"]
+    return grains.rows_of(content, "grains-text", f"MiniLM, subpackages of {source}, one epoch", higher=True)
+
+
+main = program(
+    "grains-text",
+    __doc__,
+    grains.arguments,
+    partial(grains.measure, make_task=Classification),
+    table,
+    small=grains.SMALL,
+)
