@@ -8,6 +8,7 @@
 #include "../units.h"
 #include "block_product.h"
 #include "hits.h"
+#include "narrow_product.h"
 #include "positions.h"
 #include "scratch.h"
 
@@ -80,6 +81,31 @@ void sum_blocks(const T* dy, const T* x, int64_t tokens, const Units& units, con
   });
 }
 
+// Whole columns of the weight are a product with those columns of x, and whole rows one with those of dy; if all of
+// them are selected, whichever is narrower is the left factor.
+template <typename S, typename T, typename I>
+void sum_lines(const T* dy, const T* x, int64_t tokens, const Units& units, const I* index, int64_t count, S* out) {
+  const bool every = count == units.limit, turned = every ? units.n <= units.m : units.side_by_side();
+  const T *narrow = turned ? x : dy, *wide = turned ? dy : x;
+  const int64_t from = turned ? units.n : units.m, width = turned ? units.m : units.n;
+  if (every) index = nullptr, count = from;
+  const int64_t padded = cpu::round_up(count, cpu::kRows);
+  const auto packed = scratch<S>(product(padded, tokens));
+  parallel_for(0, tokens, kGrain / (count + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t += cpu::kLine) {  // so that lines of `narrow` stay in the nearest cache
+      cpu::pack_blocks<cpu::kRows, cpu::kRows>(
+          narrow, from, nullptr, tokens, index, count, packed.get(), 0, count, t, std::min(t + cpu::kLine, end));
+    }
+  });
+  for_each_task(ceil_div(width, cpu::kPanel<S>), [&] {
+    return [&, panel = scratch<S>(cpu::kDepth * cpu::kPanel<S>),
+            sums = scratch<S>(product(padded, cpu::kPanel<S>))](int64_t task) {
+      cpu::narrow_product(
+          packed.get(), count, wide, width, tokens, turned, panel.get(), sums.get(), out, task, task + 1);
+    };
+  });
+}
+
 Tensor masked_grad_linear(
     const Tensor& grad_output, const Tensor& input, const Tensor& positions, std::vector<int64_t> tile) {
   STD_TORCH_CHECK(
@@ -99,6 +125,9 @@ Tensor masked_grad_linear(
     with_positions(positions, [&](const auto* index) {
       check_positions(index, count, units.limit);
       if (result.numel() == 0 || tokens == 0) return;
+      if (units.side_by_side() || (units.one_run() && units.size() != 1)) {
+        return sum_lines(dy, x, tokens, units, index, count, out);
+      }
       if (units.size() != 1) return sum_blocks(dy, x, tokens, units, index, count, out);
       auto row = scratch<int32_t>(count);
       auto column = scratch<int32_t>(count);

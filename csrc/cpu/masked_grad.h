@@ -1,4 +1,4 @@
-// Weight gradients at selected elements of a Linear.
+// Weight gradients at selected elements of a Linear; narrow_product.h and block_product.h have those of larger units.
 //
 // Tokens are packed, a chunk at a time, into panels: X^T as [N][chunk] and dY^T as [M][chunk], in the dtype of the sum.
 // A position is then a dot product of two contiguous runs, and the chunk is as long as X's panel fits the second-level

@@ -84,7 +84,7 @@ OPS: tuple[Op, ...] = (
         "masked_grad_linear",
         "masked_grad",
         "(Tensor grad_output, Tensor input, Tensor positions, int[] tile) -> Tensor",
-        "weight gradient of a Linear at selected elements or blocks, without the dense gradient",
+        "weight gradient of a Linear at selected elements, rows, columns or blocks, without the dense gradient",
         masked_grad.masked_grad_linear,
         masked_grad.masked_grad_linear_fake,
     ),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...index import Index
-from ..backend import Backend, in_full_precision, select
+from ..backend import Backend, has_native, in_full_precision, select
 from ..columns import take_columns
 from ..common.arguments import accumulation_dtype, check_floating
 
@@ -30,14 +30,15 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     Returns:
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
-    Numerics: products accumulate in the dtype returned (rows and columns: in the matmul's own); if a GPU computes the
-    dense product, as torch's matmul does, with TF32 if that is allowed. Elements and blocks are deterministic.
-    Cost: rows: a matmul with the selected columns of grad_output, 2*T*R*N operations; columns: with those of input,
-    2*T*M*C; blocks: 2*T operations for each element of a block, and a packed copy of what the block needs of either, a
-    chunk of tokens at a time. Elements: 2*T*K operations and a transposed copy of both (on the CPU a block of tokens at
-    a time); if many are selected, the dense product, a block of rows at a time, is faster: on the CPU past a quarter of
-    all elements, unless a backend is named or torch.compile traces; on a GPU past 1 of 256 (bf16, fp16) or of 32, or
-    more if tokens are few.
+    Numerics: products accumulate in the dtype returned; without the CPU kernel, those of rows and columns as torch's
+    matmul does, and on a GPU the dense product too, with TF32 if that is allowed. Deterministic where torch's matmul is
+    not taken.
+    Cost: rows: a product with the selected columns of grad_output, 2*T*R*N operations; columns: with those of input,
+    2*T*M*C; and a packed copy of these columns. Blocks: 2*T operations for each element of a block, and a packed copy
+    of what the block needs of either, a chunk of tokens at a time. Elements: 2*T*K operations and a transposed copy of
+    both (on the CPU a block of tokens at a time); if many are selected, the dense product, a block of rows at a time,
+    is faster: on the CPU past a quarter of all elements, unless a backend is named or torch.compile traces; on a GPU
+    past 1 of 256 (bf16, fp16) or of 32, or more if tokens are few.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
@@ -59,7 +60,8 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     if grad_output.dtype != input.dtype:
         raise ValueError(f"grad_output is {grad_output.dtype}, input {input.dtype}; they must agree")
     _check_device(grad_output, index)
-    if index.granularity in ("row", "column"):
+    lines, device = index.granularity in ("row", "column"), input.device.type
+    if lines and backend != "native" and (backend is not None or not has_native("masked_grad_linear", device)):
         every = len(index) == index.num_positions
         if index.granularity == "row":
             grad_output = grad_output if every else take_columns(grad_output, index.positions)
@@ -70,11 +72,11 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     if (
         index.granularity == "element"
         and backend is None
-        and input.device.type == "cpu"
+        and device == "cpu"
         and DENSE_ABOVE_ONE_IN * len(index) > index.shape.numel()
     ):
         backend = None if torch.compiler.is_compiling() else "reference"  # it reads positions on the host
-    run = select("masked_grad_linear", input.device.type, backend)
+    run = select("masked_grad_linear", device, backend)
     return index.shaped(run(grad_output.contiguous(), input.contiguous(), index.positions, index.tile))
 
 
