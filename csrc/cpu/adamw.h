@@ -142,6 +142,19 @@ inline __attribute__((always_inline)) void prefetch_block(
   for (int64_t j = i + kAhead; j < std::min(i + kAhead + kBlock, end); ++j) prefetch(dense + positions[j]);
 }
 
+// Fetches the matrix's part of a block's row kRunsAhead rows before it is needed: what the machine fetches ahead by
+// itself ends with the row (measured on Zen 4, 5 % of 50M floats in 64 x 64 blocks, two threads: 2.6 -> 2.0 ms).
+template <typename I, typename P>
+inline __attribute__((always_inline)) void prefetch_run(
+    const Units& units, const I* positions, int64_t count, int64_t run, const P* dense) {
+  constexpr int64_t kRunsAhead = 4, kMost = 4096 / sizeof(P), kStep = 64 / sizeof(P);
+  const int64_t slot = (run + kRunsAhead) / units.height, row = run + kRunsAhead - slot * units.height;
+  if (slot >= count) return;
+  const auto tile = units.tile(positions[slot]);
+  if (row >= tile.rows) return;
+  for (int64_t j = 0; j < std::min(tile.columns, kMost); j += kStep) prefetch(dense + tile.begin + row * units.n + j);
+}
+
 // T is the arithmetic's type, W the weight's, S the state's, I the positions'.
 //
 // Compact values step in place; the weight receives them, rounded to nearest: nothing is lost, for the values stay.
@@ -166,6 +179,10 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
     for_runs(units, positions, begin, end, [&](int64_t i, int64_t slot, int64_t first, int64_t count) {
       AdamwStep<T> own = step;
       if constexpr (per_position) step_counts.set(slot, own.step_size, own.inv_sqrt_bias2);
+      if (!units.one_run()) {
+        prefetch_run(units, positions, task.count, i / units.width, dense);
+        if constexpr (!compact) prefetch_run(units, positions, task.count, i / units.width, grad);
+      }
       for (int64_t done = 0; done < count; done += kRun) {
         const int64_t n = std::min(count - done, kRun), o = i + done, at = first + done;
         const auto draw = [&](int64_t j, uint32_t array) { return task.random(slot, at + j, array); };
