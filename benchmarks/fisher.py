@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import sparsekernels as sk
 
 from . import study
-from .finetuning.config import default_model
 from .finetuning.memory import PeakMemory
 from .finetuning.training import silence
+from .models import model_folder
 from .study import Content, in_fresh_process, positive, program
 from .timing import interleaved, seconds
 
@@ -46,7 +46,7 @@ def load() -> tuple[Any, dict[str, Tensor]]:
     torch.manual_seed(0)
     # eager: the masks of the other attention cannot be made under vmap
     model = AutoModelForSequenceClassification.from_pretrained(
-        default_model(), num_labels=CLASSES, attn_implementation="eager"
+        model_folder("minilm"), num_labels=CLASSES, attn_implementation="eager"
     ).eval()
     ids = torch.randint(1000, 20000, (SAMPLES, TOKENS))
     return model, {
@@ -241,7 +241,7 @@ def arguments(add: Callable[..., Any]) -> None:
 
 
 def measure(args: argparse.Namespace, origin: Content) -> Content:
-    default_model()  # or there is nothing to measure
+    model_folder("minilm")  # or there is nothing to measure
     found, errors = times(args.rounds)
     peaks = {name: in_fresh_process(peak, name) for name in CONTENDERS if name != LOOP_KEEPING}
     peaks[LOOP_KEEPING] = peaks[LOOP]

@@ -11,10 +11,10 @@ from torch import nn
 
 from sparsekernels.common.names import default_head, default_targets
 
-from .finetuning.config import Config, default_model
+from .finetuning.config import Config
 from .finetuning.text_task import load_task
 from .finetuning.training import evaluate, load, load_model
-from .models import smollm2
+from .models import model_folder
 from .study import Content
 from .translating.parallel_text import from_packages
 from .translating.prompts import Batch, batches
@@ -55,7 +55,7 @@ class Translation:
         from transformers import AutoTokenizer
 
         self.batch_size, self.steps = batch_size or 8, steps or 50
-        self.folder = smollm2()
+        self.folder = model_folder("smollm2")
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         (self.text,) = from_packages(["de"])
         self.settings = {"scored": self.SCORED, "language": self.text.language, "data": self.text.source}
@@ -96,7 +96,9 @@ class Classification:
 
     def __init__(self, batch_size: int | None, steps: int | None) -> None:
         self.batch_size, self.task = batch_size or 32, load_task("classification")
-        self.config = Config("", default_model(), batch_size=self.batch_size, max_length=16, autocast=self.autocast)
+        self.config = Config(
+            "", model_folder("minilm"), batch_size=self.batch_size, max_length=16, autocast=self.autocast
+        )
         self.loaded = load(self.config, self.task)
         epoch = len(self.loaded.batches(self.config, "train", seed=0))
         self.steps = min(steps or epoch, epoch)

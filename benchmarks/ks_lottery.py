@@ -32,6 +32,7 @@ import torch
 from .finetuning.config import Config
 from .finetuning.text_task import DataError
 from .finetuning.training import load_model, silence
+from .models import MODEL_HELP, model_folder
 from .study import Content, Study, positive, program
 from .translating import decoder, parallel_text, plots, tables
 from .translating.decoder import Recipe
@@ -49,7 +50,7 @@ def arguments(add: Callable[..., Any]) -> None:
         type=Path,
         help='file of lines "source<TAB>target"; one --language names the target [catalogues]',
     )
-    add("--model", help="Hugging Face name or folder of a causal language model [a small one, trained first]")
+    add("--model", help=f"a causal language model: {MODEL_HELP} [a small one, trained first]")
     add("--seed", type=int, action="append", help=f"repeatable [{', '.join(map(str, SEEDS))}]")
     add("--epochs", type=positive, default=2, help="of tuning [%(default)s]")
     add("--batch-size", type=positive, default=32, help="[%(default)s]")
@@ -88,7 +89,7 @@ def measure(args: argparse.Namespace, origin: Content) -> Content:
         name = f"a Llama of {recipe.layers} layers, {recipe.width} wide, trained here for {recipe.steps} steps"
         tuning = [decoder.divide(text)[1] for text in texts]
     else:
-        folder, name, tuning = args.model, Path(args.model).name, [text.pairs["train"] for text in texts]
+        folder, name, tuning = model_folder(args.model), Path(args.model).name, [text.pairs["train"] for text in texts]
     model, tokenizer = load_model(Config("dense", str(folder), task="causal-lm", device=args.device), 0)
     jobs = [
         Job(

