@@ -142,8 +142,8 @@ inline __attribute__((always_inline)) void prefetch_block(
   for (int64_t j = i + kAhead; j < std::min(i + kAhead + kBlock, end); ++j) prefetch(dense + positions[j]);
 }
 
-// Fetches the matrix's part of a block's row kRunsAhead rows before it is needed: what the machine fetches ahead by
-// itself ends with the row (measured on Zen 4, 5 % of 50M floats in 64 x 64 blocks, two threads: 2.6 -> 2.0 ms).
+// Fetches the matrix's part of a block's row kRunsAhead rows before it is needed: hardware prefetchers stop at the end
+// of a row (measured on Zen 4, 5 % of 50M floats in 64 x 64 blocks, two threads: 2.6 -> 2.0 ms).
 template <typename I, typename P>
 inline __attribute__((always_inline)) void prefetch_run(
     const Units& units, const I* positions, int64_t count, int64_t run, const P* dense) {
@@ -174,12 +174,14 @@ SK_CLONES void adamw_at(const AdamwTask& task, int64_t begin, int64_t end) {
   alignas(64) T x[kBlock], g[kBlock];
   const Units units = task.units;
   const bool columns = units.side_by_side();
+  // Of narrower blocks, finding a row costs more than missing it.
+  const bool fetches = !units.one_run() && units.width * int64_t(sizeof(W)) >= 128;
   if (units.size() != 1 && !columns) {
     constexpr int64_t kRun = compact && std::is_same_v<S, T> ? INT64_MAX : kBlock;
     for_runs(units, positions, begin, end, [&](int64_t i, int64_t slot, int64_t first, int64_t count) {
       AdamwStep<T> own = step;
       if constexpr (per_position) step_counts.set(slot, own.step_size, own.inv_sqrt_bias2);
-      if (!units.one_run()) {
+      if (fetches) {
         prefetch_run(units, positions, task.count, i / units.width, dense);
         if constexpr (!compact) prefetch_run(units, positions, task.count, i / units.width, grad);
       }

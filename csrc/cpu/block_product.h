@@ -17,10 +17,8 @@ namespace sk::cpu {
 template <int64_t kWidth, typename S, typename T, typename I>
 SK_CLONES void block_products(
     const T* __restrict__ dy, const T* __restrict__ x, int64_t tokens, const Units& units, const I* index,
-    int64_t count, S* __restrict__ dy_panel, S* __restrict__ x_panel, S* __restrict__ out, int64_t begin, int64_t end) {
+    S* __restrict__ dy_panel, S* __restrict__ x_panel, S* __restrict__ out, int64_t begin, int64_t end) {
   const int32_t* all = nullptr;  // pack_blocks takes every column
-  const bool beside = units.side_by_side();
-  const int64_t step = beside ? 1 : units.size(), pitch = beside ? count : units.width;
   const int bytes = register_bytes();
   alignas(64) S edge[kRows * kPanel<S>];
   for (int64_t first = 0; first < tokens; first += kDepth) {
@@ -40,16 +38,16 @@ SK_CLONES void block_products(
       for (int64_t c = 0; c < tile.columns; c += kWidth) {
         const int64_t width = std::min(kWidth, tile.columns - c), panel = round_up(width, kLanes<S>);
         for (int64_t r = 0; r < tile.rows; r += kRows) {
-          S* to = out + k * step + r * pitch + c;
+          S* to = out + k * units.size() + r * units.width + c;
           const Columns<S> a{dy_panel + r * here};
           const S* b = x_panel + c * here;
           if (r + kRows <= tile.rows && width == panel) {
-            block(bytes, a, b, here, panel, Add<S>{to, pitch});
+            block(bytes, a, b, here, panel, Add<S>{to, units.width});
             continue;
           }
           block(bytes, a, b, here, panel, Store<S>{edge, panel});
           for (int64_t row = 0; row < std::min(kRows, tile.rows - r); ++row) {
-            for (int64_t l = 0; l < width; ++l) to[row * pitch + l] += edge[row * panel + l];
+            for (int64_t l = 0; l < width; ++l) to[row * units.width + l] += edge[row * panel + l];
           }
         }
       }

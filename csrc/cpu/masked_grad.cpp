@@ -16,6 +16,7 @@ namespace sk {
 namespace {
 
 constexpr int64_t kTokens = 256;    // tokens whose panels exist at a time
+constexpr int64_t kPackedTokens = 2048;  // of whole rows and columns
 constexpr int64_t kGrain = 1 << 15;  // sums that are worth a thread
 constexpr int64_t kBlockWork = 1 << 18;  // products in blocks that are worth a thread
 
@@ -77,7 +78,7 @@ void sum_blocks(const T* dy, const T* x, int64_t tokens, const Units& units, con
     const int64_t lines = ceil_div(units.width, cpu::kLanes<S>);
     const auto products = lines % 3 == 1 && lines % 2 == 0 ? cpu::block_products<2 * cpu::kLanes<S>, S, T, I>
                                                            : cpu::block_products<cpu::kPanel<S>, S, T, I>;
-    products(dy, x, tokens, units, index, count, dy_panel.get(), x_panel.get(), out, begin, end);
+    products(dy, x, tokens, units, index, dy_panel.get(), x_panel.get(), out, begin, end);
   });
 }
 
@@ -88,22 +89,33 @@ void sum_lines(const T* dy, const T* x, int64_t tokens, const Units& units, cons
   const bool every = count == units.limit, turned = every ? units.n <= units.m : units.side_by_side();
   const T *narrow = turned ? x : dy, *wide = turned ? dy : x;
   const int64_t from = turned ? units.n : units.m, width = turned ? units.m : units.n;
-  if (every) index = nullptr, count = from;
-  const int64_t padded = cpu::round_up(count, cpu::kRows);
-  const auto packed = scratch<S>(product(padded, tokens));
-  parallel_for(0, tokens, kGrain / (count + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t += cpu::kLine) {  // so that lines of `narrow` stay in the nearest cache
-      cpu::pack_blocks<cpu::kRows, cpu::kRows>(
-          narrow, from, nullptr, tokens, index, count, packed.get(), 0, count, t, std::min(t + cpu::kLine, end));
-    }
-  });
-  for_each_task(ceil_div(width, cpu::kPanel<S>), [&] {
-    return [&, panel = scratch<S>(cpu::kDepth * cpu::kPanel<S>),
-            sums = scratch<S>(product(padded, cpu::kPanel<S>))](int64_t task) {
-      cpu::narrow_product(
-          packed.get(), count, wide, width, tokens, turned, panel.get(), sums.get(), out, task, task + 1);
-    };
-  });
+  if (every) {
+    index = nullptr;
+    count = from;
+  }
+  const int64_t most = std::min(tokens, kPackedTokens);
+  const int64_t panels = ceil_div(width, cpu::kPanel<S>), tasks = panels * ceil_div(count, cpu::kTaskRows);
+  const auto packed = scratch<S>(product(cpu::round_up(count, cpu::kRows), most));
+  for (int64_t first = 0; first < tokens; first += most) {
+    const int64_t here = std::min(most, tokens - first);
+    parallel_for(0, here, kGrain / (count + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t += cpu::kLine) {  // so that lines of `narrow` stay in the nearest cache
+        cpu::pack_blocks<cpu::kRows, cpu::kRows>(
+            narrow + first * from, from, nullptr, here, index, count, packed.get(), 0, count, t,
+            std::min(t + cpu::kLine, end));
+      }
+    });
+    for_each_task(tasks, [&] {
+      return [&, panel = scratch<S>(cpu::kDepth * cpu::kPanel<S>),
+              sums = scratch<S>(cpu::kTaskRows * cpu::kPanel<S>)](int64_t task) {
+        const int64_t r = task / panels * cpu::kTaskRows, c = task % panels * cpu::kPanel<S>;
+        cpu::narrow_product(
+            packed.get() + r * here, std::min(cpu::kTaskRows, count - r), wide + first * width + c, width,
+            std::min(cpu::kPanel<S>, width - c), here, panel.get(), sums.get(),
+            out + (turned ? c * count + r : r * width + c), turned ? 1 : width, turned ? count : 1);
+      };
+    });
+  }
 }
 
 Tensor masked_grad_linear(
@@ -125,7 +137,7 @@ Tensor masked_grad_linear(
     with_positions(positions, [&](const auto* index) {
       check_positions(index, count, units.limit);
       if (result.numel() == 0 || tokens == 0) return;
-      if (units.side_by_side() || (units.one_run() && units.size() != 1)) {
+      if (units.size() != 1 && (units.side_by_side() || units.one_run())) {
         return sum_lines(dy, x, tokens, units, index, count, out);
       }
       if (units.size() != 1) return sum_blocks(dy, x, tokens, units, index, count, out);

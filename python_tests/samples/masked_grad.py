@@ -29,6 +29,7 @@ LAYOUTS = (
     Layout("rows-int64", SHAPE, 0.3, "row", wide=True),
     Layout("rows-width1", (13, 1), 0.5, "row"),
     Layout("rows-many", (300, 65), 0.3, "row"),
+    Layout("rows-all-tall", (65, 17), 1, "row"),
     Layout("columns-none", SHAPE, 0, "column"),
     Layout("columns-all", SHAPE, 1, "column"),
     Layout("columns-some", SHAPE, 0.3, "column"),
@@ -64,7 +65,7 @@ def linear(
         flat_grad, flat_x = grad.cpu().to(wide).flatten(0, -2), x.cpu().to(wide).flatten(0, -2)
         expected = take(flat_grad.T @ flat_x, index)
         raw = (grad.flatten(0, -2).contiguous(), x.flatten(0, -2).contiguous(), *raw_of(index))
-        # Rows and columns are a plain matmul, which rounds its result to the dtype of the activations.
+        # But for the CPU kernel, rows and columns are a matmul, which rounds its result as the activations are.
         rounds_to = dtype if index.granularity in ("row", "column") else None
         return Case(ops.masked_grad_linear, (grad, x, index), raw, [expected], rounds_to=rounds_to)
 
@@ -93,9 +94,12 @@ def linear_samples() -> Iterator[Sample]:
         yield sample(f"strided-{short(dtype)}", "some", dtype, strided=True)
         for name in ("rows", "columns", "blocks"):
             yield sample(f"strided-{name}-{short(dtype)}", f"{name}-some", dtype, strided=True)
+    for name in ("rows-many", "rows-all-tall", "columns-many"):  # several packed chunks, and threads
+        yield sample(f"tokens-2500-{name}", name, tokens=(2500,))
     for value in (NAN, INF, 1e30, 1e-40):
         yield sample(f"special-{value}", "all", special=value)
-        yield sample(f"special-{value}-blocks", "blocks-cut", special=value)
+        for name in ("blocks-cut", "rows-some", "rows-all", "columns-some", "columns-all"):
+            yield sample(f"special-{value}-{name}", name, special=value)
     yield sample("special-nan-some", "int64", special=NAN)
 
 

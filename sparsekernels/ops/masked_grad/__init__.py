@@ -30,15 +30,14 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     Returns:
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
-    Numerics: products accumulate in the dtype returned; without the CPU kernel, those of rows and columns as torch's
-    matmul does, and on a GPU the dense product too, with TF32 if that is allowed. Deterministic where torch's matmul is
-    not taken.
+    Numerics: products accumulate in the dtype returned, and are deterministic. Where torch's matmul serves, both are as
+    there, with TF32 on a GPU if that is allowed: rows and columns in bf16 or without the CPU kernel, and many elements.
     Cost: rows: a product with the selected columns of grad_output, 2*T*R*N operations; columns: with those of input,
-    2*T*M*C; and a packed copy of these columns. Blocks: 2*T operations for each element of a block, and a packed copy
-    of what the block needs of either, a chunk of tokens at a time. Elements: 2*T*K operations and a transposed copy of
-    both (on the CPU a block of tokens at a time); if many are selected, the dense product, a block of rows at a time,
-    is faster: on the CPU past a quarter of all elements, unless a backend is named or torch.compile traces; on a GPU
-    past 1 of 256 (bf16, fp16) or of 32, or more if tokens are few.
+    2*T*M*C; and a copy of these columns, by the CPU kernel of 2048 tokens at most, in the dtype returned. Blocks: 2*T
+    operations for each element of a block, and a packed copy of what the block needs of either, a chunk of tokens at a
+    time. Elements: 2*T*K operations and a transposed copy of both (on the CPU a block of tokens at a time); if many are
+    selected, the dense product, a block of rows at a time, is faster: on the CPU past a quarter of all elements, unless
+    a backend is named or torch.compile traces; on a GPU past 1 of 256 (bf16, fp16) or of 32, or more if tokens are few.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
@@ -60,8 +59,8 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     if grad_output.dtype != input.dtype:
         raise ValueError(f"grad_output is {grad_output.dtype}, input {input.dtype}; they must agree")
     _check_device(grad_output, index)
-    lines, device = index.granularity in ("row", "column"), input.device.type
-    if lines and backend != "native" and (backend is not None or not has_native("masked_grad_linear", device)):
+    device = input.device.type
+    if index.granularity in ("row", "column") and _takes_matmul(index, input, backend):
         every = len(index) == index.num_positions
         if index.granularity == "row":
             grad_output = grad_output if every else take_columns(grad_output, index.positions)
@@ -126,6 +125,14 @@ def masked_grad_embedding(
         grad_output = take_columns(grad_output, positions)
         positions, tile = torch.arange(index.shape[0], device=ids.device), (1, len(index))
     return index.shaped(run(grad_output.contiguous(), ids.contiguous(), positions, tile, padding))
+
+
+def _takes_matmul(index: Index, input: Tensor, backend: Backend | None) -> bool:
+    """Whether rows or columns are left to torch: it has instructions for bf16, and is faster at a single column."""
+    if backend is not None:
+        return backend != "native"
+    lone = index.tile == (1, 1)
+    return input.dtype == torch.bfloat16 or lone or not has_native("masked_grad_linear", input.device.type)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
