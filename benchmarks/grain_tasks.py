@@ -90,7 +90,10 @@ class Translation:
 
 
 class Classification:
-    """MiniLM, 22M, names the subpackage that a docstring comes from, by a new head; the accuracy. One epoch in bf16."""
+    """MiniLM, 22M, names the subpackage that a docstring comes from, by a new head; the accuracy.
+
+    In bf16 autocast; an epoch at most.
+    """
 
     higher, autocast = True, True
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks grains-text
 
-MiniLM names the subpackage that a docstring of scipy or sympy comes from, by a classifier over the mean of its states,
-in one epoch. Contenders, the search of rates, and what a run says are those of `python -m benchmarks grains`; the
-classifier trains in all of them, with one rate. The score is accuracy.
+MiniLM names the subpackage that a docstring of scipy or sympy comes from, by a classifier over the mean of its states.
+Contenders, the search of rates, and what a run says are those of `python -m benchmarks grains`; all train the
+classifier too, with one rate. The score is accuracy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .study import Content, program
 
 def table(content: Content) -> str:
     source = content["settings"]["data"]
-    return grains.rows_of(content, "grains-text", f"MiniLM, subpackages of {source}, one epoch", higher=True)
+    return grains.rows_of(content, "grains-text", f"MiniLM, subpackages of {source}", higher=True)
 
 
 main = program(

@@ -69,6 +69,9 @@ def test_every_contender_trains_what_it_says(study: Any, tmp_path: Path) -> None
         rates = {run["lr"]: run["validation"] for run in search}
         assert runs[0]["lr"] == (max if higher else min)(rates, key=lambda rate: rates[rate])
         assert min(rates) < runs[0]["lr"] < max(rates) or len(rates) == 3 + grains.study.MAX_EXTENSIONS
+        if contender.choice == "lora":  # two matrices beside each projection, and the head
+            sides = sum(sum(p.shape) for name, p in parameters.items() if "_proj" in name)
+            assert runs[0]["trained_weights"] == contender.rank * sides + head
         if contender.density:
             share = (runs[0]["trained_weights"] - head) / weights
             assert contender.density <= share + 1e-3, name
@@ -85,3 +88,14 @@ def test_a_contender_without_all_its_runs_is_left_out() -> None:
     assert grains.final_runs(content, "dense") == []
     with pytest.raises(Refused, match="no contender"):
         grains.table(content)
+
+
+@pytest.mark.parametrize("name", ["dense", "LoRA r=4 (PEFT)", "5% columns, random"])
+def test_a_new_head_has_its_own_rate(name: str) -> None:
+    task = Task(2, 8, higher=True)
+    model = task.model(0)
+    optimizer = grains.prepared(grains.CONTENDERS[name], task, model, task.train(0), 0.5, 0)
+    projections, (head,) = ([group for group in optimizer.param_groups if group["lr"] == lr] for lr in (0.5, 1e-2))
+    assert [p.numel() for p in head["params"]] == [model.get_parameter("model.norm.weight").numel()]
+    assert len(projections) == 1
+    assert projections[0]["params"]
