@@ -20,8 +20,8 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
-demo: $(VENV)/native  ## fine-tune a real transformer on real text: sparse beside dense
-	$(RUN) -m benchmarks finetune --method sift $(ARGS)
+demo: $(VENV)/native  ## fine-tune a real transformer on real text: sparse beside LoRA and dense
+	$(RUN) -m benchmarks finetune --method sift --method lora $(ARGS)
 
 examples: $(VENV)/native  ## run every program of examples/, on models that packages carry
 	for program in plain_loop trainer trl_sft embedding_rows two_deltas; do echo "== examples/$$program.py"; \

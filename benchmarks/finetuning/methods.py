@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekernels as sk
-from sparsekernels.common.names import default_head
+from sparsekernels.common.names import default_head, default_targets
 from sparsekernels.methods.fisher_search import take
 
 from .config import Config
@@ -18,6 +18,8 @@ from .text_task import Batch
 
 if TYPE_CHECKING:
     from sparsekernels.training.train_only import SparseModel
+
+RANK = 16  # of LoRA
 
 
 @dataclass
@@ -73,6 +75,20 @@ def prepare_head(model: nn.Module, batches: list[Batch], config: Config) -> Prep
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head)
     parameters = {name: p for name, p in model.named_parameters() if name in head}
+    return Prepared(parameters, torch.optim.AdamW(groups(parameters, head, config), fused=True), head)
+
+
+def prepare_lora(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
+    """PEFT's adapters in the projections that SIFT selects from, beside a dense head."""
+    import peft
+
+    head = set(default_head(model))
+    modules = [name.removesuffix(".weight") for name in default_targets(model)]
+    torch.manual_seed(config.seed)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules), model)
+    for name in head:
+        model.get_parameter(name).requires_grad_(True)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return Prepared(parameters, torch.optim.AdamW(groups(parameters, head, config), fused=True), head)
 
 
@@ -146,6 +162,7 @@ def sparse(
 
 METHODS: dict[str, Method] = {
     "dense": Method(prepare_dense, 1e-4, "every weight, torch.optim.AdamW(fused=True)"),
+    "lora": Method(prepare_lora, 1e-3, f"PEFT LoRA, r={RANK}, in the projections that sift selects from, and the head"),
     "sift": Method(prepare_sift, 1e-3, "the largest gradients of the first batch, and the head", sparse=True),
     "random": Method(prepare_random, 1e-3, "a random mask of the same size, and the head", sparse=True),
     "fish": Method(prepare_fish, 3e-3, "the largest Fisher information over all tensors, and the head", sparse=True),
@@ -158,4 +175,6 @@ METHODS: dict[str, Method] = {
 
 def name_of(config: Config) -> str:
     """What a run is called in tables and files."""
+    if config.method == "lora":
+        return f"LoRA r={RANK} (PEFT)"
     return f"{config.method} {100 * config.density:g}%" if METHODS[config.method].sparse else config.method

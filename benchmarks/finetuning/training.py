@@ -290,6 +290,8 @@ def ship(config: Config, loaded: Loaded, prepared: Prepared, task: TextTask, out
     else:
         path = out / f"{config.method}{suffix}.safetensors"
         save_file({name: p.detach().cpu() for name, p in prepared.parameters.items()}, path)
+        if config.method == "lora":  # the file is for a model with adapters
+            METHODS["lora"].prepare(fresh, [], config)
         fresh.load_state_dict(load_file(path), strict=False)
     difference = largest_difference(model, fresh, loaded.batches(config, "test"), config.device)
     return {"ship_bytes": path.stat().st_size, "reload": {"file": path.name, "largest_difference": difference}}
