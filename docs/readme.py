@@ -41,7 +41,7 @@ def methods() -> str:
     accuracy = {row["name"]: row["test"] for row in results("accuracy")["summary"]}
     fisher = {row["name"]: row["test"] for row in results("ird")["summary"]}
     rows = [
-        ("random mask", "(`sk.Selection.random`)", "always first: it needs no data", random_masks()),
+        ("random mask", "`random_mask`", "always first: it needs no data", random_masks()),
         ("KS-Lottery", "`ks_lottery.select`", "only a few embedding rows may change or ship", lottery()),
         (
             "SIFT",

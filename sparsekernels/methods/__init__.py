@@ -3,6 +3,7 @@
 from . import gates, ks_lottery, laser
 from .fish import fish
 from .ird import ird
+from .random_mask import random_mask
 from .sift import sift
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "ird",
     "ks_lottery",
     "laser",
+    "random_mask",
     "sift",
 ]
