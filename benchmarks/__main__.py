@@ -21,6 +21,7 @@ PROGRAMS = {
     "accuracy": "accuracy",
     "grains": "grains",
     "grains-text": "grains_text",
+    "grains-language": "grains_language",
     "ird": "ird",
     "gates": "gates",
     "laser": "laser",

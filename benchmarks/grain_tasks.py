@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,10 +15,11 @@ from sparsekernels.common.names import default_head, default_targets
 from .finetuning.config import Config
 from .finetuning.text_task import load_task
 from .finetuning.training import evaluate, load, load_model
+from .language_tasks import TASKS
 from .models import model_folder
 from .study import Content
-from .translating.parallel_text import from_packages
-from .translating.prompts import Batch, batches
+from .translating.parallel_text import Pair, from_packages
+from .translating.prompts import TRANSLATION, Batch, batches
 
 
 class Task(Protocol):
@@ -45,26 +47,26 @@ class Task(Protocol):
     def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float: ...
 
 
-class Translation:
-    """SmolLM2-135M, strings of message catalogues, English to German; the mean loss of a token of the translation."""
+class Completion:
+    """A causal language model writes the answers to prompts; the mean loss of a token of the answers."""
 
     higher, autocast = False, False
-    SCORED = 128  # held-out strings
+    SCORED = 128  # held-out pairs
 
-    def __init__(self, batch_size: int | None, steps: int | None) -> None:
+    def __init__(
+        self, model: str, pairs: Mapping[str, list[Pair]], form: str, batch_size: int | None, steps: int | None
+    ) -> None:
         from transformers import AutoTokenizer
 
-        self.batch_size, self.steps = batch_size or 8, steps or 50
-        self.folder = model_folder("smollm2")
+        self.batch_size, self.steps, self.pairs, self.form = batch_size or 8, steps or 50, pairs, form
+        self.folder = model_folder(model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        (self.text,) = from_packages(["de"])
-        self.settings = {"scored": self.SCORED, "language": self.text.language, "data": self.text.source}
-        self.settings |= {"texts": self.text.sizes}
+        self.settings: Content = {"scored": self.SCORED}
 
     def model(self, seed: int) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         return model
 
     def targets(self, model: nn.Module) -> list[str]:
@@ -74,10 +76,10 @@ class Translation:
         return []
 
     def train(self, seed: int) -> list[Batch]:
-        return batches(self.tokenizer, self.text.pairs["train"], self.batch_size, seed)[: self.steps]
+        return batches(self.tokenizer, self.pairs["train"], self.batch_size, seed, self.form)[: self.steps]
 
     def held_out(self, split: str) -> list[Batch]:
-        return batches(self.tokenizer, self.text.pairs[split][: self.SCORED], 16)
+        return batches(self.tokenizer, self.pairs[split][: self.SCORED], 16, form=self.form)
 
     @torch.no_grad()
     def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float:
@@ -89,6 +91,23 @@ class Translation:
         return total / count
 
 
+def translation(args: argparse.Namespace) -> Completion:
+    """SmolLM2-135M, strings of message catalogues, English to German."""
+    (text,) = from_packages(["de"])
+    task = Completion("smollm2", text.pairs, TRANSLATION, args.batch_size, args.steps)
+    task.settings |= {"language": text.language, "data": text.source, "texts": text.sizes}
+    return task
+
+
+def completion(args: argparse.Namespace) -> Completion:
+    """The model and the task that the arguments name."""
+    text = TASKS[args.task]()
+    task = Completion(args.model, text.pairs, text.form, args.batch_size, args.steps)
+    task.settings |= {"model": args.model, "task": args.task, "data": text.source, "texts": text.sizes}
+    task.settings |= {"left_out": text.left_out}
+    return task
+
+
 class Classification:
     """MiniLM, 22M, names the subpackage that a docstring comes from, by a new head; the accuracy.
 
@@ -97,14 +116,14 @@ class Classification:
 
     higher, autocast = True, True
 
-    def __init__(self, batch_size: int | None, steps: int | None) -> None:
-        self.batch_size, self.task = batch_size or 32, load_task("classification")
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.batch_size, self.task = args.batch_size or 32, load_task("classification")
         self.config = Config(
             "", model_folder("minilm"), batch_size=self.batch_size, max_length=16, autocast=self.autocast
         )
         self.loaded = load(self.config, self.task)
         epoch = len(self.loaded.batches(self.config, "train", seed=0))
-        self.steps = min(steps or epoch, epoch)
+        self.steps = min(args.steps or epoch, epoch)
         self.settings = {"data": self.task.source, "texts": self.task.sizes, "max_length": self.config.max_length}
 
     def model(self, seed: int) -> nn.Module:

@@ -3,14 +3,15 @@
     make .venv/catalogues; python -m benchmarks grains
 
 SmolLM2-135M translates strings of message catalogues, English to German: the loss on the translation, on held-out
-strings. `grains-text` is the same study of an encoder that classifies. All contenders see the same batches. Each
-searches its learning rate on the validation split with seed 0: three rates a factor of three apart, and at most two
-further ones while the best lies at an end. Then it trains with this rate and every other seed, a new mask and a new
-order of texts for each. A run says the score of the validation and of the test split; nothing is decided by the latter.
-All contenders but dense train the projections of every block and, where the head is new, the head; dense trains all
-weights. A new head has one rate for all, which was found for dense training. LoRA with r=16 and r=4 has 4.6 % and 1.1 %
-as many weights as the projections of SmolLM2, 6.3 % and 1.6 % as many as MiniLM's. SIFT sums the gradient over four
-batches, in training mode as it is published; the Fisher information is that of eight, in eval mode.
+strings. `grains-language` is the same study of other language models and tasks, `grains-text` of an encoder. All
+contenders see the same batches. Each searches its learning rate on the validation split with seed 0: three rates a
+factor of three apart, and at most two further ones while the best lies at an end. Then it trains with this rate and
+every other seed, a new mask and a new order of texts for each. A run says the score of the validation and of the test
+split; nothing is decided by the latter. All contenders but dense train the projections of every block and, where the
+head is new, the head; dense trains all weights. A new head has one rate for all, which was found for dense training.
+LoRA with r=16 and r=4 has 4.6 % and 1.1 % as many weights as the projections of SmolLM2, 6.3 % and 1.6 % as many as
+MiniLM's. SIFT sums the gradient over four batches, in training mode as it is published; the Fisher information is that
+of eight, in eval mode.
 
 Every run is added to the results file as soon as it is finished; starting again continues where it stopped.
 """
@@ -31,7 +32,7 @@ from torch import nn
 import sparsekernels as sk
 
 from . import study
-from .grain_tasks import Task, Translation
+from .grain_tasks import Task, translation
 from .study import Content, Refused, Study, best_rate, program
 from .translating.prompts import Batch
 
@@ -143,15 +144,15 @@ def train(task: Task, contender: Contender, rate: float, seed: int) -> Content:
 
 
 def arguments(add: Callable[..., Any]) -> None:
-    add("--steps", type=study.positive, help="steps of a run [translation 50, text an epoch]")
-    add("--batch-size", type=study.positive, help="texts of a batch [translation 8, text 32]")
+    add("--steps", type=study.positive, help="steps of a run [50; grains-text: an epoch]")
+    add("--batch-size", type=study.positive, help="texts of a batch [8; grains-text: 32]")
     add("--seeds", type=study.positive, default=3, help="runs with the rate that was found [%(default)s]")
     add("--only", nargs="+", metavar="NAME", choices=list(CONTENDERS), help="measure these contenders alone")
 
 
-def measure(args: argparse.Namespace, origin: Content, make_task: Callable[[int | None, int | None], Task]) -> Content:
+def measure(args: argparse.Namespace, origin: Content, make_task: Callable[[argparse.Namespace], Task]) -> Content:
     names = args.only or list(CONTENDERS)
-    task = make_task(args.batch_size, args.steps)
+    task = make_task(args)
     settings = {"steps": task.steps, "batch_size": task.batch_size, "block": list(BLOCK), "seeds": args.seeds}
     results = Study(args.out, settings | task.settings, origin)
 
@@ -224,4 +225,4 @@ def rows_of(content: Content, program: str, about: str, higher: bool) -> str:
 
 
 SMALL = ("--steps", "2", "--batch-size", "2", "--seeds", "1", "--only", "1% columns, random", "LoRA r=16 (PEFT)")
-main = program("grains", __doc__, arguments, partial(measure, make_task=Translation), table, small=SMALL)
+main = program("grains", __doc__, arguments, partial(measure, make_task=translation), table, small=SMALL)

@@ -75,7 +75,12 @@ def prose(docstring: str) -> str:
 
 
 def docstrings(root: Path, package: str) -> Iterator[tuple[str, str]]:
-    """Yield (prose, "package.subpackage") for every public subpackage below ``root``, in a fixed order.
+    """Yield (prose, "package.subpackage") of every docstring that `read_docstrings` finds."""
+    return ((prose(doc), f"{package}.{subpackage}") for doc, subpackage in read_docstrings(root))
+
+
+def read_docstrings(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield (docstring, subpackage) for every public subpackage below ``root``, in a fixed order.
 
     Sources are parsed, never imported. Top-level modules, tests and private subpackages (vendored code) are left out.
     """
@@ -90,7 +95,7 @@ def docstrings(root: Path, package: str) -> Iterator[tuple[str, str]]:
         while nodes:
             node = nodes.pop()
             if isinstance(node, documented) and (doc := ast.get_docstring(node)):
-                yield prose(doc), f"{package}.{parts[0]}"
+                yield doc, parts[0]
             nodes += (child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
 
 

@@ -13,24 +13,27 @@ from .parallel_text import Pair
 
 IGNORED = -100
 POOL = 16
+TRANSLATION = "en: {}\n:"  # a line, and the beginning of one whose language is not said
 Batch = dict[str, Tensor]
 
 
-def prompt_ids(tokenizer: Any, source: str) -> list[int]:
-    """The prompt is a line "en: source", and the beginning of one whose language is not said, ":"."""
+def prompt_ids(tokenizer: Any, source: str, form: str = TRANSLATION) -> list[int]:
+    """The tokens of `form`, which the source stands in."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*start, *tokenizer(f"en: {source}\n:", add_special_tokens=False)["input_ids"]]
+    return [*start, *tokenizer(form.format(source), add_special_tokens=False)["input_ids"]]
 
 
-def batches(tokenizer: Any, pairs: Sequence[Pair], batch_size: int, seed: int | None = None) -> list[Batch]:
-    """Prompts with their translations, loss on the translation and its end alone.
+def batches(
+    tokenizer: Any, pairs: Sequence[Pair], batch_size: int, seed: int | None = None, form: str = TRANSLATION
+) -> list[Batch]:
+    """Prompts with their answers, loss on the answer and its end alone.
 
     With a seed, texts are shuffled, then sorted by length within pools of `POOL` batches, and the batches shuffled:
     little padding, which stands on the right, outside the loss.
     """
     rows = []
     for source, target in pairs:
-        prompt = prompt_ids(tokenizer, source)
+        prompt = prompt_ids(tokenizer, source, form)
         answer = [*tokenizer(f" {target}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         rows.append((prompt, answer))
     draw, pool = random.Random(seed), POOL * batch_size

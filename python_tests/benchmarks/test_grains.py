@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from functools import partial
@@ -22,8 +23,8 @@ class Task:
 
     settings = {"data": "random tokens"}
 
-    def __init__(self, batch_size: int, steps: int, higher: bool) -> None:
-        self.batch_size, self.steps, self.higher, self.autocast = batch_size, steps, higher, higher
+    def __init__(self, args: argparse.Namespace, higher: bool) -> None:
+        self.batch_size, self.steps, self.higher, self.autocast = args.batch_size, args.steps, higher, higher
 
     def model(self, seed: int) -> nn.Module:
         return transformer("llama")
@@ -92,7 +93,7 @@ def test_a_contender_without_all_its_runs_is_left_out() -> None:
 
 @pytest.mark.parametrize("name", ["dense", "LoRA r=4 (PEFT)", "5% columns, random"])
 def test_a_new_head_has_its_own_rate(name: str) -> None:
-    task = Task(2, 8, higher=True)
+    task = Task(argparse.Namespace(batch_size=2, steps=8), higher=True)
     model = task.model(0)
     optimizer = grains.prepared(grains.CONTENDERS[name], task, model, task.train(0), 0.5, 0)
     projections, (head,) = ([group for group in optimizer.param_groups if group["lr"] == lr] for lr in (0.5, 1e-2))
