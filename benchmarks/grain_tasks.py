@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -20,6 +21,8 @@ from .models import model_folder
 from .study import Content
 from .translating.parallel_text import Pair, from_packages
 from .translating.prompts import TRANSLATION, Batch, batches
+
+SCORED = 128  # held-out pairs of a completion
 
 
 class Task(Protocol):
@@ -51,7 +54,6 @@ class Completion:
     """A causal language model writes the answers to prompts; the mean loss of a token of the answers."""
 
     higher, autocast = False, False
-    SCORED = 128  # held-out pairs
 
     def __init__(
         self, model: str, pairs: Mapping[str, list[Pair]], form: str, batch_size: int | None, steps: int | None
@@ -61,7 +63,7 @@ class Completion:
         self.batch_size, self.steps, self.pairs, self.form = batch_size or 8, steps or 50, pairs, form
         self.folder = model_folder(model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.settings: Content = {"scored": self.SCORED}
+        self.settings: Content = {"scored": SCORED}
 
     def model(self, seed: int) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -79,7 +81,7 @@ class Completion:
         return batches(self.tokenizer, self.pairs["train"], self.batch_size, seed, self.form)[: self.steps]
 
     def held_out(self, split: str) -> list[Batch]:
-        return batches(self.tokenizer, self.pairs[split][: self.SCORED], 16, form=self.form)
+        return batches(self.tokenizer, self.pairs[split], 16, form=self.form)
 
     @torch.no_grad()
     def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float:
@@ -92,17 +94,22 @@ class Completion:
 
 
 def translation(args: argparse.Namespace) -> Completion:
-    """SmolLM2-135M, strings of message catalogues, English to German."""
+    """SmolLM2-135M, strings of message catalogues, English to German; the first held-out ones in the alphabet."""
     (text,) = from_packages(["de"])
-    task = Completion("smollm2", text.pairs, TRANSLATION, args.batch_size, args.steps)
+    pairs = {split: found if split == "train" else found[:SCORED] for split, found in text.pairs.items()}
+    task = Completion("smollm2", pairs, TRANSLATION, args.batch_size, args.steps)
     task.settings |= {"language": text.language, "data": text.source, "texts": text.sizes}
     return task
 
 
 def completion(args: argparse.Namespace) -> Completion:
-    """The model and the task that the arguments name."""
+    """The model and the task that the arguments name; held-out pairs are drawn once and for all."""
     text = TASKS[args.task]()
-    task = Completion(args.model, text.pairs, text.form, args.batch_size, args.steps)
+    pairs = {
+        split: found if split == "train" else random.Random(0).sample(found, min(SCORED, len(found)))
+        for split, found in text.pairs.items()
+    }
+    task = Completion(args.model, pairs, text.form, args.batch_size, args.steps)
     task.settings |= {"model": args.model, "task": args.task, "data": text.source, "texts": text.sizes}
     task.settings |= {"left_out": text.left_out}
     return task

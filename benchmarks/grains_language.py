@@ -20,7 +20,7 @@ from .study import Content, program
 
 
 def arguments(add: Callable[..., Any]) -> None:
-    add("--model", default="smollm2", help=f"a causal language model: {MODEL_HELP} [%(default)s]")
+    add("--model", default="smollm2", help=f"{MODEL_HELP}, of a causal language model [%(default)s]")
     add("--task", default="summary", choices=list(TASKS), help="[%(default)s]")
     grains.arguments(add)
 

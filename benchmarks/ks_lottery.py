@@ -50,7 +50,7 @@ def arguments(add: Callable[..., Any]) -> None:
         type=Path,
         help='file of lines "source<TAB>target"; one --language names the target [catalogues]',
     )
-    add("--model", help=f"a causal language model: {MODEL_HELP} [a small one, trained first]")
+    add("--model", help=f"{MODEL_HELP}, of a causal language model [a small one, trained first]")
     add("--seed", type=int, action="append", help=f"repeatable [{', '.join(map(str, SEEDS))}]")
     add("--epochs", type=positive, default=2, help="of tuning [%(default)s]")
     add("--batch-size", type=positive, default=32, help="[%(default)s]")

@@ -4,8 +4,9 @@
     summary                     the prose of a docstring, without its first paragraph; that paragraph, of one line
     topic                       the prose of a docstring; the subpackage it is from
 
-Splits are fixed: which one a pair belongs to is decided by its text alone. A held-out pair whose prompt shares `RUN`
-words in a row with a prompt of the training split is left out; `left_out` says how many were.
+Splits are fixed: which one a pair belongs to is decided by its text alone, of `summary` by the answer. A held-out pair
+whose prompt shares `RUN` words in a row with a prompt of the training split is left out, or that is equal to one where
+it has fewer words; `left_out` says how many were.
 """
 
 from __future__ import annotations

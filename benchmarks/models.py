@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -56,14 +55,14 @@ def model_folder(model: str) -> str:
     """
     if model not in MODELS:
         return model
-    packaged, folder = MODELS[model], CACHE / model
+    packaged = MODELS[model]
+    folder = CACHE / f"{model}-{packaged.sha256[:8]}"
     if folder.exists():
         return str(folder)
     parts = located(packaged)
     if parts[0].suffix == ".safetensors":
         check(model, packaged, parts)
         return str(parts[0].parent)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         file = parts[0]

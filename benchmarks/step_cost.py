@@ -246,7 +246,7 @@ def draw(content: Content, out: Path) -> list[Path]:
 
 
 def arguments(add: Callable[..., Any]) -> None:
-    add("--model", default="smollm2", help=f"a causal language model: {MODEL_HELP} [%(default)s]")
+    add("--model", default="smollm2", help=f"{MODEL_HELP}, of a causal language model [%(default)s]")
     add("--rounds", type=study.positive, default=15, help="steps of each contender that count [%(default)s]")
     add("--samples", type=study.positive, default=4, help="texts in a batch [%(default)s]")
     add("--length", type=study.positive, default=128, help="tokens of a text [%(default)s]")

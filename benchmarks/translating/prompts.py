@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 
 def prompt_ids(tokenizer: Any, source: str, form: str = TRANSLATION) -> list[int]:
-    """The tokens of `form`, which the source stands in."""
+    """The tokens of `form` with the source filled in."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [*start, *tokenizer(form.format(source), add_special_tokens=False)["input_ids"]]
 

@@ -1,8 +1,9 @@
 // Weight gradients of a Linear in whole rows or columns: the product A^T B of a few columns of one activation, A, with
 // all of the other, B.
 //
-// A's columns are packed first. Then a panel of B at a time is packed, a chunk of tokens after another, and multiplied
-// with all of A. Tokens are added in their order, a chunk at a time, so the result is deterministic.
+// Of so many tokens, A's columns are packed first. Then a panel of B at a time is packed, a chunk of tokens after
+// another, and multiplied with up to kTaskRows columns of A. Tokens are added in their order, a chunk at a time, so the
+// result is deterministic.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -58,7 +58,8 @@ def test_summaries_are_read_from_installed_packages(tmp_path: Path, monkeypatch:
     package = tmp_path / "sub"
     package.mkdir()
     docs = [
-        f'def f{i}():\n    """Make thing number {i} of many.\n\n    {WORDS} {i} {"x" * i}\n    """\n' for i in range(60)
+        f'def f{i}():\n    """Make thing number {i // 3} of many.\n\n    {WORDS} {i} {"x" * i}\n    """\n'
+        for i in range(60)
     ]
     (package / "module.py").write_text("\n".join(docs))
     monkeypatch.setattr(tasks, "DOCUMENTED", ("numpy",))
@@ -66,7 +67,7 @@ def test_summaries_are_read_from_installed_packages(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tasks, "RUN", 100)  # these bodies differ in their ends alone
     task = tasks.summary()
     answers = {split: {answer for _, answer in pairs} for split, pairs in task.pairs.items()}
-    assert sum(map(len, answers.values())) == 60
+    assert sum(len(pairs) for pairs in task.pairs.values()) == 60
     assert not answers["train"] & (answers["validation"] | answers["test"])
     assert task.source.startswith("docstrings of numpy ")
     assert task.form.format("x") == "x\nIn short:"

@@ -79,5 +79,5 @@ def test_patterns_and_errors() -> None:
         random_mask(model, targets="*.query.weight")
     with pytest.raises(ValueError, match="no weights in numbered blocks; pass targets"):
         random_mask(torch.nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="block"):
+    with pytest.raises(ValueError, match="block is the shape"):
         random_mask(model, granularity="block")

@@ -30,6 +30,8 @@ LAYOUTS = (
     Layout("rows-width1", (13, 1), 0.5, "row"),
     Layout("rows-many", (300, 65), 0.3, "row"),
     Layout("rows-all-tall", (65, 17), 1, "row"),
+    Layout("rows-most", (400, 50), 0.8, "row"),
+    Layout("columns-most", (50, 400), 0.8, "column"),
     Layout("columns-none", SHAPE, 0, "column"),
     Layout("columns-all", SHAPE, 1, "column"),
     Layout("columns-some", SHAPE, 0.3, "column"),

@@ -36,8 +36,8 @@ def random_mask(
             cannot train, is not noticed.
         head: patterns of parameters to train densely. Default: everything under a module called classifier, score,
             classification_head, qa_outputs or pooler. () for none.
-        granularity, block: what is selected of each target; see `sparsekernels.Index`. Of vectors, rows instead of
-            columns and blocks.
+        granularity, block: what is selected of each target; see `sparsekernels.Index`. Columns are input features, but
+            in GPT-2's Conv1D, whose weight is transposed, rows are. Of vectors, rows instead of columns and blocks.
         share_inputs: of columns: choose the same ones in weights that read one input (query, key and value; gate and
             up), so that training keeps one copy of these columns for all of them.
         seed: of a CPU generator, so the result does not depend on the device.

@@ -15,6 +15,9 @@ from ..common.arguments import accumulation_dtype, check_floating
 # turns a float into an input of the graph, and fails if the backward of a second layer reads it.
 DENSE_ABOVE_ONE_IN = 4
 
+# Whether torch's products in bf16 are faster than those of the CPU kernel in fp32.
+FAST_BF16 = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
 
 def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, backend: Backend | None = None) -> Tensor:
     """Compute the weight gradient of a Linear at the selected positions.
@@ -30,8 +33,10 @@ def masked_grad_linear(grad_output: Tensor, input: Tensor, index: Index, *, back
     Returns:
         (index.compact_shape, fp32; fp64 for fp64 inputs).
 
-    Numerics: products accumulate in the dtype returned, and are deterministic. Where torch's matmul serves, both are as
-    there, with TF32 on a GPU if that is allowed: rows and columns in bf16 or without the CPU kernel, and many elements.
+    Numerics: products accumulate in the dtype returned, and the result is deterministic. torch's matmul, with numerics
+    of its own (a result rounded to the dtype of its inputs, TF32 on a GPU if that is allowed), computes rows and
+    columns in bf16 where the CPU has instructions for it, single ones, and all of them without the CPU kernel; and, in
+    the dtype returned, many elements.
     Cost: rows: a product with the selected columns of grad_output, 2*T*R*N operations; columns: with those of input,
     2*T*M*C; and a copy of these columns, by the CPU kernel of 2048 tokens at most, in the dtype returned. Blocks: 2*T
     operations for each element of a block, and a packed copy of what the block needs of either, a chunk of tokens at a
@@ -128,11 +133,12 @@ def masked_grad_embedding(
 
 
 def _takes_matmul(index: Index, input: Tensor, backend: Backend | None) -> bool:
-    """Whether rows or columns are left to torch: it has instructions for bf16, and is faster at a single column."""
+    """Whether rows or columns are left to torch, which may use instructions for bf16, and is faster at a single one."""
     if backend is not None:
         return backend != "native"
-    lone = index.tile == (1, 1)
-    return input.dtype == torch.bfloat16 or lone or not has_native("masked_grad_linear", input.device.type)
+    if index.tile == (1, 1) or not has_native("masked_grad_linear", input.device.type):
+        return True
+    return input.dtype == torch.bfloat16 and FAST_BF16
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
