@@ -62,6 +62,10 @@ def grains() -> str:
     return _markdown("grains")
 
 
+def grains_text() -> str:
+    return _markdown("grains_text")
+
+
 def ird() -> str:
     return _markdown("ird") + _pictures(
         ("ird", "Test accuracy of masks of equal size"), ("ird_shrinking", "How IRD shrinks samples and parameters")
