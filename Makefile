@@ -21,7 +21,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 demo: $(VENV)/native  ## fine-tune a real transformer on real text: sparse beside LoRA and dense
-	$(RUN) -m benchmarks finetune --method sift --method lora $(ARGS)
+	$(RUN) -m benchmarks finetune --method columns --method sift --method lora $(ARGS)
 
 examples: $(VENV)/native  ## run every program of examples/, on models that packages carry
 	for program in plain_loop trainer trl_sft embedding_rows two_deltas; do echo "== examples/$$program.py"; \

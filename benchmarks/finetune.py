@@ -66,7 +66,11 @@ def arguments(add: Callable[..., Any]) -> None:
     )
     add("--samples", type=positive, default=1024, help="texts that fish, ird and reversed look at [%(default)s]")
     add(
-        "--lr", type=learning_rate, action="append", default=[], help="RATE for all, or METHOD=RATE; repeatable [tuned]"
+        "--lr",
+        type=learning_rate,
+        action="append",
+        default=[],
+        help="RATE for all, or METHOD=RATE; repeatable [found at a density of 1 %%]",
     )
     add("--head-lr", type=float, default=1e-2, help="learning rate of the head, for every method [%(default)s]")
     add("--epochs", type=positive, default=1, help="[%(default)s]")

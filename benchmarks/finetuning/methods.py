@@ -108,6 +108,10 @@ def prepare_random(model: nn.Module, batches: list[Batch], config: Config) -> Pr
     return sparse(model, sk.Selection(indices), config)
 
 
+def prepare_columns(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
+    return sparse(model, sk.methods.random_mask(model, config.density, seed=config.seed), config)
+
+
 def prepare_fish(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
     chosen = sk.methods.fish(model, batches, config.density, num_samples=config.samples)
     return sparse(model, chosen, config)
@@ -162,9 +166,10 @@ def sparse(
 
 METHODS: dict[str, Method] = {
     "dense": Method(prepare_dense, 1e-4, "every weight, torch.optim.AdamW(fused=True)"),
-    "lora": Method(prepare_lora, 1e-3, f"PEFT LoRA, r={RANK}, in the projections that sift selects from, and the head"),
+    "lora": Method(prepare_lora, 3e-3, f"PEFT LoRA, r={RANK}, in the projections that sift selects from, and the head"),
     "sift": Method(prepare_sift, 1e-3, "the largest gradients of the first batch, and the head", sparse=True),
-    "random": Method(prepare_random, 1e-3, "a random mask of the same size, and the head", sparse=True),
+    "columns": Method(prepare_columns, 1e-2, "random columns, as random_mask selects them, and the head", sparse=True),
+    "random": Method(prepare_random, 1e-2, "as many random elements as sift selects, and the head", sparse=True),
     "fish": Method(prepare_fish, 3e-3, "the largest Fisher information over all tensors, and the head", sparse=True),
     "ird": Method(prepare_ird, 3e-3, "the same, over samples that are selected by it too", sparse=True),
     "reversed": Method(prepare_reversed, 3e-3, "the smallest Fisher information, and the head", sparse=True),
