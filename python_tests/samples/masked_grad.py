@@ -68,7 +68,7 @@ def linear(
         expected = take(flat_grad.T @ flat_x, index)
         raw = (grad.flatten(0, -2).contiguous(), x.flatten(0, -2).contiguous(), *raw_of(index))
         # But for the CPU kernel, rows and columns are a matmul, which rounds its result as the activations are.
-        rounds_to = dtype if index.granularity in ("row", "column") else None
+        rounds_to = dtype if index.granularity in ("row", "column") and dtype in (BF16, FP16) else None
         return Case(ops.masked_grad_linear, (grad, x, index), raw, [expected], rounds_to=rounds_to)
 
     return make
