@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from sparsekernels.common.names import default_head, default_targets
+from sparsekernels.common.names import default_head
 
 from .finetuning.config import Config
 from .finetuning.text_task import load_task
@@ -37,11 +37,8 @@ class Task(Protocol):
     def model(self, seed: int) -> nn.Module:
         """The pre-trained model; what is new in it is drawn with the seed."""
 
-    def targets(self, model: nn.Module) -> list[str]:
-        """The weights of which units are selected, those that LoRA adapts."""
-
     def head(self, model: nn.Module) -> list[str]:
-        """The parameters that every contender trains densely beside them."""
+        """The parameters that every contender trains densely beside the projections."""
 
     def train(self, seed: int) -> list[Batch]: ...
 
@@ -70,9 +67,6 @@ class Completion:
 
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         return model
-
-    def targets(self, model: nn.Module) -> list[str]:
-        return default_targets(model)
 
     def head(self, model: nn.Module) -> list[str]:
         return []
@@ -135,9 +129,6 @@ class Classification:
 
     def model(self, seed: int) -> nn.Module:
         return load_model(replace(self.config, seed=seed), len(self.task.labels))[0]
-
-    def targets(self, model: nn.Module) -> list[str]:
-        return default_targets(model)
 
     def head(self, model: nn.Module) -> list[str]:
         return default_head(model)

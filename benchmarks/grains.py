@@ -30,8 +30,10 @@ import torch
 from torch import nn
 
 import sparsekernels as sk
+from sparsekernels.common.names import default_targets
 
 from . import study
+from .finetuning.methods import add_adapters
 from .grain_tasks import Task, translation
 from .study import Content, Refused, Study, best_rate, program
 from .translating.prompts import Batch
@@ -69,7 +71,8 @@ def contenders() -> dict[str, Contender]:
 CONTENDERS = contenders()
 
 
-def select(contender: Contender, model: nn.Module, names: list[str], given: Sequence[Batch], seed: int) -> sk.Selection:
+def select(contender: Contender, model: nn.Module, given: Sequence[Batch], seed: int) -> sk.Selection:
+    names = default_targets(model)
     units: dict[str, Any] = {"granularity": contender.granularity}
     if contender.granularity == "block":
         units["block"] = BLOCK
@@ -89,22 +92,15 @@ def prepared(
     contender: Contender, task: Task, model: nn.Module, given: Sequence[Batch], rate: float, seed: int
 ) -> torch.optim.Optimizer:
     """The optimizer of what the contender trains of the model, which is changed to train that alone."""
-    names, head = task.targets(model), task.head(model)
+    head = task.head(model)
     sparse = contender.choice not in ("dense", "lora")
     if sparse:
         whole = {name: sk.Index.full(model.get_parameter(name).shape) for name in head}
-        tuned = sk.train_only(model, select(contender, model, names, given, seed) | sk.Selection(whole))
+        tuned = sk.train_only(model, select(contender, model, given, seed) | sk.Selection(whole))
         parameters = dict(tuned.named_parameters())
     else:
         if contender.choice == "lora":
-            import peft
-
-            torch.manual_seed(seed)
-            modules = [name.removesuffix(".weight") for name in names]
-            config = peft.LoraConfig(r=contender.rank, lora_alpha=2 * contender.rank, target_modules=modules)
-            peft.inject_adapter_in_model(config, model)
-            for name in head:
-                model.get_parameter(name).requires_grad_()
+            add_adapters(model, head, contender.rank, seed)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
         {"params": [p for name, p in parameters.items() if name not in head], "lr": rate},

@@ -49,7 +49,7 @@ def methods() -> str:
             "you want a mask from one backward; try a random mask first",
             f"1 %: {percent(accuracy['sift 1%'])}; a random 1 %: {percent(accuracy['random 1%'])}; a random 5 %: "
             f"{percent(accuracy['random 5%'])}; dense: {percent(accuracy['dense'])}; the language model, 5 %: "
-            f"{language_loss('5% elements, sift')}. **Loses to random, but for rows**",
+            f"{language_loss('5% elements, sift')}. **Loses to random, but for rows of the language model**",
         ),
         (
             "FISH Mask",
@@ -93,9 +93,10 @@ def random_masks() -> str:
     }
     losses = "; ".join(f"{label}: {language_loss(name)}" for name, label in names.items())
     text = "; ".join(f"{label}: {percent(best_test('grains_text', name, max))}" for name, label in names.items())
+    steps = results("grains_text")["settings"]["steps"]
     return (
-        f"{text}. A language model, en to de, loss: {losses}. **Columns better than LoRA and level with dense on text, "
-        "behind both on the language model**"
+        f"{steps} steps: {text}. A language model, en to de, loss: {losses}. **Columns better than LoRA and level with "
+        "dense on text, behind both on the language model**"
     )
 
 

@@ -53,13 +53,13 @@ def count_bytes(prepared: Prepared) -> dict[str, int]:
     """Bytes that training holds beside the model itself, counted from the tensors that exist right after a step.
 
     "trained": gradients and optimizer state, and for a sparse method the fp32 master values, the positions and the
-    originals kept for an exact restore. "head": the same for the densely trained head of a sparse method.
+    originals kept for an exact restore. "head": the same for the head that LoRA or a sparse method trains densely.
     """
     counts = {"gradients": 0, "optimizer_state": 0, "method": prepared.extra_bytes(head=False), "trained": 0, "head": 0}
     for name, parameter in prepared.parameters.items():
         gradient = 0 if parameter.grad is None else nbytes([parameter.grad])
         state = nbytes(prepared.optimizer.state[parameter].values())
-        if prepared.tuned and name in prepared.head:
+        if prepared.head_apart and name in prepared.head:
             counts["head"] += gradient + state
         else:
             counts["gradients"] += gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class Prepared:
     tuned: SparseModel | None = None
     gradient_curve: list[tuple[float, float]] | None = None
     shrinking: list[dict[str, Any]] | None = None
+    head_apart: bool = False  # whether the head is what else is trained beside the method's own
 
     def extra_bytes(self, *, head: bool) -> int:
         """Bytes a sparse method keeps beside gradients and optimizer state: master values, positions, originals."""
@@ -79,17 +80,22 @@ def prepare_head(model: nn.Module, batches: list[Batch], config: Config) -> Prep
 
 
 def prepare_lora(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
-    """PEFT's adapters in the projections that SIFT selects from, beside a dense head."""
+    head = set(default_head(model))
+    parameters = add_adapters(model, head, RANK, config.seed)
+    optimizer = torch.optim.AdamW(groups(parameters, head, config), fused=True)
+    return Prepared(parameters, optimizer, head, head_apart=True)
+
+
+def add_adapters(model: nn.Module, head: Iterable[str], rank: int, seed: int) -> dict[str, nn.Parameter]:
+    """What trains: PEFT's LoRA in the projections that SIFT selects from, and the head."""
     import peft
 
-    head = set(default_head(model))
     modules = [name.removesuffix(".weight") for name in default_targets(model)]
-    torch.manual_seed(config.seed)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules), model)
+    torch.manual_seed(seed)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules), model)
     for name in head:
         model.get_parameter(name).requires_grad_(True)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Prepared(parameters, torch.optim.AdamW(groups(parameters, head, config), fused=True), head)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def prepare_sift(model: nn.Module, batches: list[Batch], config: Config) -> Prepared:
@@ -161,7 +167,8 @@ def sparse(
     head = set(default_head(model))
     tuned = sk.train_only(model, selection)
     parameters = dict(tuned.named_parameters())
-    return Prepared(parameters, sk.SparseAdamW(groups(parameters, head, config)), head, tuned, curve, history)
+    optimizer = sk.SparseAdamW(groups(parameters, head, config))
+    return Prepared(parameters, optimizer, head, tuned, curve, history, head_apart=True)
 
 
 METHODS: dict[str, Method] = {

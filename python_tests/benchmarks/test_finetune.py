@@ -218,6 +218,9 @@ def test_classification(
     assert runs.keys() == {(method, seed) for method in methods for seed in range(seeds)}
     assert runs["random", 0]["trained_weights"] == runs["sift", 0]["trained_weights"]
     assert runs["head", 0]["trained_weights"] == runs["sift", 0]["head_weights"] > 0
+    if "lora" in methods:  # the same head, in its own column
+        assert runs["lora", 0]["bytes"]["head"] == runs["head", 0]["bytes"]["trained"]
+        assert runs["lora", 0]["trained_weights"] > runs["lora", 0]["head_weights"]
     assert [row["seeds"] for row in results["table"]] == [seeds] * len(methods)
 
 

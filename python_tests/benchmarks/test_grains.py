@@ -29,9 +29,6 @@ class Task:
     def model(self, seed: int) -> nn.Module:
         return transformer("llama")
 
-    def targets(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters() if "_proj" in name]
-
     def head(self, model: nn.Module) -> list[str]:
         return ["model.norm.weight"] if self.higher else []
 
