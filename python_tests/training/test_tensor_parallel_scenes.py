@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import VOCABULARY, ids
+from models import ids
 from parallel_models import PLAN, net, parallel, parallelised, sharded_part, step
 from processes import in_processes, uses_processes
 from sharded_models import ADAMW, BATCH, loss_of, optimizer_of, same, selection, whole
@@ -20,8 +19,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.distributed import DistributedConfig
 
 import sparsekernels as sk
 from sparsekernels import Index, Selection
@@ -249,27 +246,6 @@ def refusals(rank: int, world: int, mesh: Any) -> None:
         sk.train_only(weird, Selection({"weight": Index(torch.arange(3), (4, 4))}))
 
 
-def of_transformers(rank: int, world: int, folder: str) -> None:
-    """from_pretrained shards a model by its own plan, and replaces the forward of each layer."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    results = []
-    for plan in (None, "auto"):
-        options = {"distributed_config": DistributedConfig(tp_plan=plan)} if plan else {}
-        model = LlamaForCausalLM.from_pretrained(f"{folder}/llama", **options)
-        tuned = sk.train_only(model, selection(LlamaForCausalLM.from_pretrained(f"{folder}/llama"), "column"))
-        optimizer = optimizer_of(tuned)
-        for seed in range(2):
-            step(model, optimizer, seed)
-            with torch.no_grad():
-                logits = model(ids(2, 7)).logits
-        results.append((whole(model), logits, tuned.delta()))
-    (wanted, logits, delta), (found, others, shipped) = results
-    same(found, wanted)
-    assert torch.allclose(others, logits, atol=1e-6)
-    assert shipped.selection == delta.selection
-    assert all(shipped.changes[name].base == change.base for name, change in delta.changes.items())
-
-
 SCENES = (
     other_optimizers,
     given_back,
@@ -289,15 +265,8 @@ def scenes(rank: int, world: int, folder: str) -> None:
     for scene in SCENES:
         scene(rank, world, mesh)
         dist.barrier()
-    of_transformers(rank, world, folder)
 
 
-@pytest.mark.compatibility("Tensor parallelism", "`from_pretrained` of transformers with a `tp_plan`", "works")
 @uses_processes
 def test_two_processes(tmp_path: Path) -> None:
-    config = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(
-        tmp_path / "llama"
-    )
     in_processes(scenes, tmp_path)

@@ -5,7 +5,7 @@ Besides what torch saves, a Parameter with positions has, once it was stepped,
     positions   [K] or [R]  the positions its state belongs to; a state_dict without them (of torch.optim.AdamW over
                             the same compact Parameters) is assumed to fit
     master      as values   the compact values, if the weight's dtype is narrower and the model's state_dict rounds them
-    layout      [3]         under tensor parallelism, what the order of the values depends on (`Parallel.layout`)
+    layout      [3 or 4]    under tensor parallelism, what the order of the values depends on (`Parallel.layout`)
 """
 
 from __future__ import annotations

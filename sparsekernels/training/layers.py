@@ -19,6 +19,7 @@ from ..ops import gather, masked_grad_embedding, masked_grad_linear
 from .slot import Slot
 
 SLOTS = "_sparse_slots"  # where a module keeps {name of its parameter: Slot}
+INSTEAD_OF = "_sparse_parameter"  # of a view, the Parameter whose place it takes
 
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:
@@ -207,6 +208,9 @@ def attach(module: nn.Module) -> list[Any]:
     A view is stored in the module's __dict__, where Python looks before nn.Module does; the Parameters stay where they
     are. torch runs no hook after a KeyboardInterrupt. A leftover view then reads and writes the storage of the
     Parameter until the next forward, state_dict, load_state_dict, restore or merge removes it.
+
+    Where transformers divides a module (`tp_plan`), the view takes the place of the Parameter itself: the forward of
+    some modules, such as experts, then puts the local part of whatever stands there in its place.
     """
     return [
         module.register_forward_pre_hook(_put),
@@ -223,7 +227,11 @@ def _put(module: Any, *_: Any) -> None:
             slot.sync_()
             continue
         view: Any = _attached(slot)
-        module.__dict__[name] = view
+        if slot.parallel is not None and "forward" in module.__dict__:
+            view.__dict__[INSTEAD_OF] = slot.weight
+            module._parameters[name] = view
+        else:
+            module.__dict__[name] = view
         if not torch.compiler.is_compiling():
             # torch cannot deepcopy views, and a model may be copied after an interrupt.
             view.__dict__["__deepcopy__"] = partial(copy.deepcopy, slot.weight)
@@ -231,5 +239,8 @@ def _put(module: Any, *_: Any) -> None:
 
 def detach(module: Any, *_: Any) -> None:
     """Remove the views, so that the module reads its parameters again."""
-    for name in slots_of(module):
+    for name, slot in slots_of(module).items():
         module.__dict__.pop(name, None)
+        if slot.parallel is not None:
+            view = module._parameters[name]
+            module._parameters[name] = view.__dict__.get(INSTEAD_OF, view)

@@ -56,7 +56,7 @@ def held_of(weight: Any, index: Index) -> Index:
     if not is_dtensor(weight):
         return index
     cut = Cut.of(weight, f"a weight of shape {list(index.shape)}")
-    return part_of_index(index, 0, cut.first, cut.last)[0]
+    return part_of_index(index, 0, [(cut.first, cut.last)])[0]
 
 
 def shards_of(slot: Slot) -> tuple[Any, Any]:
@@ -82,7 +82,7 @@ def part_of(slot: Slot, loaded: Any = None) -> Part:
     if slot.part is None or slot.part.index.positions.device != device:
         index = slot.index_on(device)
         cut = Cut.of(weight, repr(slot.label), None if slot.parallel is None else index.shape[0])
-        part, source = part_of_index(index, 0, cut.first, cut.last)
+        part, source = part_of_index(index, 0, [(cut.first, cut.last)])
         whole_rows = index.granularity == "row" and index.compact_shape == index.shape
         aligned = whole_rows or (index.granularity == "column" and len(index.shape) == 2)
         room = None if slot.parallel is None else slot.parallel.room

@@ -1,0 +1,144 @@
+"""Models under the tensor parallelism of transformers, with experts too, and GPT-2 divided by hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import ids, moe, transformer
+from parallel_models import step
+from processes import in_processes, uses_processes
+from sharded_models import UNITS, loss_of, optimizer_of, same, selection, whole
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel.style import ParallelStyle
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import sparsekernels as sk
+
+DIVIDED = {"llama": lambda: transformer("llama"), "moe": moe}
+
+
+class DividedConv1D(ParallelStyle):
+    """Conv1D of GPT-2, whose weight is transposed; torch's own styles take Linear and Embedding alone."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim  # of the weight
+
+    def _apply(self, module: nn.Module, mesh: Any) -> nn.Module:
+        outputs = self.dim == 1
+        placements = {"weight": Shard(self.dim), "bias": Shard(0) if outputs else Replicate()}
+
+        def divide(_: str, conv: Any, mesh: Any) -> None:
+            for name, placement in placements.items():
+                setattr(conv, name, nn.Parameter(distribute_tensor(getattr(conv, name), mesh, [placement])))
+
+        def given(_: nn.Module, inputs: Any, mesh: Any) -> Any:
+            return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False) if outputs else inputs[0]
+
+        def returned(_: nn.Module, output: Any, mesh: Any) -> Any:
+            return output if outputs else output.redistribute(placements=[Replicate()]).to_local()
+
+        return distribute_module(module, mesh, divide, given, returned)
+
+
+def gpt2() -> nn.Module:
+    """Biases of GPT-2 are zero at first, and no measure of an error."""
+    model = transformer("gpt2")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(std=0.02)
+    return model
+
+
+def gpt2_by_hand(rank: int, world: int, folder: str) -> None:
+    plan = {"transformer.h.*.mlp.c_fc": DividedConv1D(1), "transformer.h.*.mlp.c_proj": DividedConv1D(0)}
+    for units in UNITS:
+        results = []
+        for divided in (False, True):
+            model = gpt2()
+            if divided:
+                parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
+            tuned = sk.train_only(model, selection(gpt2(), units))
+            optimizer = optimizer_of(tuned)
+            for seed in range(3):
+                step(model, optimizer, seed)
+            results.append((whole(model), tuned.delta()))
+        same(results[1][0], results[0][0])
+        assert results[1][1].selection == results[0][1].selection
+
+
+def of_transformers(rank: int, world: int, folder: str) -> None:
+    """from_pretrained divides a model by its own plan, and replaces the forward of each layer."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    for kind in DIVIDED:
+        for units in UNITS:
+            results = []
+            for plan in (None, "auto"):
+                model = loaded(f"{folder}/{kind}", plan)
+                before = whole(model)
+                tuned = sk.train_only(model, selection(loaded(f"{folder}/{kind}"), units))
+                optimizer = optimizer_of(tuned)
+                for seed in range(2):
+                    step(model, optimizer, seed)
+                    with torch.no_grad():
+                        logits = model(ids(2, 7)).logits
+                results.append((whole(model), logits, tuned.delta()))
+            (wanted, logits, delta), (found, others, shipped) = results
+            same(found, wanted)
+            assert torch.allclose(others, logits, atol=1e-6)
+            assert shipped.selection == delta.selection
+            assert all(shipped.changes[name].base == change.base for name, change in delta.changes.items())
+            for name, index in delta.selection.items():
+                unselected = ~index.mask()
+                assert torch.equal(found[name][unselected], before[name][unselected]), name
+                assert not torch.equal(found[name], before[name]), name
+    interrupted(model, tuned)
+
+
+def interrupted(model: nn.Module, tuned: sk.SparseModel) -> None:
+    """A forward that ends in the middle of a layer leaves the weights, and what comes next is right."""
+    experts = model.model.layers[0].mlp.experts  # type: ignore[union-attr]
+    before, weight = whole(model), experts.gate_up_proj
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = experts.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loss_of(model, ids(2, 7))
+    hook.remove()
+    same(whole(model), before, 0.0)
+    assert experts.gate_up_proj is weight
+    loss_of(model, ids(2, 7)).backward()
+    assert experts.gate_up_proj is weight
+    assert all(p.grad is not None for p in tuned.parameters())
+
+
+def loaded(folder: str, plan: str | None = None) -> nn.Module:
+    options = {"distributed_config": DistributedConfig(tp_plan=plan)} if plan else {}
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", **options)
+    return model
+
+
+def both(rank: int, world: int, folder: str) -> None:
+    gpt2_by_hand(rank, world, folder)
+    dist.barrier()
+    of_transformers(rank, world, folder)
+
+
+@pytest.mark.compatibility("Tensor parallelism", "`from_pretrained` of transformers with a `tp_plan`", "works")
+@uses_processes
+def test_two_processes(tmp_path: Path) -> None:
+    for kind, make in DIVIDED.items():
+        make().save_pretrained(tmp_path / kind)
+    in_processes(both, tmp_path)
