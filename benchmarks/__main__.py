@@ -21,7 +21,7 @@ PROGRAMS = {
     "accuracy": "accuracy",
     "grains": "grains",
     "grains-text": "grains_text",
-    "grains-language": "grains_language",
+    "language": "language",
     "ird": "ird",
     "gates": "gates",
     "laser": "laser",

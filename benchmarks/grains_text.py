@@ -12,20 +12,21 @@ from __future__ import annotations
 from functools import partial
 
 from . import grains
-from .grain_tasks import Classification
+from .comparing.runs import measure, rows_of
+from .comparing.tasks import Classification
 from .study import Content, program
 
 
 def table(content: Content) -> str:
     source = content["settings"]["data"]
-    return grains.rows_of(content, "grains-text", f"MiniLM, subpackages of {source}", higher=True)
+    return rows_of(content, grains.CONTENDERS, "grains-text", f"MiniLM, subpackages of {source}", higher=True)
 
 
 main = program(
     "grains-text",
     __doc__,
     grains.arguments,
-    partial(grains.measure, make_task=Classification),
+    partial(measure, make_task=Classification, contenders=grains.CONTENDERS),
     table,
     small=grains.SMALL,
 )

@@ -172,15 +172,20 @@ def leave(content: Content, text: str, out: Path | None, figures: Sequence[Path]
 # ---- runs
 
 
-def best_rate(score: Callable[[float], float], middle: float) -> float:
-    """Return the rate that scores best of three, a factor of three apart; goes on while the best is at an end."""
+def around(middle: float) -> tuple[float, ...]:
+    """Three rates, a factor of three apart."""
+    return (middle / FACTOR, middle, middle * FACTOR)
+
+
+def best_rate(score: Callable[[float], float], rates: Iterable[float]) -> float:
+    """Return the rate that scores best of these; goes on while the best is at an end."""
     scores: dict[float, float] = {}
 
     def try_out(rate: float) -> None:
         rate = float(f"{rate:.3g}")
         scores[rate] = score(rate)
 
-    for rate in (middle / FACTOR, middle, middle * FACTOR):
+    for rate in rates:
         try_out(rate)
     for _ in range(MAX_EXTENSIONS):
         best = max(scores, key=lambda rate: scores[rate])

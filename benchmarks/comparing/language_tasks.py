@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .finetuning.text_task import SPLITS, DataError, load_task, prose, read_docstrings, split_of
-from .translating.parallel_text import Pair, from_packages
-from .translating.prompts import TRANSLATION
+from ..finetuning.text_task import SPLITS, DataError, load_task, prose, read_docstrings, split_of
+from ..translating.parallel_text import Pair, from_packages
+from ..translating.prompts import TRANSLATION
 
 RUN = 8
 DOCUMENTED = ("scipy", "sympy", "numpy", "networkx")

@@ -1,4 +1,4 @@
-"""What the studies of rows, columns and blocks train on: a language model and an encoder, each with a task."""
+"""What the studies train on: a language model and an encoder, each with a task."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 
 from sparsekernels.common.names import default_head
 
-from .finetuning.config import Config
-from .finetuning.text_task import load_task
-from .finetuning.training import evaluate, load, load_model
+from ..finetuning.config import Config
+from ..finetuning.text_task import load_task
+from ..finetuning.training import evaluate, load, load_model
+from ..models import model_folder
+from ..study import Content
+from ..translating.parallel_text import Pair, from_packages
+from ..translating.prompts import TRANSLATION, Batch, batches
 from .language_tasks import TASKS
-from .models import model_folder
-from .study import Content
-from .translating.parallel_text import Pair, from_packages
-from .translating.prompts import TRANSLATION, Batch, batches
 
 SCORED = 128  # held-out pairs of a completion
 
@@ -50,15 +50,21 @@ class Task(Protocol):
 class Completion:
     """A causal language model writes the answers to prompts; the mean loss of a token of the answers."""
 
-    higher, autocast = False, False
+    higher = False
 
     def __init__(
-        self, model: str, pairs: Mapping[str, list[Pair]], form: str, batch_size: int | None, steps: int | None
+        self,
+        model: str,
+        pairs: Mapping[str, list[Pair]],
+        form: str,
+        batch_size: int | None,
+        steps: int | None,
+        autocast: bool = False,
     ) -> None:
         from transformers import AutoTokenizer
 
         self.batch_size, self.steps, self.pairs, self.form = batch_size or 8, steps or 50, pairs, form
-        self.folder = model_folder(model)
+        self.folder, self.autocast = model_folder(model), autocast
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.settings: Content = {"scored": SCORED}
 
@@ -82,7 +88,9 @@ class Completion:
         total, count = 0.0, 0
         for batch in held_out:
             tokens = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(model(**batch).loss) * tokens
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                loss = model(**batch).loss
+            total += float(loss) * tokens
             count += tokens
         return total / count
 
@@ -97,16 +105,19 @@ def translation(args: argparse.Namespace) -> Completion:
 
 
 def completion(args: argparse.Namespace) -> Completion:
-    """The model and the task that the arguments name; held-out pairs are drawn once and for all."""
+    """The model and the task that the arguments name, in bf16 autocast; held-out pairs are drawn once and for all."""
     text = TASKS[args.task]()
-    pairs = {
-        split: found if split == "train" else random.Random(0).sample(found, min(SCORED, len(found)))
-        for split, found in text.pairs.items()
-    }
-    task = Completion(args.model, pairs, text.form, args.batch_size, args.steps)
+    pairs = {split: found if split == "train" else drawn(found) for split, found in text.pairs.items()}
+    task = Completion(args.model, pairs, text.form, args.batch_size, args.steps, autocast=True)
     task.settings |= {"model": args.model, "task": args.task, "data": text.source, "texts": text.sizes}
     task.settings |= {"left_out": text.left_out}
     return task
+
+
+def drawn(found: Sequence[Pair]) -> list[Pair]:
+    """Those that are scored, in the order of their lengths: little padding."""
+    pairs = random.Random(0).sample(found, min(SCORED, len(found)))
+    return sorted(pairs, key=lambda pair: sum(map(len, pair)))
 
 
 class Classification:

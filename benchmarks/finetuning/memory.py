@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
             return
+        with contextlib.suppress(AttributeError):  # glibc: give back what earlier runs have freed
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):  # Linux: make the kernel forget the peak of loading the model
             Path("/proc/self/clear_refs").write_text("5")
         self.base = self._status("VmRSS") or self._max_rss()

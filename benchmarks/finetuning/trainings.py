@@ -85,7 +85,7 @@ class Trainings:
             head = rate if name == "head" else head_rate
             return float(self.run("search", name, rate, 0, head, 1)["validation"])
 
-        return study.best_rate(score, self.entries[name].lr)
+        return study.best_rate(score, study.around(self.entries[name].lr))
 
     def finish(self, rates: Mapping[str, float], head_rate: float) -> Content:
         """Train every entry with its rate and every seed; the content, with a summary of one row an entry."""

@@ -12,7 +12,7 @@ import torch
 
 import sparsekernels as sk
 
-from ..study import Content, Study, best_rate
+from ..study import Content, Study, around, best_rate
 from . import contenders, prompts
 from .contenders import CONTENDERS, EMBED, TRANSFER, UNTUNED, Ticket
 from .parallel_text import Pair
@@ -93,7 +93,7 @@ class Lottery:
                 with self.tuned(EMBED, self.content["rates"][EMBED]["lr"], batches, None) as embed:
                     ticket = Ticket.draw(embed, self.settings.alpha)
                     selections = contenders.choose(embed, ticket, batches, self.before_answer, seed)
-            rate = best_rate(lambda rate, name=name: score(name, rate), middle)
+            rate = best_rate(lambda rate, name=name: score(name, rate), around(middle))
             self.content["rates"][name]["lr"] = rate
             self.study.save()
 

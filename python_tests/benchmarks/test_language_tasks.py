@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import language_tasks as tasks
+from benchmarks.comparing import language_tasks as tasks
 from benchmarks.finetuning.text_task import DataError
 
 WORDS = "the upper part of each matrix is read and the lower part is never looked at in any case"

@@ -1,0 +1,215 @@
+"""Runs of contenders on a task: training, the search of rates, several at a time, and what a table says of them."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import study
+from ..finetuning.memory import PeakMemory
+from ..study import MAX_EXTENSIONS, MIB, Content, Refused, Study, best_rate
+from .contenders import BLOCK, Contender, choose_again, prepare
+from .tasks import Task
+
+SEARCH_SEED = 0
+UNTUNED = "untuned"
+WARM_UP = 0.1  # of the steps; then the rate falls to zero, linearly
+Contenders = Mapping[str, Contender]
+MakeTask = Callable[[argparse.Namespace], Task]
+
+
+def train(task: Task, contender: Contender, rate: float, seed: int) -> Content:
+    """One run: scores on the validation and the test split, and what it took.
+
+    The peak is that of the process, above the loaded model, until the last step; seconds are those of all, scores too.
+    """
+    started = time.perf_counter()
+    model, given = task.model(seed).train(), task.train(seed)
+    gc.collect()
+    peak = PeakMemory("cpu")
+    peak.start()
+    prepared = prepare(contender, task, model, given, rate, seed)
+    optimizer, copy = prepared.optimizer, task.model(seed) if contender.every else None
+    rates = [group["lr"] for group in optimizer.param_groups]
+    warm = max(1, round(WARM_UP * len(given)))
+    torch.manual_seed(seed)  # the same dropout for every contender, whatever its choice drew
+    for step, batch in enumerate(given):
+        if copy is not None and step and step % contender.every == 0:
+            choose_again(contender, prepared, copy, [*given[step:], *given[:step]], seed + step)
+        scale = min((step + 1) / warm, (len(given) - step) / max(1, len(given) - warm))
+        for group, highest in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = highest * scale
+        with torch.autocast("cpu", torch.bfloat16, enabled=task.autocast):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(prepared.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {"peak_bytes": peak.read(), "trained_weights": sum(p.numel() for p in prepared.parameters)}
+    found["bytes_to_ship"] = prepared.bytes_to_ship
+    model.eval()
+    scores = {split: task.score(model, task.held_out(split)) for split in ("validation", "test")}
+    return {**scores, **found, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def untuned(task: Task) -> Content:
+    return {"test": task.score(task.model(SEARCH_SEED).eval(), task.held_out("test"))}
+
+
+# ---- several at a time
+
+_task: Task  # of a worker
+
+
+def _begin(make_task: MakeTask, args: argparse.Namespace, threads: int) -> None:
+    global _task
+    torch.set_num_threads(threads)
+    _task = make_task(args)
+
+
+def _in_worker(function: Callable[..., Content], *arguments: Any) -> Content:
+    return function(_task, *arguments)
+
+
+@contextmanager
+def caller(task: Task, make_task: MakeTask, args: argparse.Namespace) -> Iterator[Callable[..., Content]]:
+    """What calls a function with the task: here, or, with several --workers, in one of that many processes."""
+    if args.workers == 1:
+        yield lambda function, *arguments: function(task, *arguments)
+        return
+    threads = args.threads or max(1, (os.cpu_count() or 1) // args.workers)
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), _begin, (make_task, args, threads))
+    with pool:
+        yield lambda function, *arguments: pool.submit(_in_worker, function, *arguments).result()
+
+
+# ---- the study
+
+
+def arguments(add: Callable[..., Any], names: Sequence[str]) -> None:
+    add("--steps", type=study.positive, help="steps of a run [50; grains-text: an epoch]")
+    add("--batch-size", type=study.positive, help="texts of a batch [8; grains-text: 32]")
+    add("--seeds", type=study.positive, default=3, help="runs with the rate that was found [%(default)s]")
+    add("--workers", type=study.positive, default=1, help="runs at a time, each in a process [%(default)s]")
+    add("--only", nargs="+", metavar="NAME", choices=list(names), help="measure these contenders alone")
+
+
+def measure(
+    args: argparse.Namespace,
+    origin: Content,
+    make_task: MakeTask,
+    contenders: Contenders,
+    rates: Callable[[float], Sequence[float]] = study.around,
+) -> Content:
+    """`rates`: those that are tried first, given the middle."""
+    names = args.only or list(contenders)
+    task = make_task(args)
+    settings = {"steps": task.steps, "batch_size": task.batch_size, "block": list(BLOCK), "seeds": args.seeds}
+    if (count := len(rates(1.0))) != 3:
+        settings["rates"] = count
+    results = Study(args.out, settings | task.settings, origin)
+    sign = 1 if task.higher else -1
+    with caller(task, make_task, args) as call, ThreadPoolExecutor(args.workers) as threads:
+
+        def run(name: str, rate: float, seed: int) -> Content:
+            def once() -> Content:
+                found = call(train, contenders[name], rate, seed)
+                print(f"{name}, lr {rate:g}, seed {seed}: {found}", flush=True)
+                return found
+
+            return results.run({"name": name, "lr": rate, "seed": seed}, once)
+
+        def whole(name: str) -> None:
+            grid = rates(contenders[name].lr)
+            rate = best_rate(lambda rate: sign * run(name, rate, SEARCH_SEED)["validation"], grid)
+            for seed in range(args.seeds):
+                run(name, rate, seed)
+
+        results.run({"name": UNTUNED, "lr": 0.0, "seed": SEARCH_SEED}, partial(call, untuned))
+        for _ in threads.map(whole, names):
+            pass
+    return results.content
+
+
+def final_runs(content: Content, name: str, higher: bool = False) -> list[Content]:
+    """The runs with the rate of the best validation score, in the order of their seeds; none if some are missing."""
+    runs = [run for run in content["runs"] if run["name"] == name]
+    search = [run for run in runs if run["seed"] == SEARCH_SEED]
+    best = max if higher else min
+    rate = best(search, key=lambda run: run["validation"])["lr"] if search else None
+    rates = [run["lr"] for run in search]
+    fewest = content["settings"].get("rates", 3)
+    if len(rates) < fewest or (rate in (min(rates), max(rates)) and len(rates) < fewest + MAX_EXTENSIONS):
+        return []  # the search goes on
+    found = sorted((run for run in runs if run["lr"] == rate), key=lambda run: run["seed"])
+    return found if len(found) == content["settings"]["seeds"] else []
+
+
+def tried(content: Content, name: str) -> list[float]:
+    return [run["lr"] for run in content["runs"] if run["name"] == name and run["seed"] == SEARCH_SEED]
+
+
+def before(content: Content) -> float:
+    """The test score of the model as it was loaded."""
+    (score,) = [run["test"] for run in content["runs"] if run["name"] == UNTUNED]
+    return float(score)
+
+
+def more_of(runs: Sequence[Content], dense: Sequence[Content], base: float) -> dict[str, str]:
+    """Further columns, where runs tell what they took."""
+    if "peak_bytes" not in runs[0]:
+        return {}
+    gains = [(base - run["test"]) / (base - other["test"]) for run, other in zip(runs, dense, strict=False)]
+    return {
+        "of dense training's gain": f"{statistics.mean(gains):.0%}" if gains else "",
+        "peak above the model": f"{statistics.median(run['peak_bytes'] for run in runs) / MIB:,.0f} MiB",
+        "to ship": f"{runs[0]['bytes_to_ship'] / MIB:,.1f} MiB",
+        "seconds": f"{statistics.median(run['seconds'] for run in runs):.0f}",
+    }
+
+
+def rows_of(content: Content, contenders: Contenders, program: str, about: str, higher: bool) -> str:
+    """The table: what is trained, the score, the gap to dense training, and the rate."""
+    dense, rows, base = final_runs(content, "dense", higher), [], before(content)
+    form, score = (".1%", "test accuracy") if higher else (".3f", "test loss")
+    scale, gap = (100, ".1f") if higher else (1, ".3f")
+    for name in contenders:
+        runs = final_runs(content, name, higher)
+        if not runs:
+            continue
+        more = more_of(runs, dense, base)
+        rates = tried(content, name)
+        gaps = [run["test"] - other["test"] for run, other in zip(runs, dense, strict=False)]
+        rows.append(
+            [
+                name,
+                f"{runs[0]['trained_weights']:,}",
+                study.mean_and_spread((run["test"] for run in runs), form),
+                f"{scale * statistics.mean(gaps):+{gap}}{' points' * higher}" if gaps and name != "dense" else "",
+                f"{runs[0]['lr']:g}",
+                f"{min(rates):g} to {max(rates):g}",
+                *more.values(),
+            ]
+        )
+    if not rows:
+        raise Refused("no contender was measured to the end")
+    head = ["", "trained weights", score, "against dense", "learning rate", "tried"]
+    head += list(more)
+    settings = content["settings"]
+    said = (
+        f"{about}, {settings['steps']} steps of {settings['batch_size']}; before: {base:{form}}. "
+        f"Mean ± standard deviation over {settings['seeds']} seeds."
+    )
+    text = [said, "", study.table(head, rows), "", study.written_by(content, f"python -m benchmarks {program}")]
+    return "\n".join(text)
