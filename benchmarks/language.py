@@ -4,7 +4,8 @@
     python -m benchmarks language --task summary --only "1%, random" "LoRA r=16 (PEFT)" --out out/summary.json
 
 A language model writes the answers to prompts, in bf16 autocast; the score is the mean loss of a token of the answers
-to 128 held-out ones that are drawn once and for all. Tasks are those of comparing/language_tasks.py. All
+to 128 held-out ones that are drawn once and for all; where answers are right or wrong, also how many are right, whole
+and ended, as greedy decoding writes them. Tasks are those of comparing/language_tasks.py. All
 contenders see the same batches. Each searches its learning rate on the validation split with seed 0: four rates, from
 a tenth to three times the middle, and at most two further ones while the best lies at an end. Then it trains with this
 rate and every other seed; nothing is decided by the test split.

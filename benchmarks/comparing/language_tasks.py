@@ -1,8 +1,9 @@
-"""What a language model is fine-tuned to write: the answer to a prompt, from text that installed packages carry.
+"""What a language model is fine-tuned to write: the answer to a prompt, from what installed packages carry.
 
     translation-de, -es, -fr    a string of a message catalogue; its translation
     summary                     the prose of a docstring, without its first paragraph; that paragraph, of one line
     topic                       the prose of a docstring; the subpackage it is from
+    arithmetic                  a sum of two or three numbers below a hundred; what it is, right or wrong
 
 Splits are fixed: which one a pair belongs to is decided by its text alone, of `summary` by the answer. A held-out pair
 whose prompt shares `RUN` words in a row with a prompt of the training split is left out, or that is equal to one where
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ..translating.parallel_text import Pair, from_packages
 from ..translating.prompts import TRANSLATION
 
 RUN = 8
+PROBLEMS = 6000  # that are drawn; fewer are different
 DOCUMENTED = ("scipy", "sympy", "numpy", "networkx")
 SUMMARY_WORDS, BODY_WORDS = range(4, 17), range(12, 61)  # of a docstring that is used; a longer body is cut
 
@@ -35,6 +37,7 @@ class LanguageTask:
     pairs: dict[str, list[Pair]]
     source: str
     left_out: int
+    checkable: bool = False  # whether an answer is right or wrong
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -68,10 +71,25 @@ def topic() -> LanguageTask:
     return apart("{}\nFrom:", pairs, task.source)
 
 
+def arithmetic() -> LanguageTask:
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError as error:
+        raise DataError(f"this task needs {error.name}: make .venv/reasoning, or pip install reasoning-gym") from None
+    sizes = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+    problems = reasoning_gym.create_dataset("chain_sum", seed=0, size=PROBLEMS, **sizes)
+    pairs: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    for sum_, answer in sorted({each["metadata"]["expression"]: each["answer"] for each in problems}.items()):
+        pairs[split_of(sum_)].append((sum_, answer))
+    version = importlib.metadata.version("reasoning-gym")
+    return replace(apart("{} =", pairs, f"chain_sum of reasoning-gym {version}"), checkable=True)
+
+
 TASKS: dict[str, Callable[[], LanguageTask]] = {
     **{f"translation-{language}": partial(translation, language) for language in ("de", "es", "fr")},
     "summary": summary,
     "topic": topic,
+    "arithmetic": arithmetic,
 }
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import study
 from ..finetuning.memory import PeakMemory
@@ -59,12 +60,17 @@ def train(task: Task, contender: Contender, rate: float, seed: int) -> Content:
     found = {"peak_bytes": peak.read(), "trained_weights": sum(p.numel() for p in prepared.parameters)}
     found["bytes_to_ship"] = prepared.bytes_to_ship
     model.eval()
-    scores = {split: task.score(model, task.held_out(split)) for split in ("validation", "test")}
-    return {**scores, **found, "seconds": round(time.perf_counter() - started, 1)}
+    return {**scores(task, model, ("validation", "test")), **found, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def scores(task: Task, model: nn.Module, splits: Sequence[str]) -> Content:
+    """Of each split; of a task whose answers are right or wrong, also how many of the last split are right."""
+    found = {split: task.score(model, task.held_out(split)) for split in splits}
+    return {**found, "right": task.right(model, task.held_out(splits[-1]))} if task.checkable else found
 
 
 def untuned(task: Task) -> Content:
-    return {"test": task.score(task.model(SEARCH_SEED).eval(), task.held_out("test"))}
+    return scores(task, task.model(SEARCH_SEED).eval(), ["test"])
 
 
 # ---- several at a time
@@ -171,7 +177,11 @@ def more_of(runs: Sequence[Content], dense: Sequence[Content], base: float) -> d
     if "peak_bytes" not in runs[0]:
         return {}
     gains = [(base - run["test"]) / (base - other["test"]) for run, other in zip(runs, dense, strict=False)]
+    right = (
+        {"right answers": study.mean_and_spread([run["right"] for run in runs], ".0%")} if "right" in runs[0] else {}
+    )
     return {
+        **right,
         "of dense training's gain": f"{statistics.mean(gains):.0%}" if gains else "",
         "peak above the model": f"{statistics.median(run['peak_bytes'] for run in runs) / MIB:,.0f} MiB",
         "to ship": f"{runs[0]['bytes_to_ship'] / MIB:,.1f} MiB",

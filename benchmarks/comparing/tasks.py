@@ -19,7 +19,7 @@ from ..finetuning.training import evaluate, load, load_model
 from ..models import model_folder
 from ..study import Content
 from ..translating.parallel_text import Pair, from_packages
-from ..translating.prompts import TRANSLATION, Batch, batches
+from ..translating.prompts import IGNORED, TRANSLATION, Batch, batches
 from .language_tasks import TASKS
 
 SCORED = 128  # held-out pairs of a completion
@@ -33,6 +33,7 @@ class Task(Protocol):
     steps: int
     batch_size: int
     settings: Content
+    checkable: bool  # whether an answer is right or wrong: `right` says how many are
 
     def model(self, seed: int) -> nn.Module:
         """The pre-trained model; what is new in it is drawn with the seed."""
@@ -45,6 +46,9 @@ class Task(Protocol):
     def held_out(self, split: str) -> list[Batch]: ...
 
     def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float: ...
+
+    def right(self, model: nn.Module, held_out: Sequence[Batch]) -> float:
+        """The share of answers that the model writes as they are, and ends, where it writes what is likeliest."""
 
 
 class Completion:
@@ -60,11 +64,12 @@ class Completion:
         batch_size: int | None,
         steps: int | None,
         autocast: bool = False,
+        checkable: bool = False,
     ) -> None:
         from transformers import AutoTokenizer
 
         self.batch_size, self.steps, self.pairs, self.form = batch_size or 8, steps or 50, pairs, form
-        self.folder, self.autocast = model_folder(model), autocast
+        self.folder, self.autocast, self.checkable = model_folder(model), autocast, checkable
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.settings: Content = {"scored": SCORED}
 
@@ -94,6 +99,18 @@ class Completion:
             count += tokens
         return total / count
 
+    @torch.no_grad()
+    def right(self, model: nn.Module, held_out: Sequence[Batch]) -> float:
+        right, count = 0, 0
+        for batch in held_out:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                written = model(**batch).logits[:, :-1].argmax(-1)
+            wanted = batch["labels"][:, 1:]
+            # What stands before a token is right if the tokens before it are, so greedy decoding writes the same.
+            right += int(((written == wanted) | (wanted == IGNORED)).all(1).sum())
+            count += len(wanted)
+        return right / count
+
 
 def translation(args: argparse.Namespace) -> Completion:
     """SmolLM2-135M, strings of message catalogues, English to German; the first held-out ones in the alphabet."""
@@ -108,7 +125,8 @@ def completion(args: argparse.Namespace) -> Completion:
     """The model and the task that the arguments name, in bf16 autocast; held-out pairs are drawn once and for all."""
     text = TASKS[args.task]()
     pairs = {split: found if split == "train" else drawn(found) for split, found in text.pairs.items()}
-    task = Completion(args.model, pairs, text.form, args.batch_size, args.steps, autocast=True)
+    how = {"autocast": True, "checkable": text.checkable}
+    task = Completion(args.model, pairs, text.form, args.batch_size, args.steps, **how)
     task.settings |= {"model": args.model, "task": args.task, "data": text.source, "texts": text.sizes}
     task.settings |= {"left_out": text.left_out}
     return task
@@ -126,7 +144,7 @@ class Classification:
     In bf16 autocast; an epoch at most.
     """
 
-    higher, autocast = True, True
+    higher, autocast, checkable = True, True, False
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.batch_size, self.task = args.batch_size or 32, load_task("classification")

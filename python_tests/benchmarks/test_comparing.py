@@ -27,6 +27,7 @@ class Task:
 
     def __init__(self, args: argparse.Namespace, higher: bool) -> None:
         self.batch_size, self.steps, self.higher, self.autocast = args.batch_size, args.steps, higher, higher
+        self.checkable = not higher
 
     def model(self, seed: int) -> nn.Module:
         return transformer("llama")
@@ -44,6 +45,9 @@ class Task:
     def score(self, model: nn.Module, held_out: list[Any]) -> float:
         loss = float(model(**held_out[0]).loss)
         return math.exp(-loss) if self.higher else loss
+
+    def right(self, model: nn.Module, held_out: list[Any]) -> float:
+        return 0.25
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +92,7 @@ def test_every_contender_trains_what_it_says(study: Any, tmp_path: Path) -> None
             assert contender.density <= trained / weights + 1e-3, name
             assert trained / weights < contender.density + 0.08, name  # one unit of a small tensor
         assert finished[0]["bytes_to_ship"] >= 4 * trained
+        assert finished[0].get("right") == (None if higher else 0.25)
         assert name in out.with_suffix(".md").read_text()
     count = len(content["runs"])
     assert main([*given, "--out", str(out)]) == 0

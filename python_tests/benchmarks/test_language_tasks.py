@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from models import VOCABULARY, ids, transformer
 
 from benchmarks.comparing import language_tasks as tasks
+from benchmarks.comparing.tasks import Completion
 from benchmarks.finetuning.text_task import DataError
 
 WORDS = "the upper part of each matrix is read and the lower part is never looked at in any case"
@@ -76,3 +81,40 @@ def test_summaries_are_read_from_installed_packages(tmp_path: Path, monkeypatch:
 def test_a_package_that_is_not_there_is_named() -> None:
     with pytest.raises(DataError, match="pip install no_such_package"):
         tasks.folder("no_such_package")
+
+
+def test_sums_are_right_and_on_one_side_each() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = tasks.arithmetic()
+    assert task.checkable
+    seen: set[str] = set()
+    for pairs in task.pairs.values():
+        for problem, answer in pairs:
+            assert eval(problem) == int(answer)
+        assert seen.isdisjoint(problem for problem, _ in pairs)
+        seen |= {problem for problem, _ in pairs}
+    assert len(seen) > 4000
+
+
+def test_what_a_task_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(DataError, match=r"needs reasoning_gym: make \.venv/reasoning"):
+        tasks.arithmetic()
+
+
+def test_right_answers_are_those_that_greedy_decoding_writes() -> None:
+    model = transformer("llama").eval()
+    prompts = ids(6, 4)
+    written = model.generate(prompts, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)  # type: ignore[operator]
+    labels = written.clone()
+    labels[:, :4] = -100
+    changed = torch.tensor([1, 3, 4])
+    labels[changed, torch.tensor([4, 5, 6])] += 1
+    labels[changed] %= VOCABULARY
+    labels[:, :4] = -100
+    batch = {"input_ids": torch.where(labels == -100, written, labels), "labels": labels}
+    padded = {
+        name: torch.nn.functional.pad(x, (0, 2), value=-100 if name == "labels" else 0) for name, x in batch.items()
+    }
+    for one in (batch, padded):
+        assert Completion.right(SimpleNamespace(autocast=False), model, [one]) == 0.5  # type: ignore[arg-type]
