@@ -23,6 +23,7 @@ from .training import Gates
 
 GRANULARITIES = ("row+column", "head", "mlp", "head+mlp")
 NOISES = {"stg": 0.5, "finegates": 0.5, "hard_concrete": 2 / 3}
+PUBLISHED_NOISE, PUBLISHED_LOGITS = 0.1, (1.0, 0.1)  # standard deviation; mean and standard deviation at first
 
 
 def attach(
@@ -37,6 +38,7 @@ def attach(
     head: Iterable[str] | None = None,
     lora_rank: int = 0,
     lora_scale: float = 1.0,
+    published_penalty: float | None = None,
 ) -> Gates:
     """Freeze a model and add stochastic gates to its projections; training them ends in a smaller model.
 
@@ -62,19 +64,24 @@ def attach(
         total_steps: number of optimizer steps of the whole training; gates close between 10 % and 50 % of them, and are
             frozen from 80 % on.
         kind: "stg", clamp(mu + 0.5 + noise * normal, 0, 1); "finegates", the same with mu = tanh(l); "hard_concrete".
-        noise: sigma of the first two, temperature of the last; None: 0.5, 0.5, 2/3.
+        noise: sigma of the first two, temperature of the last; None: 0.5, 0.5, 2/3; with published_penalty 0.1.
         granularity: "row+column", gates on all rows and columns of the targets; "head", a gate on each attention head,
             or on each key/value head with its query heads; "mlp", one on each neuron; "head+mlp".
         targets: patterns (as in `fnmatch`) of names of weights; None: attention and MLP projections in numbered blocks.
         head: patterns of parameters to train densely; None: classifier, score, pooler and the like.
         lora_rank: r of low-rank factors B A added to every target, inside its gates; 0: none.
         lora_scale: factor of B A.
+        published_penalty: the factor of FineGates' own penalty (in their code 50), to be used in place of ours; for
+            kind="finegates" and granularity="row+column". The gates then begin at normally distributed logits, their
+            importance counts for nothing, they close as the penalty drives them and are fixed after the last step:
+            pruning_ratio is the share of rows and of columns of each layer whose probability of being open the penalty
+            takes away, and not the share that is removed in the end.
 
     Returns:
         Gates, the handle of the gated model.
 
     Numerics: noise comes from torch's generator, one integer per layer and forward: `torch.manual_seed` makes it
-    reproducible, and checkpointing repeats it.
+    reproducible, and checkpointing repeats it. With published_penalty the first logits do, too.
     Cost: a forward, and a backward by the input of each layer without weight gradient; each copies the weight, one
     layer at a time. Saved for backward: a layer's input and its output.
 
@@ -101,13 +108,22 @@ def attach(
         raise ValueError(f"total_steps must be at least 10, the steps of the whole training, got {total_steps}")
     if kind not in NOISES:
         raise ValueError(f"kind must be one of {', '.join(map(repr, NOISES))}, got {kind!r}")
-    noise = NOISES[kind] if noise is None else noise
+    if noise is None:
+        noise = NOISES[kind] if published_penalty is None else PUBLISHED_NOISE
     if not noise > 0:
         raise ValueError(f"noise must be above 0, got {noise}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}")
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 or more, got {lora_rank}")
+    if published_penalty is not None:
+        if kind != "finegates" or granularity != "row+column":
+            raise ValueError(
+                'published_penalty is for kind="finegates" and granularity="row+column", '
+                f"got {kind!r} and {granularity!r}"
+            )
+        if not published_penalty > 0:
+            raise ValueError(f"published_penalty must be above 0, got {published_penalty}")
     refuse_train_only(model)
     refuse_unsupported_of(model)
     if any(isinstance(module, LayerGates) for module in model.modules()):
@@ -148,6 +164,8 @@ def attach(
         for vector in vectors:
             if vector.layer == name:
                 sides[vector.side] = torch.full((vector.count,), OPEN[kind])
+                if published_penalty is not None:
+                    sides[vector.side].normal_(*PUBLISHED_LOGITS)
                 if vector.side == "columns":
                     sides["column_group"] = vector.group
         if sides or lora_rank:
@@ -155,7 +173,8 @@ def attach(
             gate(module, gating, **sides, lora_rank=lora_rank, lora_scale=lora_scale)
             layers[name] = module.gates
     schedule, named = Schedule(total_steps, pruning_ratio), targets is not None
-    return Gates(model, layers, vectors, planner, dimensions, elements, gating, schedule, found, dense, named)  # type: ignore[arg-type]
+    parts = (planner, dimensions, elements, gating, schedule, found, dense, named, published_penalty)
+    return Gates(model, layers, vectors, *parts)  # type: ignore[arg-type]
 
 
 def _planner(model: nn.Module, targets: Iterable[str] | None) -> Planner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...ops import gate_probabilities
 # default noise changes a gate in less than one draw of 500 (finegates, whose tanh is below 1: more often).
 OPEN = {"stg": 2.0, "finegates": 1.5, "hard_concrete": 8.0}
 SHUT = {"stg": -2.0, "finegates": -1.5, "hard_concrete": -8.0}
+PUBLISHED_SIGMA = 0.5  # in FineGates' penalty
 RATES = {"stg": 0.1, "finegates": 0.08, "hard_concrete": 0.4}
 
 
@@ -43,6 +45,12 @@ class Original:
         if self.value is not None:
             with torch.no_grad():
                 self.parameter.copy_(self.value)
+
+
+def distance(logits: Sequence[Tensor], keep: float) -> Tensor:
+    """The mean over vectors of |mean P(open) - keep|, as FineGates has it: with a noise that is not the gates'."""
+    means = [torch.special.ndtr((torch.tanh(each) + 0.5) / PUBLISHED_SIGMA).mean() for each in logits]
+    return (torch.stack(means) - keep).abs().mean()
 
 
 class Wrong(torch.autograd.Function):

@@ -14,7 +14,7 @@ from ...nn.gated import Gating, LayerGates, put_back, ungate
 from ...ops import gate_values
 from ...structure.pruning_plan import Planner, cut
 from .measuring import check_measured, take_gradients
-from .parts import OPEN, RATES, SHUT, Original, Vector, Wrong
+from .parts import OPEN, RATES, SHUT, Original, Vector, Wrong, distance
 from .rounding import Dimensions
 from .saving import mark_compressed
 from .schedule import Importance, Schedule, closing_order, threshold
@@ -59,12 +59,13 @@ class Gates:
         found: Mapping[str, Original],
         head: set[str],
         named: bool,
+        published: float | None = None,
     ) -> None:
         self.model, self.schedule = model, schedule
         self.steps, self.threshold, self.frozen = 0, 0.0, False
         self._layers, self._head = dict(layers), head
         self._vectors, self._planner, self._dimensions = vectors, planner, dimensions
-        self._gating, self._found, self._named = gating, found, named
+        self._gating, self._found, self._named, self._published = gating, found, named, published
         self._left_out: set[str] = set()
         self._importance = Importance(elements)
         self._vector_of = torch.arange(len(vectors)).repeat_interleave(torch.tensor([v.count for v in vectors]))
@@ -93,7 +94,8 @@ class Gates:
         Args:
             lr: of biases and norms; `lora_A` gets half of it, `lora_B` four times it (LoRA+, Hayou et al., arXiv
                 2402.12354).
-            gate_lr: of the gates, whose logits move by up to 4 (stg); None: 0.1, finegates 0.08, hard_concrete 0.4.
+            gate_lr: of the gates, whose logits move by up to 4 (stg); None: 0.1, finegates 0.08, hard_concrete 0.4;
+                FineGates' code has 1e-3.
             head_lr: of the task head; None: lr.
             weight_decay: of low-rank factors and of matrices in the head; everything else has none.
 
@@ -129,9 +131,16 @@ class Gates:
         probability of the opposite: nearly 0 once gates are where they should be. Ours; the papers use the sum of
         P(open) times a constant lambda. `step` raises the threshold until the gates below it make up the share wanted
         at that step.
+
+        With `published_penalty`, that of FineGates' code: this factor times the mean over all vectors of gates, rows
+        and columns of each layer, of |mean P(open) - (1 - pruning_ratio)|, where P(open) is that under a noise of 0.5.
         """
         self._check_in_use()
         logits = self._logits()
+        if self._published is not None:
+            if self.frozen:
+                return logits[0].new_zeros(())
+            return self._published * distance(logits, 1 - self.schedule.pruning_ratio)
         if self.frozen or self.threshold == 0:
             return logits[0].new_zeros(())
         result: Tensor = Wrong.apply(self._weights.to(logits[0].device), self._gating, *logits)
@@ -141,7 +150,8 @@ class Gates:
     def step(self) -> None:
         """Advance the schedule by one step; call it after each `optimizer.step()`.
 
-        Updates importance from the gates' gradients, clamps logits to their range, every 10 steps sets the threshold so
+        With `published_penalty` it only counts, and freezes the gates after the last step. Otherwise it updates
+        importance from the gates' gradients, clamps logits to their range, every 10 steps sets the threshold so
         that the wanted share is removed (counted as `compress` does), and freezes the gates in the end. Gates that no
         gradient ever reached stay open: their importance is unknown.
 
@@ -159,6 +169,10 @@ class Gates:
             return
         self._importance.add(self._take_gradients())
         self.steps += 1
+        if self._published is not None:
+            if self.steps >= self.schedule.total_steps:
+                self.freeze()
+            return
         kind = self._gating.kind
         for logits in self._logits():
             logits.clamp_(SHUT[kind], OPEN[kind])
@@ -180,6 +194,7 @@ class Gates:
         Gates that are shut already come first, then those of least importance. Gates shut beyond that share open again,
         and so do those that make the remaining sizes multiples of 8 (or of less, for sizes that were below 128). Noise
         ends, and gates no longer train. `step` calls this in time; the other parameters go on training and adapt to it.
+        With `published_penalty` nothing is shut or opened.
 
         Raises:
             RuntimeError: the share is out of reach without gates that no gradient ever reached. Nothing has changed.
@@ -194,6 +209,9 @@ class Gates:
             True
         """
         self._check_in_use()
+        if self._published is not None:
+            self._fix()
+            return
         closed = torch.cat([gate_values(x, kind=self._gating.kind, noise=1.0)[0] for x in self._logits()]).cpu() == 0
         _, stays = self._choose(self._importance.values(), closed, self.schedule.pruning_ratio)
         kind = self._gating.kind
@@ -234,9 +252,10 @@ class Gates:
         """
         self._check_in_use()
         if not self.frozen:
+            rest = "freeze() removes the rest" if self._published is None else "the penalty has not ended"
             warn(
                 f"compressing after {self.steps} of {self.schedule.total_steps} steps: {self.removed():.1%} of "
-                f"{self.schedule.pruning_ratio:.1%} will be removed; freeze() removes the rest"
+                f"{self.schedule.pruning_ratio:.1%} will be removed; {rest}"
             )
         rows, columns = self._masks(self._open())
         cuts = self._planner.plan(rows, columns)
