@@ -4,6 +4,7 @@
 #   PIP_FLAGS=...            more flags for pip. torch from PyPI comes with 3 GB of CUDA libraries; without a GPU, use
 #                            PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   SPARSEKERNELS_BUILD=...  what to build: see setup.py
+#   MODEL=...                a language model for `make demo`: smollm2, or a folder
 #   ARGS=...                 more arguments for the program run by `demo`, `ks-lottery`, `test`, `fuzz`, `bench` or `gpu-train`, and for the tests of `gpu`
 
 PYTHON ?= python3
@@ -20,8 +21,8 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
-demo: $(VENV)/native  ## fine-tune a real transformer on real text: sparse beside LoRA and dense
-	$(RUN) -m benchmarks finetune --method columns --method sift --method lora $(ARGS)
+demo: $(VENV)/native  ## fine-tune a real model on real text: sparse beside LoRA and dense; MODEL=smollm2: a language model
+	$(RUN) -m benchmarks $(if $(MODEL),language-demo --model $(MODEL),finetune --method columns --method sift --method lora) $(ARGS)
 
 examples: $(VENV)/native  ## run every program of examples/, on models that packages carry
 	for program in plain_loop trainer trl_sft embedding_rows two_deltas; do echo "== examples/$$program.py"; \

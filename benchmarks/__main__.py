@@ -22,6 +22,7 @@ PROGRAMS = {
     "grains": "grains",
     "grains-text": "grains_text",
     "language": "language",
+    "language-demo": "language_demo",
     "ird": "ird",
     "gates": "gates",
     "laser": "laser",

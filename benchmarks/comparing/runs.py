@@ -31,11 +31,15 @@ MakeTask = Callable[[argparse.Namespace], Task]
 
 
 def train(task: Task, contender: Contender, rate: float, seed: int) -> Content:
-    """One run: scores on the validation and the test split, and what it took.
-
-    The peak is that of the process, above the loaded model, until the last step; seconds are those of all, scores too.
-    """
+    """One run: scores on the validation and the test split, and what it took; seconds are those of all of it."""
     started = time.perf_counter()
+    model, found = fit(task, contender, rate, seed)
+    found = {**scores(task, model, ("validation", "test")), **found}
+    return {**found, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def fit(task: Task, contender: Contender, rate: float, seed: int) -> tuple[nn.Module, Content]:
+    """The trained model, in eval mode, and what it took. The peak is that of the process, above the loaded model."""
     model, given = task.model(seed).train(), task.train(seed)
     gc.collect()
     peak = PeakMemory("cpu")
@@ -59,8 +63,7 @@ def train(task: Task, contender: Contender, rate: float, seed: int) -> Content:
         optimizer.zero_grad()
     found = {"peak_bytes": peak.read(), "trained_weights": sum(p.numel() for p in prepared.parameters)}
     found["bytes_to_ship"] = prepared.bytes_to_ship
-    model.eval()
-    return {**scores(task, model, ("validation", "test")), **found, "seconds": round(time.perf_counter() - started, 1)}
+    return model.eval(), found
 
 
 def scores(task: Task, model: nn.Module, splits: Sequence[str]) -> Content:

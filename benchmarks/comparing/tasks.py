@@ -19,7 +19,7 @@ from ..finetuning.training import evaluate, load, load_model
 from ..models import model_folder
 from ..study import Content
 from ..translating.parallel_text import Pair, from_packages
-from ..translating.prompts import IGNORED, TRANSLATION, Batch, batches
+from ..translating.prompts import IGNORED, TRANSLATION, Batch, batches, translate
 from .language_tasks import TASKS
 
 SCORED = 128  # held-out pairs of a completion
@@ -98,6 +98,11 @@ class Completion:
             total += float(loss) * tokens
             count += tokens
         return total / count
+
+    def written(self, model: nn.Module, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """What the model writes to prompts, greedily: the first line of it."""
+        texts = translate(model, self.tokenizer, prompts, max_new_tokens, form=self.form)
+        return [next(iter(text.strip().splitlines()), "") for text in texts]
 
     @torch.no_grad()
     def right(self, model: nn.Module, held_out: Sequence[Batch]) -> float:

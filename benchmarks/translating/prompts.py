@@ -60,13 +60,18 @@ def _collate(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
 
 @torch.no_grad()
 def translate(
-    model: Any, tokenizer: Any, sources: Sequence[str], max_new_tokens: int, batch_size: int = 128
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 128,
+    form: str = TRANSLATION,
 ) -> list[str]:
     """Continue every prompt greedily, until the end token or ``max_new_tokens``; return what was written."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    prompts = [prompt_ids(tokenizer, source) for source in sources]
+    prompts = [prompt_ids(tokenizer, source, form) for source in sources]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     written = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

@@ -15,7 +15,7 @@ import torch
 from models import batch, transformer
 from torch import nn
 
-from benchmarks import grains, grains_text, language
+from benchmarks import grains, grains_text, language, language_demo
 from benchmarks.comparing import contenders, runs
 from benchmarks.study import MAX_EXTENSIONS, Refused, program
 
@@ -116,3 +116,33 @@ def test_a_new_head_has_its_own_rate(name: str) -> None:
     assert [p.numel() for p in head["params"]] == [model.get_parameter("model.norm.weight").numel()]
     assert len(projections) == 1
     assert projections[0]["params"]
+
+
+def test_the_demo_shows_what_each_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Writer(Task):
+        pairs = {"test": [("what is one", "a number"), ("what is two", "another number")]}
+
+        def __init__(self, args: argparse.Namespace) -> None:
+            super().__init__(args, higher=False)
+
+        def written(self, model: nn.Module, prompts: list[str], max_new_tokens: int) -> list[str]:
+            norm = float(model.get_parameter("model.layers.0.mlp.up_proj.weight").detach().norm())
+            return [f"{prompt}: {norm:.9f}" for prompt in prompts]
+
+    monkeypatch.setattr(language_demo, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(language_demo, "completion", Writer)
+    out = tmp_path / "results.json"
+    assert language_demo.main(["--steps", "4", "--batch-size", "2", "--out", str(out)]) == 0
+    before, *trained = json.loads(out.read_text())["runs"]
+    assert [run["name"] for run in trained] == list(language_demo.RATES)
+    assert "trained_weights" not in before
+    text = capsys.readouterr().out
+    for run in trained:
+        assert run["trained_weights"] > 0
+        for (prompt, answer, written), (*_, first) in zip(run["samples"], before["samples"], strict=True):
+            assert answer in text
+            assert written in text
+            assert written.startswith(prompt)
+            assert (written == first) == run["name"].startswith("LoRA")  # whose weights stay
