@@ -105,6 +105,9 @@ def cases(small: bool, gpu: bool) -> list[Case]:
     rows, width = (4, 256) if small else (64, 4096)
     other = width - width // 40  # p-values of different sizes are counted, not looked up
     different = partial(make, rows, width, False, FP32, other)
+    table_rows, table_width = (16, 64) if small else (262_144, 640)  # Gemma 3 270M
+    table = partial(make, table_rows, table_width, True, BF16, checked=min(table_rows, 64))
+    floor = Floor(4.0 * table_rows * table_width, "samples", most=3.0)
     return [
         *[
             case(f"{kind}, {rows} x {width}{suffix}", partial(make, rows, width, trained, dtype), {SCIPY: bar})
@@ -112,4 +115,5 @@ def cases(small: bool, gpu: bool) -> list[Case]:
             for suffix, dtype, bar in (("", FP32, 40.0), (", bf16", BF16, 80.0))
         ],
         case(f"independent rows, {rows} x {width} and {other}", different, {SCIPY: None}),
+        case(f"a whole trained table, {table_rows} x {table_width}, bf16", table, {}, floor),
     ]
