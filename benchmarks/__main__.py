@@ -21,6 +21,7 @@ PROGRAMS = {
     "accuracy": "accuracy",
     "grains": "grains",
     "grains-text": "grains_text",
+    "gradient-curve": "gradient_curve",
     "language": "language",
     "language-demo": "language_demo",
     "ird": "ird",

@@ -15,7 +15,7 @@ import torch
 from models import batch, transformer
 from torch import nn
 
-from benchmarks import grains, grains_text, language, language_demo
+from benchmarks import gradient_curve, grains, grains_text, language, language_demo
 from benchmarks.comparing import contenders, runs
 from benchmarks.study import MAX_EXTENSIONS, Refused, program
 
@@ -146,3 +146,23 @@ def test_the_demo_shows_what_each_wrote(
             assert written in text
             assert written.startswith(prompt)
             assert (written == first) == run["name"].startswith("LoRA")  # whose weights stay
+
+
+def test_the_gradient_curve_is_that_of_the_largest_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_curve, "completion", partial(Task, higher=False))
+    out = tmp_path / "curve.json"
+    options = ["--model", "tiny", "--task", "summary", "--batches", "2", "--batch-size", "2"]
+    assert gradient_curve.main([*options, "--out", str(out)]) == 0
+    runs_ = json.loads(out.read_text())["runs"]
+    assert [(run["model"], run["task"], run["seed"]) for run in runs_] == [("tiny", "summary", seed) for seed in (0, 1)]
+    for run in runs_:
+        model = transformer("llama")
+        model(**batch("llama", 2, seed=10 * run["seed"])).loss.backward()
+        grads = [
+            p.grad.flatten().double() for name, p in model.named_parameters() if "_proj" in name and p.grad is not None
+        ]
+        largest = [grad.square().sort(descending=True).values[: round(0.1 * len(grad))].sum() for grad in grads]
+        wanted = float((sum(largest) / sum(grad.square().sum() for grad in grads)) ** 0.5)
+        assert gradient_curve.carried(run["curve"], 0.1) == pytest.approx(wanted, abs=0.01)
+    assert "does not hold here" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").is_file()
