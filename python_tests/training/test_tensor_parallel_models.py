@@ -16,7 +16,7 @@ from sharded_models import UNITS, loss_of, optimizer_of, same, selection, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -114,14 +114,26 @@ def interrupted(model: nn.Module, tuned: sk.SparseModel) -> None:
         raise KeyboardInterrupt
 
     hook = experts.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        loss_of(model, ids(2, 7))
+    for look in (refuses_others, whole):
+        with pytest.raises(KeyboardInterrupt):
+            loss_of(model, ids(2, 7))
+        assert experts.gate_up_proj is not weight
+        found = look(model)
+        same(before if found is None else found, before, 0.0)
     hook.remove()
-    same(whole(model), before, 0.0)
     assert experts.gate_up_proj is weight
     loss_of(model, ids(2, 7)).backward()
     assert experts.gate_up_proj is weight
     assert all(p.grad is not None for p in tuned.parameters())
+
+
+def refuses_others(model: nn.Module) -> None:
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    with pytest.raises(KeyboardInterrupt):
+        loss_of(model, ids(2, 7))  # the state_dict removed what the first one left over
+    with pytest.raises(ValueError, match=r"changes [\d,]+ weights of 'model.layers.0.mlp.experts.gate_up_proj'"):
+        model.load_state_dict({**state, name: state[name] + 1})
 
 
 def loaded(folder: str, plan: str | None = None) -> nn.Module:
@@ -130,7 +142,32 @@ def loaded(folder: str, plan: str | None = None) -> nn.Module:
     return model
 
 
+def compiled_hooks(rank: int, world: int, folder: str) -> None:
+    """Modules whose weights are views in forward: a norm, and one whose forward was replaced, each compiled or not."""
+    mesh = init_device_mesh("cpu", (world,))
+    for replaced in (False, True):
+        results = []
+        for compiled in (False, True):
+            torch.manual_seed(5)
+            norm = nn.LayerNorm(8)
+            parallelize_module(norm, mesh, SequenceParallel())
+            if replaced:
+                norm.forward = norm.forward  # type: ignore[method-assign]
+            tuned = sk.train_only(norm, sk.Selection({"weight": sk.Index(torch.tensor([1, 5]), (8,))}))
+            if compiled:
+                norm.compile(backend="aot_eager", fullgraph=True)
+            optimizer = optimizer_of(tuned)
+            for _ in range(2):
+                norm(torch.randn(2, 6, 8)).to_local().square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append(whole(norm))
+        same(results[1], results[0])
+
+
 def both(rank: int, world: int, folder: str) -> None:
+    compiled_hooks(rank, world, folder)
+    dist.barrier()
     gpt2_by_hand(rank, world, folder)
     dist.barrier()
     of_transformers(rank, world, folder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from ..ops import gather, masked_grad_embedding, masked_grad_linear
 from .slot import Slot
 
 SLOTS = "_sparse_slots"  # where a module keeps {name of its parameter: Slot}
-INSTEAD_OF = "_sparse_parameter"  # of a view, the Parameter whose place it takes
+KEPT_ASIDE = "_sparse_aside_"  # and the name of a parameter: where a module keeps it while a view stands in its place
+_DIVIDED_BY_DTENSOR = (nn.Linear, nn.Embedding)  # their forward under transformers' tensor parallelism takes DTensors
 
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:
@@ -209,8 +210,10 @@ def attach(module: nn.Module) -> list[Any]:
     are. torch runs no hook after a KeyboardInterrupt. A leftover view then reads and writes the storage of the
     Parameter until the next forward, state_dict, load_state_dict, restore or merge removes it.
 
-    Where transformers divides a module (`tp_plan`), the view takes the place of the Parameter itself: the forward of
-    some modules, such as experts, then puts the local part of whatever stands there in its place.
+    One kind of module is treated otherwise: under tensor parallelism, with a forward of its own that replaces its
+    class's, and neither Linear nor Embedding. Experts that transformers divides are such: their forward replaces each
+    DTensor in `_parameters` by its local part, so the view must stand there, and the Parameter is kept aside. A view
+    left over by a KeyboardInterrupt is then listed by `parameters()` until it is removed as above.
     """
     return [
         module.register_forward_pre_hook(_put),
@@ -226,21 +229,21 @@ def _put(module: Any, *_: Any) -> None:
         if not torch.is_grad_enabled():
             slot.sync_()
             continue
-        view: Any = _attached(slot)
-        if slot.parallel is not None and "forward" in module.__dict__:
-            view.__dict__[INSTEAD_OF] = slot.weight
+        weight, view = slot.weight, cast(Any, _attached(slot))
+        if slot.parallel is not None and "forward" in module.__dict__ and not isinstance(module, _DIVIDED_BY_DTENSOR):
+            module.__dict__[KEPT_ASIDE + name] = weight
             module._parameters[name] = view
         else:
             module.__dict__[name] = view
         if not torch.compiler.is_compiling():
             # torch cannot deepcopy views, and a model may be copied after an interrupt.
-            view.__dict__["__deepcopy__"] = partial(copy.deepcopy, slot.weight)
+            view.__dict__["__deepcopy__"] = partial(copy.deepcopy, weight)
 
 
 def detach(module: Any, *_: Any) -> None:
     """Remove the views, so that the module reads its parameters again."""
-    for name, slot in slots_of(module).items():
+    for name in slots_of(module):
         module.__dict__.pop(name, None)
-        if slot.parallel is not None:
-            view = module._parameters[name]
-            module._parameters[name] = view.__dict__.get(INSTEAD_OF, view)
+        weight = module.__dict__.pop(KEPT_ASIDE + name, None)
+        if weight is not None:
+            module._parameters[name] = weight

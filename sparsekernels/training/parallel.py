@@ -1,8 +1,8 @@
 """Tensor parallelism (parallelize_module): each rank trains the selected positions of the part of a weight it holds.
 
-Input and output of a layer are DTensors already, so the gradient of these positions is complete on their rank: nothing
-of it is communicated. The compact values are a flat DTensor, so that clipping and checkpoints see all of them; each
-rank has room for as many as the one that has most.
+The layers of a divided model communicate their inputs and outputs, so the gradient of these positions is complete on
+their rank: nothing of it is communicated. The compact values are a flat DTensor, so that clipping and checkpoints see
+all of them; each rank has room for as many as the one that has most.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Parallel:
     Attributes:
         mesh: of one dimension. dim: the dimension of the weight that is sharded, None if all ranks hold all of it.
         groups: equal parts of that dimension, of each of which every rank holds a slice: 2 where transformers divides
-            a weight that is two in one, such as that of gate and up projections.
+            a fused weight (gate and up projections in one tensor).
         selected: the positions in the whole weight. index: those in what this rank holds.
         room: values that each rank has room for.
     """
@@ -43,7 +43,7 @@ class Parallel:
 
     @classmethod
     def of(cls, weight: Any, index: Index, name: str) -> Parallel:
-        """Raises ValueError for a weight that is not divided as parallelize_module does it."""
+        """Raises ValueError for a weight that is not a Shard, _StridedShard or Replicate of a one-dimensional mesh."""
         mesh, placement = weight.device_mesh, weight.placements[0]
         if mesh.ndim != 1 or type(placement).__name__ not in ("Shard", "_StridedShard", "Replicate"):
             refuse_sharded(name, f"as {weight.placements}")

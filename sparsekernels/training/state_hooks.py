@@ -11,7 +11,7 @@ from ..common.supported import as_integers, is_dtensor, local_of
 from ..index import Index
 from . import sharding
 from .compact import VALUES
-from .layers import SLOTS, slots_of
+from .layers import SLOTS, detach, slots_of
 
 LEFT = "_sparse_left"  # where a module keeps {name of its parameter: Index of what reselect(restore=False) left}
 KEPT = "_sparse_kept"  # where it keeps the names of those that it had, with values, when train_only was called
@@ -69,7 +69,11 @@ def before_loading(
     """
     if module.__dict__.pop(LOADING, None) is errors:
         return
-    slots = [slot for part in module.modules() for slot in part.__dict__.get(SLOTS, {}).values()]
+    slots: list[Any] = []
+    for part in module.modules():
+        if SLOTS in part.__dict__:
+            detach(part)  # a view that an interrupt left over is no weight to compare with
+            slots += slots_of(part).values()
     sharding.reshard(module, [slot for slot in slots if slot.is_managed()])
     known = _known(module)
     counts: dict[str, int] = {}
