@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,16 +73,16 @@ def attach(
         lora_rank: r of low-rank factors B A added to every target, inside its gates; 0: none.
         lora_scale: factor of B A.
         published_penalty: the factor of FineGates' own penalty (in their code 50), to be used in place of ours; for
-            kind="finegates" and granularity="row+column". The gates then begin at normally distributed logits, their
-            importance counts for nothing, they close as the penalty drives them and are fixed after the last step:
-            pruning_ratio is the share of rows and of columns of each layer whose probability of being open the penalty
-            takes away, and not the share that is removed in the end.
+            kind="finegates" and granularity="row+column". The initial logits are then normally distributed, importance
+            is not used, and gates close as the penalty drives them; they are fixed after the last step. pruning_ratio
+            is the target for the mean probability of being closed, for the rows and for the columns of each layer: the
+            share that is removed in the end can be smaller, even 0.
 
     Returns:
         Gates, the handle of the gated model.
 
     Numerics: noise comes from torch's generator, one integer per layer and forward: `torch.manual_seed` makes it
-    reproducible, and checkpointing repeats it. With published_penalty the first logits do, too.
+    reproducible, and checkpointing repeats it. With published_penalty, the initial logits come from the same generator.
     Cost: a forward, and a backward by the input of each layer without weight gradient; each copies the weight, one
     layer at a time. Saved for backward: a layer's input and its output.
 
@@ -90,7 +91,8 @@ def attach(
             of a model whose structure is unknown; a pruning_ratio that these gates cannot reach; a model that has
             gates, was compressed, or is under train_only. The model is unchanged then.
 
-    Source: FineGates (Svirsky et al., arXiv 2412.12951), its code for which parameters train; STG (Yamada et al., arXiv
+    Source: FineGates (Svirsky et al., arXiv 2412.12951), its code (github.com/jsvir/FineGates, 5ab6421) for which
+    parameters train and for published_penalty; STG (Yamada et al., arXiv
     1810.04247); hard concrete (Louizos et al., arXiv 1712.01312). Ours: one noise for sampling and P(open), limits of
     the logits at which noise rarely changes a gate, norms that train, which gates close when (see `Gates.penalty`), and
     sizes rounded to multiples of 8 (see `Gates.freeze`).
@@ -122,8 +124,8 @@ def attach(
                 'published_penalty is for kind="finegates" and granularity="row+column", '
                 f"got {kind!r} and {granularity!r}"
             )
-        if not published_penalty > 0:
-            raise ValueError(f"published_penalty must be above 0, got {published_penalty}")
+        if not 0 < published_penalty < math.inf:
+            raise ValueError(f"published_penalty must be above 0 and finite, got {published_penalty}")
     refuse_train_only(model)
     refuse_unsupported_of(model)
     if any(isinstance(module, LayerGates) for module in model.modules()):

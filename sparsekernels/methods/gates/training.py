@@ -124,7 +124,7 @@ class Gates:
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in found.items()]
 
     def penalty(self) -> Tensor:
-        """Return the term to add to each batch's loss; 0 before the first gate is to close, and once gates are frozen.
+        """Return the term to add to each batch's loss; 0 until gates are to close, and once they are frozen.
 
         A gate of importance s is to close if s is below the threshold (unless it makes a size a multiple of 8), and to
         stay open if s is above. The penalty is the sum over all gates of |(threshold - s) / (threshold + s)| times the
@@ -140,7 +140,8 @@ class Gates:
         if self._published is not None:
             if self.frozen:
                 return logits[0].new_zeros(())
-            return self._published * distance(logits, 1 - self.schedule.pruning_ratio)
+            used = [x for vector, x in zip(self._vectors, logits, strict=True) if vector.layer not in self._left_out]
+            return self._published * distance(used, 1 - self.schedule.pruning_ratio)
         if self.frozen or self.threshold == 0:
             return logits[0].new_zeros(())
         result: Tensor = Wrong.apply(self._weights.to(logits[0].device), self._gating, *logits)
@@ -150,10 +151,10 @@ class Gates:
     def step(self) -> None:
         """Advance the schedule by one step; call it after each `optimizer.step()`.
 
-        With `published_penalty` it only counts, and freezes the gates after the last step. Otherwise it updates
-        importance from the gates' gradients, clamps logits to their range, every 10 steps sets the threshold so
+        Updates importance from the gates' gradients, clamps logits to their range, every 10 steps sets the threshold so
         that the wanted share is removed (counted as `compress` does), and freezes the gates in the end. Gates that no
-        gradient ever reached stay open: their importance is unknown.
+        gradient ever reached stay open: their importance is unknown. With `published_penalty` it moves no gate, and
+        freezes them after the last step.
 
         Raises:
             ValueError: a layer that `targets` names is also used outside its module's forward. Nothing has changed.
@@ -167,12 +168,13 @@ class Gates:
             for logits, fixed in zip(self._logits(), self._fixed, strict=True):
                 logits.copy_(fixed)  # an optimizer's momentum continues
             return
-        self._importance.add(self._take_gradients())
+        gradients = self._take_gradients()
         self.steps += 1
         if self._published is not None:
             if self.steps >= self.schedule.total_steps:
                 self.freeze()
             return
+        self._importance.add(gradients)
         kind = self._gating.kind
         for logits in self._logits():
             logits.clamp_(SHUT[kind], OPEN[kind])
@@ -251,12 +253,12 @@ class Gates:
         Memory: the smaller layers beside the original ones, until all are made. The model is unchanged if that fails.
         """
         self._check_in_use()
-        if not self.frozen:
-            rest = "freeze() removes the rest" if self._published is None else "the penalty has not ended"
-            warn(
-                f"compressing after {self.steps} of {self.schedule.total_steps} steps: {self.removed():.1%} of "
-                f"{self.schedule.pruning_ratio:.1%} will be removed; {rest}"
-            )
+        done = f"compressing after {self.steps} of {self.schedule.total_steps} steps: {self.removed():.1%}"
+        if self._published is not None:
+            if not self.frozen or not self.removed():
+                warn(f"{done} will be removed; published_penalty has shut no more gates")
+        elif not self.frozen:
+            warn(f"{done} of {self.schedule.pruning_ratio:.1%} will be removed; freeze() removes the rest")
         rows, columns = self._masks(self._open())
         cuts = self._planner.plan(rows, columns)
         modules: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._planner.names}
@@ -310,7 +312,9 @@ class Gates:
             >>> gates.load_state_dict(torch.load("gates.pt"))
             >>> model = gates.restore()
         """
+        published = {} if self._published is None else {"published_penalty": self._published}
         return {
+            **published,
             "steps": self.steps,
             "frozen": self.frozen,
             "threshold": self.threshold,
@@ -332,6 +336,10 @@ class Gates:
         self._check_in_use()
         if set(state) != set(self.state_dict()) or state["squares"].shape != self._importance.squares.shape:
             raise ValueError(f"state is not a state_dict() of {len(self._importance.squares)} gates, as in the model")
+        if state.get("published_penalty") != self._published:
+            raise ValueError(
+                f"state is of published_penalty={state['published_penalty']}, and these gates have {self._published}"
+            )
         if self.frozen and not state["frozen"]:
             raise ValueError("state is of gates that are not frozen, but these are; attach() again and load into that")
         if not set(state["left_out"]) <= set(self._layers):
