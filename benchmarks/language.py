@@ -20,9 +20,9 @@ projections of every block. Of these, 0.1, 1 or 5 % are trained:
     relative               the largest gradients over weights
     principal              the largest entries of an approximation of rank 32 (LIFT, arXiv 2506.00772)
 
-as entries of each matrix, or over all of them; "chosen anew" is every ten steps, where entries that leave keep what
-they have learned. Columns and blocks of 64 x 64 are whole ones. Peak memory is that of the process above the loaded
-model, on the CPU, choosing included.
+with equal density in each matrix, or with one budget over all; "re-selected" is every ten steps, where entries that
+leave keep what they have learned. Peak memory is that of the process above the loaded model, on the CPU, selection
+included. Seconds compare runs of the same --workers and --threads only.
 
 Every run is added to the results file as soon as it is finished; starting again continues where it stopped.
 """
@@ -66,7 +66,7 @@ def contenders() -> dict[str, Contender]:
         for (choice, unit), lr in UNITS.items():
             found[f"{share}, {choice}, {unit}s"] = Contender(choice, lr * scale, unit, density)
         for choice, lr in ANEW.items():
-            found[f"{share}, {choice}, chosen anew"] = Contender(choice, lr * scale, density=density, every=EVERY)
+            found[f"{share}, {choice}, re-selected"] = Contender(choice, lr * scale, density=density, every=EVERY)
         for choice, lr in MODEL.items():
             found[f"{share}, {choice}, over all"] = Contender(choice, lr * scale, density=density, budget="model")
     return found

@@ -2,9 +2,9 @@
 
     python -m benchmarks language-demo
 
-SmolLM2-135M learns to sum up a docstring in a line, or another task of comparing/language_tasks.py: fifty steps of
-eight texts in bf16 autocast, at rates that the study of `python -m benchmarks language` found; one seed. It prints what
-each way costs and reaches, and what the model answers to held-out prompts.
+SmolLM2-135M learns to summarise a docstring in one line, or another task of comparing/language_tasks.py: fifty steps of
+eight texts in bf16 autocast, at rates near those that the studies `grains` and `language` found; one seed. It prints
+what each way costs and reaches, and what the model answers to held-out prompts.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ def one(args: argparse.Namespace, name: str | None) -> Content:
         torch.set_num_threads(args.threads)
     task = completion(args)
     model, found = (task.model(0).eval(), {}) if name is None else runs.fit(task, CONTENDERS[name], RATES[name], 0)
-    prompts = [prompt for prompt, _ in task.pairs["test"][:: max(1, len(task.pairs["test"]) // SAMPLES)][:SAMPLES]]
-    answers = [dict(task.pairs["test"])[prompt] for prompt in prompts]
-    written = task.written(model, prompts, TOKENS)
+    pairs = task.pairs["test"][:: max(1, len(task.pairs["test"]) // SAMPLES)][:SAMPLES]
+    written = task.written(model, [prompt for prompt, _ in pairs], TOKENS)
     found |= runs.scores(task, model, ["test"])
-    return {**found, "samples": [list(each) for each in zip(prompts, answers, written, strict=True)]}
+    return {**found, "samples": [[*pair, text] for pair, text in zip(pairs, written, strict=True)]}
 
 
 def measure(args: argparse.Namespace, origin: Content) -> Content:
@@ -87,8 +86,8 @@ def samples(found: list[Content]) -> list[str]:
     lines = []
     for number, (prompt, answer, _) in enumerate(found[0]["samples"]):
         lines += ["", *textwrap.wrap(prompt, WIDTH)]
-        width = max(len(run["name"]) for run in found)
-        lines.append(f"  {'as it is':<{width}}  {answer}")
+        width = max(len("reference"), *(len(run["name"]) for run in found))
+        lines.append(f"  {'reference':<{width}}  {answer}")
         lines += [f"  {run['name']:<{width}}  {run['samples'][number][2]}" for run in found]
     return lines
 

@@ -145,7 +145,7 @@ def select(contender: Contender, model: nn.Module, given: Sequence[Batch], seed:
 
 
 def scores_of(choice: str, model: nn.Module, names: Sequence[str], given: Sequence[Batch]) -> dict[str, Tensor]:
-    """Name of a projection -> what is the larger, the sooner an entry is chosen."""
+    """Name of a projection -> scores of its entries; larger ones are chosen first."""
     weights = {name: model.get_parameter(name).detach() for name in names}
     if choice == "fish":
         fisher = sk.fisher_diagonal(model, given[:FISHER_BATCHES], names=names, progress=False)

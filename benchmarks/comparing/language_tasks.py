@@ -3,11 +3,11 @@
     translation-de, -es, -fr    a string of a message catalogue; its translation
     summary                     the prose of a docstring, without its first paragraph; that paragraph, of one line
     topic                       the prose of a docstring; the subpackage it is from
-    arithmetic                  a sum of two or three numbers below a hundred; what it is, right or wrong
+    arithmetic                  two or three numbers below a hundred to add and subtract; the result, right or wrong
 
 Splits are fixed: which one a pair belongs to is decided by its text alone, of `summary` by the answer. A held-out pair
-whose prompt shares `RUN` words in a row with a prompt of the training split is left out, or that is equal to one where
-it has fewer words; `left_out` says how many were.
+whose prompt shares `RUN` words in a row with a prompt of the training split, or equals one if it has fewer words, is
+left out; `left_out` says how many were.
 """
 
 from __future__ import annotations

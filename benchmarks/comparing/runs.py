@@ -9,9 +9,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
+from threading import Event
 from typing import Any
 
 import torch
@@ -129,10 +130,13 @@ def measure(
         settings["rates"] = count
     results = Study(args.out, settings | task.settings, origin)
     sign = 1 if task.higher else -1
-    with caller(task, make_task, args) as call, ThreadPoolExecutor(args.workers) as threads:
+    stop = Event()
+    with caller(task, make_task, args) as call:
 
         def run(name: str, rate: float, seed: int) -> Content:
             def once() -> Content:
+                if stop.is_set():
+                    raise Refused("another run has failed, or was interrupted")
                 found = call(train, contenders[name], rate, seed)
                 print(f"{name}, lr {rate:g}, seed {seed}: {found}", flush=True)
                 return found
@@ -146,8 +150,18 @@ def measure(
                 run(name, rate, seed)
 
         results.run({"name": UNTUNED, "lr": 0.0, "seed": SEARCH_SEED}, partial(call, untuned))
-        for _ in threads.map(whole, names):
-            pass
+        if args.workers == 1:
+            for name in names:
+                whole(name)
+            return results.content
+        with ThreadPoolExecutor(args.workers) as threads:
+            try:
+                for future in as_completed([threads.submit(whole, name) for name in names]):
+                    future.result()
+            except BaseException:
+                stop.set()
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
     return results.content
 
 
@@ -176,9 +190,7 @@ def before(content: Content) -> float:
 
 
 def more_of(runs: Sequence[Content], dense: Sequence[Content], base: float) -> dict[str, str]:
-    """Further columns, where runs tell what they took."""
-    if "peak_bytes" not in runs[0]:
-        return {}
+    """Further columns, of runs that tell what they took."""
     gains = [(base - run["test"]) / (base - other["test"]) for run, other in zip(runs, dense, strict=False)]
     right = (
         {"right answers": study.mean_and_spread([run["right"] for run in runs], ".0%")} if "right" in runs[0] else {}
@@ -195,13 +207,14 @@ def more_of(runs: Sequence[Content], dense: Sequence[Content], base: float) -> d
 def rows_of(content: Content, contenders: Contenders, program: str, about: str, higher: bool) -> str:
     """The table: what is trained, the score, the gap to dense training, and the rate."""
     dense, rows, base = final_runs(content, "dense", higher), [], before(content)
+    costs = all("peak_bytes" in run for name in contenders for run in final_runs(content, name, higher))
     form, score = (".1%", "test accuracy") if higher else (".3f", "test loss")
     scale, gap = (100, ".1f") if higher else (1, ".3f")
     for name in contenders:
         runs = final_runs(content, name, higher)
         if not runs:
             continue
-        more = more_of(runs, dense, base)
+        more = more_of(runs, dense, base) if costs else {}
         rates = tried(content, name)
         gaps = [run["test"] - other["test"] for run, other in zip(runs, dense, strict=False)]
         rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ..finetuning.config import Config
 from ..finetuning.text_task import load_task
 from ..finetuning.training import evaluate, load, load_model
 from ..models import model_folder
-from ..study import Content
+from ..study import Content, Refused
 from ..translating.parallel_text import Pair, from_packages
 from ..translating.prompts import IGNORED, TRANSLATION, Batch, batches, translate
 from .language_tasks import TASKS
@@ -48,7 +49,7 @@ class Task(Protocol):
     def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float: ...
 
     def right(self, model: nn.Module, held_out: Sequence[Batch]) -> float:
-        """The share of answers that the model writes as they are, and ends, where it writes what is likeliest."""
+        """The share of answers that greedy decoding reproduces exactly, including the end token."""
 
 
 class Completion:
@@ -69,6 +70,8 @@ class Completion:
         from transformers import AutoTokenizer
 
         self.batch_size, self.steps, self.pairs, self.form = batch_size or 8, steps or 50, pairs, form
+        if (most := math.ceil(len(pairs["train"]) / self.batch_size)) < self.steps:
+            raise Refused(f"--steps is {self.steps}, but the task has texts for {most} steps of {self.batch_size}")
         self.folder, self.autocast, self.checkable = model_folder(model), autocast, checkable
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.settings: Content = {"scored": SCORED}
@@ -92,7 +95,7 @@ class Completion:
     def score(self, model: nn.Module, held_out: Sequence[Batch]) -> float:
         total, count = 0.0, 0
         for batch in held_out:
-            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
                 loss = model(**batch).loss
             total += float(loss) * tokens

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,8 @@ from torch import nn
 
 from benchmarks import gradient_curve, grains, grains_text, language, language_demo
 from benchmarks.comparing import contenders, runs
+from benchmarks.comparing.contenders import Contender
+from benchmarks.comparing.tasks import Completion
 from benchmarks.study import MAX_EXTENSIONS, Refused, program
 
 
@@ -105,6 +109,53 @@ def test_a_contender_without_all_its_runs_is_left_out() -> None:
     assert runs.final_runs(content, "dense") == []
     with pytest.raises(Refused, match="no contender"):
         grains.table(content)
+
+
+def test_an_error_stops_the_other_runs_and_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Contender] = []
+
+    def train(task: Any, contender: Contender, rate: float, seed: int) -> dict[str, float]:
+        if contender.choice == "dense":
+            while len(done) < 2:
+                time.sleep(0.01)
+            raise OSError("no space left")
+        done.append(contender)
+        time.sleep(0.01)
+        return {"validation": rate, "test": rate}
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "caller", lambda task, *_: nullcontext(lambda function, *given: function(task, *given)))
+    measure = partial(runs.measure, make_task=partial(Task, higher=False), contenders=grains.CONTENDERS)
+    main = program("study", None, grains.arguments, measure, grains.table)
+    out = tmp_path / "found.json"
+    with pytest.raises(OSError, match="no space left"):
+        main(["--workers", "2", "--steps", "4", "--batch-size", "2", "--seeds", "9", "--out", str(out)])
+    names = [run["name"] for run in json.loads(out.read_text())["runs"]]
+    assert len(names) == 1 + len(done)
+    assert len(done) < 2 * (9 + 3)  # of three hundred
+
+
+def test_runs_that_tell_no_costs_leave_these_columns_out() -> None:
+    told = {"peak_bytes": 1, "bytes_to_ship": 1, "seconds": 1.0}
+    scores = {"seed": 0, "validation": 1.0, "test": 1.0, "trained_weights": 1}
+    rates = [{**scores, "lr": lr, "validation": abs(lr - 1)} for lr in (0.3, 1.0, 3.0)]
+    old = [{**run, "name": "dense"} for run in rates]
+    new = [{**run, **told, "name": "LoRA r=16 (PEFT)"} for run in rates]
+    settings = {"seeds": 1, "steps": 1, "batch_size": 1}
+    for mine, told_of in ((old + new, False), (new, True)):
+        base = {"name": runs.UNTUNED, "lr": 0.0, **scores, "test": 2.0}
+        content = {
+            "settings": settings,
+            "runs": [base, *mine],
+            "machine": {"gpu": None, "cpu": "", "versions": {"torch": ""}},
+        }
+        assert ("to ship" in runs.rows_of(content, grains.CONTENDERS, "grains", "", higher=False)) == told_of
+
+
+def test_more_steps_than_there_are_texts_are_refused() -> None:
+    pairs = {split: [("a", "b")] * 9 for split in ("train", "validation", "test")}
+    with pytest.raises(Refused, match="--steps is 4, but the task has texts for 3 steps of 4"):
+        Completion("no-such-folder", pairs, "{}", batch_size=4, steps=4)
 
 
 @pytest.mark.parametrize("name", ["dense", "LoRA r=4 (PEFT)", "5% columns, random"])
