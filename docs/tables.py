@@ -66,6 +66,12 @@ def grains_text() -> str:
     return _markdown("grains_text")
 
 
+def gradient_curve() -> str:
+    return _markdown("gradient_curve") + _pictures(
+        ("gradient_curve", "Share of the gradient's norm that the largest entries carry")
+    )
+
+
 def ird() -> str:
     return _markdown("ird") + _pictures(
         ("ird", "Test accuracy of masks of equal size"), ("ird_shrinking", "How IRD shrinks samples and parameters")
