@@ -4,7 +4,7 @@
 
 SmolLM2-135M learns to summarise a docstring in one line, or another task of comparing/language_tasks.py: fifty steps of
 eight texts in bf16 autocast, at rates near those that the studies `grains` and `language` found; one seed. It prints
-what each way costs and reaches, and what the model answers to held-out prompts.
+what each way costs and reaches on 64 held-out texts, and what the model answers to three of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATES = {
     "LoRA r=16 (PEFT)": 3e-3,
     "dense": 1e-4,
 }
-SAMPLES, TOKENS = 4, 32  # prompts that are answered, and how long an answer may be
+SAMPLES, TOKENS = 3, 32  # prompts that are answered, and how long an answer may be
 WIDTH = 110
 
 
@@ -49,6 +49,7 @@ def one(args: argparse.Namespace, name: str | None) -> Content:
         torch.set_num_threads(args.threads)
     task = completion(args)
     model, found = (task.model(0).eval(), {}) if name is None else runs.fit(task, CONTENDERS[name], RATES[name], 0)
+    task.pairs["test"] = task.pairs["test"][::2]
     pairs = task.pairs["test"][:: max(1, len(task.pairs["test"]) // SAMPLES)][:SAMPLES]
     written = task.written(model, [prompt for prompt, _ in pairs], TOKENS)
     found |= runs.scores(task, model, ["test"])
