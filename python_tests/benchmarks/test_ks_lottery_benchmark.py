@@ -269,7 +269,7 @@ def pairs(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rate a contender, large enough for a ticket."""
-    monkeypatch.setattr(lottery, "best_rate", lambda score, middle: (score(middle), middle)[1])
+    monkeypatch.setattr(lottery, "best_rate", lambda score, rates: (score(rates[1]), rates[1])[1])
     for name, rate in contenders.CONTENDERS.items():
         monkeypatch.setitem(contenders.CONTENDERS, name, rate and 0.03)
 
