@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,32 @@ def of_transformers(rank: int, world: int, folder: str) -> None:
                 assert torch.equal(found[name][unselected], before[name][unselected]), name
                 assert not torch.equal(found[name], before[name]), name
     interrupted(model, tuned)
+    resumed(f"{folder}/moe")
+
+
+def resumed(folder: str) -> None:
+    """Weights and optimizer of fused weights are loaded; the plan they were divided by is told; undone or kept."""
+    before = whole(loaded(folder, "auto"))
+    model, other = loaded(folder, "auto"), loaded(folder, "auto")
+    tuned, again = (sk.train_only(each, selection(loaded(folder), "block")) for each in (model, other))
+    optimizer, next_one = optimizer_of(tuned), optimizer_of(again)
+    step(model, optimizer)
+    saved = {name: x.clone() for name, x in model.state_dict().items()}, copy.deepcopy(optimizer.state_dict())
+    step(model, optimizer, 1)
+    other.load_state_dict(saved[0])
+    next_one.load_state_dict(saved[1])
+    step(other, next_one, 1)
+    trained = whole(model)
+    same(whole(other), trained, 0.0)
+    for state in saved[1]["state"].values():
+        if len(state.get("layout", ())) == 4:
+            state["layout"] = state["layout"][:3]
+    with pytest.raises(ValueError, match="another number of tensor-parallel ranks, or another plan"):
+        next_one.load_state_dict(saved[1])
+    tuned.merge()
+    same(whole(model), trained, 0.0)
+    again.restore()
+    same(whole(other), before, 0.0)
 
 
 def interrupted(model: nn.Module, tuned: sk.SparseModel) -> None:
