@@ -47,7 +47,12 @@ EVERY = 10
 MATRIX = {"random": 1e-2, "sift": 3e-3, "fish": 3e-3, "magnitude": 3e-3, "relative": 1e-2, "principal": 3e-3}
 MODEL = {"sift": 3e-3, "fish": 3e-3, "ird": 3e-3, "magnitude": 3e-3, "relative": 1e-2, "principal": 3e-3}
 ANEW = {"random": 1e-2, "sift": 3e-3, "relative": 1e-2, "principal": 3e-3}
-UNITS = {("random", "column"): 1e-2, ("sift", "column"): 3e-3, ("random", "block"): 1e-2}
+UNITS = {
+    ("random", "column"): 1e-2,
+    ("sift", "column"): 3e-3,
+    ("magnitude", "column"): 1e-2,
+    ("random", "block"): 1e-2,
+}
 SCALES = {0.01: 1.0, 0.05: 0.5, 0.001: 3.0}
 
 
