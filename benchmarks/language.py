@@ -22,7 +22,7 @@ projections of every block. Of these, 0.1, 1 or 5 % are trained:
 
 with equal density in each matrix, or with one budget over all; "re-selected" is every ten steps, where entries that
 leave keep what they have learned. Peak memory is that of the process above the loaded model, on the CPU, selection
-included. Seconds compare runs of the same --workers and --threads only.
+included. Seconds are CPU time of a whole run, scores included.
 
 Every run is added to the results file as soon as it is finished; starting again continues where it stopped.
 """

@@ -32,11 +32,11 @@ MakeTask = Callable[[argparse.Namespace], Task]
 
 
 def train(task: Task, contender: Contender, rate: float, seed: int) -> Content:
-    """One run: scores on the validation and the test split, and what it took; seconds are those of all of it."""
-    started = time.perf_counter()
+    """One run: scores on the validation and the test split, and what it took; seconds are CPU time of all of it."""
+    started = time.process_time()
     model, found = fit(task, contender, rate, seed)
     found = {**scores(task, model, ("validation", "test")), **found}
-    return {**found, "seconds": round(time.perf_counter() - started, 1)}
+    return {**found, "cpu_seconds": round(time.process_time() - started, 1)}
 
 
 def fit(task: Task, contender: Contender, rate: float, seed: int) -> tuple[nn.Module, Content]:
@@ -189,53 +189,45 @@ def before(content: Content) -> float:
     return float(score)
 
 
-def more_of(runs: Sequence[Content], dense: Sequence[Content], base: float) -> dict[str, str]:
-    """Further columns, of runs that tell what they took."""
-    gains = [(base - run["test"]) / (base - other["test"]) for run, other in zip(runs, dense, strict=False)]
-    right = (
-        {"right answers": study.mean_and_spread([run["right"] for run in runs], ".0%")} if "right" in runs[0] else {}
-    )
-    return {
-        **right,
-        "of dense training's gain": f"{statistics.mean(gains):.0%}" if gains else "",
-        "peak above the model": f"{statistics.median(run['peak_bytes'] for run in runs) / MIB:,.0f} MiB",
-        "to ship": f"{runs[0]['bytes_to_ship'] / MIB:,.1f} MiB",
-        "seconds": f"{statistics.median(run['seconds'] for run in runs):.0f}",
-    }
-
-
 def rows_of(content: Content, contenders: Contenders, program: str, about: str, higher: bool) -> str:
-    """The table: what is trained, the score, the gap to dense training, and the rate."""
-    dense, rows, base = final_runs(content, "dense", higher), [], before(content)
-    costs = all("peak_bytes" in run for name in contenders for run in final_runs(content, name, higher))
-    form, score = (".1%", "test accuracy") if higher else (".3f", "test loss")
-    scale, gap = (100, ".1f") if higher else (1, ".3f")
-    for name in contenders:
-        runs = final_runs(content, name, higher)
-        if not runs:
-            continue
-        more = more_of(runs, dense, base) if costs else {}
-        rates = tried(content, name)
-        gaps = [run["test"] - other["test"] for run, other in zip(runs, dense, strict=False)]
-        rows.append(
-            [
-                name,
-                f"{runs[0]['trained_weights']:,}",
-                study.mean_and_spread((run["test"] for run in runs), form),
-                f"{scale * statistics.mean(gaps):+{gap}}{' points' * higher}" if gaps and name != "dense" else "",
-                f"{runs[0]['lr']:g}",
-                f"{min(rates):g} to {max(rates):g}",
-                *more.values(),
-            ]
-        )
-    if not rows:
+    """The table: what is trained, the score, the gap to dense training, the rate, and what runs tell of their costs."""
+    finished = {name: runs for name in contenders if (runs := final_runs(content, name, higher))}
+    if not finished:
         raise Refused("no contender was measured to the end")
-    head = ["", "trained weights", score, "against dense", "learning rate", "tried"]
-    head += list(more)
+    base, dense = before(content), finished.get("dense", [])
+    every = [run for runs in finished.values() for run in runs]
+    told = {key for key in ("right", "peak_bytes", "bytes_to_ship", "cpu_seconds") if all(key in run for run in every)}
+    form, gap, scale = (".1%", ".1f", 100) if higher else (".3f", ".3f", 1)
+    alone = content["settings"]["seeds"] == 1
+    rows = []
+    for name, runs in finished.items():
+        scores, rates = [run["test"] for run in runs], tried(content, name)
+        pairs = [(run["test"], other["test"]) for run, other in zip(runs, dense, strict=False)]
+        against = statistics.mean(mine - other for mine, other in pairs) if pairs and name != "dense" else None
+        row = {
+            "": name,
+            "trained weights": f"{runs[0]['trained_weights']:,}",
+            f"test {'accuracy' if higher else 'loss'}": f"{scores[0]:{form}}"
+            if alone
+            else study.mean_and_spread(scores, form),
+            "against dense": "" if against is None else f"{scale * against:+{gap}}{' points' * higher}",
+            "learning rate": f"{runs[0]['lr']:g}",
+            "tried": f"{min(rates):g} to {max(rates):g}",
+        }
+        if "right" in told:
+            row["right answers"] = f"{statistics.mean(run['right'] for run in runs):.0%}"
+        if "peak_bytes" in told:
+            gains = [(base - mine) / (base - other) for mine, other in pairs]
+            row["of dense training's gain"] = f"{statistics.mean(gains):.0%}" if gains else ""
+            row["peak above the model"] = f"{statistics.median(run['peak_bytes'] for run in runs) / MIB:,.0f} MiB"
+        if "bytes_to_ship" in told:
+            row["to ship"] = f"{runs[0]['bytes_to_ship'] / MIB:,.1f} MiB"
+        if "cpu_seconds" in told:
+            row["CPU seconds"] = f"{statistics.median(run['cpu_seconds'] for run in runs):.0f}"
+        rows.append(row)
     settings = content["settings"]
-    said = (
-        f"{about}, {settings['steps']} steps of {settings['batch_size']}; before: {base:{form}}. "
-        f"Mean ± standard deviation over {settings['seeds']} seeds."
+    said = f"{about}, {settings['steps']} steps of {settings['batch_size']}; before: {base:{form}}. " + (
+        "One seed." if alone else f"Mean ± standard deviation over {settings['seeds']} seeds."
     )
-    text = [said, "", study.table(head, rows), "", study.written_by(content, f"python -m benchmarks {program}")]
-    return "\n".join(text)
+    table = study.table(list(rows[0]), [list(row.values()) for row in rows])
+    return "\n".join([said, "", table, "", study.written_by(content, f"python -m benchmarks {program}")])

@@ -136,7 +136,7 @@ def test_an_error_stops_the_other_runs_and_keeps_what_is_done(tmp_path: Path, mo
 
 
 def test_runs_that_tell_no_costs_leave_these_columns_out() -> None:
-    told = {"peak_bytes": 1, "bytes_to_ship": 1, "seconds": 1.0}
+    told = {"peak_bytes": 1, "bytes_to_ship": 1, "cpu_seconds": 1.0}
     scores = {"seed": 0, "validation": 1.0, "test": 1.0, "trained_weights": 1}
     rates = [{**scores, "lr": lr, "validation": abs(lr - 1)} for lr in (0.3, 1.0, 3.0)]
     old = [{**run, "name": "dense"} for run in rates]
