@@ -26,7 +26,6 @@ from .models import MODEL_HELP
 from .study import MIB, Content, in_fresh_process, program
 
 RATES = {
-    "1%, random, columns": 1e-2,
     "5%, random, columns": 5e-3,
     "1%, sift": 1e-3,
     "LoRA r=16 (PEFT)": 3e-3,

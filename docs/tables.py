@@ -66,6 +66,10 @@ def grains_text() -> str:
     return _markdown("grains_text")
 
 
+def language() -> str:
+    return _markdown("language")
+
+
 def gradient_curve() -> str:
     return _markdown("gradient_curve") + _pictures(
         ("gradient_curve", "Share of the gradient's norm that the largest entries carry")
