@@ -4,11 +4,11 @@
     python -m benchmarks language --task summary --only "1%, random" "LoRA r=16 (PEFT)" --out out/summary.json
 
 A language model writes the answers to prompts, in bf16 autocast; the score is the mean loss of a token of the answers
-to 128 held-out ones that are drawn once and for all; where answers are right or wrong, also how many are right, whole
-and ended, as greedy decoding writes them. Tasks are those of comparing/language_tasks.py. All
-contenders see the same batches. Each searches its learning rate on the validation split with seed 0: four rates, from
-a tenth to three times the middle, and at most two further ones while the best lies at an end. Then it trains with this
-rate and every other seed; nothing is decided by the test split.
+to 128 held-out ones that are drawn once and for all; where answers are right or wrong, also how many of them greedy
+decoding reproduces. Tasks are those of comparing/language_tasks.py. All contenders see the same batches. Each searches
+its learning rate on the validation split with seed 0: four rates, from a tenth to three times the middle, and at most
+two further ones while the best lies at an end. Then it trains with this rate and every other seed; nothing is decided
+by the test split.
 
 Dense trains all weights, TrainableTokens and rows those of the tokens that training texts have most, all others the
 projections of every block. Of these, 0.1, 1 or 5 % are trained:
@@ -22,7 +22,7 @@ projections of every block. Of these, 0.1, 1 or 5 % are trained:
 
 with equal density in each matrix, or with one budget over all; "re-selected" is every ten steps, where entries that
 leave keep what they have learned. Peak memory is that of the process above the loaded model, on the CPU, selection
-included. Seconds are CPU time of a whole run, scores included.
+included, and for those that are re-selected a copy of the model. Seconds are CPU time of a run, scores included.
 
 Every run is added to the results file as soon as it is finished; starting again continues where it stopped.
 """
@@ -46,7 +46,7 @@ EVERY = 10
 # A choice and the middle of its rates at 1 %. At 5 % it is half of that, at 0.1 % three times.
 MATRIX = {"random": 1e-2, "sift": 3e-3, "fish": 3e-3, "magnitude": 3e-3, "relative": 1e-2, "principal": 3e-3}
 MODEL = {"sift": 3e-3, "fish": 3e-3, "ird": 3e-3, "magnitude": 3e-3, "relative": 1e-2, "principal": 3e-3}
-ANEW = {"random": 1e-2, "sift": 3e-3, "relative": 1e-2, "principal": 3e-3}
+RESELECTED = {"random": 1e-2, "sift": 3e-3, "relative": 1e-2, "principal": 3e-3}
 UNITS = {
     ("random", "column"): 1e-2,
     ("sift", "column"): 3e-3,
@@ -70,7 +70,7 @@ def contenders() -> dict[str, Contender]:
             found[f"{share}, {choice}"] = Contender(choice, lr * scale, density=density)
         for (choice, unit), lr in UNITS.items():
             found[f"{share}, {choice}, {unit}s"] = Contender(choice, lr * scale, unit, density)
-        for choice, lr in ANEW.items():
+        for choice, lr in RESELECTED.items():
             found[f"{share}, {choice}, re-selected"] = Contender(choice, lr * scale, density=density, every=EVERY)
         for choice, lr in MODEL.items():
             found[f"{share}, {choice}, over all"] = Contender(choice, lr * scale, density=density, budget="model")

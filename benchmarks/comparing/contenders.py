@@ -34,7 +34,7 @@ class Contender:
             "random", "sift" (gradients), "fish" (Fisher information), "ird", "magnitude", "relative" (gradients over
             weights), "principal" (the largest entries of a low-rank approximation).
         budget: "matrix", the same density in each; or "model", the best of all.
-        every: steps after which it is chosen anew; 0 for never.
+        every: steps after which entries are re-selected; 0 for never.
     """
 
     choice: str
@@ -187,10 +187,11 @@ def frequent_rows(contender: Contender, model: nn.Module, given: Sequence[Batch]
     return sk.Selection({name: sk.Index(torch.tensor(rows), table.shape, granularity="row")})
 
 
-def choose_again(contender: Contender, prepared: Prepared, copy: nn.Module, given: Sequence[Batch], seed: int) -> None:
+def reselect(contender: Contender, prepared: Prepared, copy: nn.Module, given: Sequence[Batch], seed: int) -> None:
     """Train another selection from now on; what leaves keeps what it learned. `copy` is a model of the same kind."""
     assert prepared.tuned is not None
     copy.load_state_dict(prepared.model.state_dict())
-    kept = {name: index for name, index in prepared.tuned.selection.items() if name not in default_targets(copy)}
+    projections = set(default_targets(copy))
+    kept = {name: index for name, index in prepared.tuned.selection.items() if name not in projections}
     chosen = select(contender, copy.train(), given, seed) | sk.Selection(kept)
     prepared.tuned.reselect(chosen, prepared.optimizer, restore=False)

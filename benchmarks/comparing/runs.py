@@ -21,7 +21,7 @@ from torch import nn
 from .. import study
 from ..finetuning.memory import PeakMemory
 from ..study import MAX_EXTENSIONS, MIB, Content, Refused, Study, best_rate
-from .contenders import BLOCK, Contender, choose_again, prepare
+from .contenders import BLOCK, Contender, prepare, reselect
 from .tasks import Task
 
 SEARCH_SEED = 0
@@ -52,7 +52,7 @@ def fit(task: Task, contender: Contender, rate: float, seed: int) -> tuple[nn.Mo
     torch.manual_seed(seed)  # the same dropout for every contender, whatever its choice drew
     for step, batch in enumerate(given):
         if copy is not None and step and step % contender.every == 0:
-            choose_again(contender, prepared, copy, [*given[step:], *given[:step]], seed + step)
+            reselect(contender, prepared, copy, [*given[step:], *given[:step]], seed + step)
         scale = min((step + 1) / warm, (len(given) - step) / max(1, len(given) - warm))
         for group, highest in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = highest * scale

@@ -87,9 +87,10 @@ def attach(
     layer at a time. Saved for backward: a layer's input and its output.
 
     Raises:
-        ValueError: arguments out of range; targets that are not weights of Linear or Conv1D modules; heads or neurons
-            of a model whose structure is unknown; a pruning_ratio that these gates cannot reach; a model that has
-            gates, was compressed, or is under train_only. The model is unchanged then.
+        ValueError: arguments out of range, or published_penalty for another kind or granularity; targets that are not
+            weights of Linear or Conv1D modules; heads or neurons of a model whose structure is unknown; a pruning_ratio
+            that these gates cannot reach; a model that has gates, was compressed, or is under train_only. The model is
+            unchanged then.
 
     Source: FineGates (Svirsky et al., arXiv 2412.12951), its code (github.com/jsvir/FineGates, 5ab6421) for which
     parameters train and for published_penalty; STG (Yamada et al., arXiv
