@@ -17,6 +17,7 @@ import torch
 from models import batch, transformer
 from torch import nn
 
+import sparsekernels as sk
 from benchmarks import gradient_curve, grains, grains_text, language, language_demo
 from benchmarks.comparing import contenders, runs
 from benchmarks.comparing.contenders import Contender
@@ -217,3 +218,54 @@ def test_the_gradient_curve_is_that_of_the_largest_entries(tmp_path: Path, monke
         assert gradient_curve.carried(run["curve"], 0.1) == pytest.approx(wanted, abs=0.01)
     assert "does not hold here" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("budget", ["matrix", "model"])
+@pytest.mark.parametrize("choice", ["sift", "fish", "magnitude", "relative", "principal"])
+def test_the_largest_scores_are_chosen(choice: str, budget: str) -> None:
+    task, model = Task(argparse.Namespace(batch_size=2, steps=8), higher=False), transformer("llama")
+    given = task.train(0)
+    contender = Contender(choice, 1e-3, density=0.05, budget=budget)
+    chosen = contenders.select(contender, model, given, 0)
+    weights = {name: p for name, p in model.named_parameters() if "_proj" in name}
+    sum(model(**each).loss for each in given[: contenders.GRADIENT_BATCHES]).backward()  # type: ignore[union-attr]
+    scores: dict[str, Any] = {}
+    for name, p in weights.items():
+        assert p.grad is not None
+        u, s, v = torch.linalg.svd(p.detach(), full_matrices=False)
+        low = (u[:, : contenders.LOW_RANK] * s[: contenders.LOW_RANK]) @ v[: contenders.LOW_RANK]
+        by = {"sift": p.grad, "magnitude": p, "relative": p.grad / p, "principal": low}
+        scores[name] = by[choice].detach().abs() if choice != "fish" else None
+    if choice == "fish":
+        scores = sk.fisher_diagonal(
+            model.eval(), given[: contenders.FISHER_BATCHES], names=list(weights), progress=False
+        )
+    shares = {name: len(chosen[name]) / p.numel() if name in chosen else 0.0 for name, p in weights.items()}
+    assert sum(map(len, chosen.values())) == pytest.approx(0.05 * sum(p.numel() for p in weights.values()), rel=0.1)
+    assert (max(shares.values()) - min(shares.values()) < 0.01) == (budget == "matrix")
+    masks = {name: chosen[name].mask() for name in chosen}
+    for mine, others in [(name, [name]) if budget == "matrix" else (name, list(weights)) for name in chosen]:
+        lowest = float(scores[mine][masks[mine]].min())
+        left = [scores[n][~masks[n]] if n in masks else scores[n].flatten() for n in others]
+        assert lowest >= max(float(x.max()) for x in left) * (1 - 1e-3)
+
+
+def test_what_is_re_selected_is_chosen_by_the_weights_of_then() -> None:
+    task, model = Task(argparse.Namespace(batch_size=2, steps=8), higher=True), transformer("llama")
+    given, copy = task.train(0), transformer("llama")
+    contender = Contender("magnitude", 1e-2, density=0.1, every=2)
+    prepared = contenders.prepare(contender, task, model, given, 0.5, 0)
+    assert prepared.tuned is not None
+    first = prepared.tuned.selection
+    with torch.no_grad():
+        for p in prepared.parameters:
+            p.mul_(0.01)  # the largest are no longer the largest
+    trained = {name: x.clone() for name, x in model.state_dict().items()}
+    contenders.reselect(contender, prepared, copy, given, 0)
+    now = prepared.tuned.selection
+    assert now != first
+    assert now["model.norm.weight"] == first["model.norm.weight"]
+    projections = {name: x for name, x in trained.items() if "_proj" in name}
+    wanted = sk.Selection.topk(projections, density=0.1, per_tensor=True, magnitude=True)
+    assert all(now[name] == index for name, index in wanted.items())
+    assert all(torch.equal(x, trained[name]) for name, x in model.state_dict().items())

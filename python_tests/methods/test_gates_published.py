@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, transformer
+from models import batch, ids, mamba, transformer
 
 import sparsekernels as sk
 
@@ -34,6 +34,25 @@ def test_it_is_that_of_their_code() -> None:
     torch.testing.assert_close(found, wanted)
     for mine, theirs in zip(torch.autograd.grad(found, logits), torch.autograd.grad(wanted, logits), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_their_noise_is_its_default() -> None:
+    assert sk.methods.gates.attach(transformer("bert"), 0.4, 20, **PUBLISHED)._gating.noise == 0.1
+    assert sk.methods.gates.attach(transformer("bert"), 0.4, 20, noise=0.3, **PUBLISHED)._gating.noise == 0.3
+
+
+def test_layers_that_are_left_out_do_not_count() -> None:
+    model = mamba(width=32, state=8)
+    gates = sk.methods.gates.attach(model, 0.2, 20, **PUBLISHED)
+    tokens = ids(3, 7)
+    (model(input_ids=tokens, labels=tokens).loss + gates.penalty()).backward()
+    gates.step()
+    assert gates._left_out
+    model.zero_grad()
+    gates.penalty().backward()
+    for name, layer in gates._layers.items():
+        counted = layer.rows.grad is not None and bool(layer.rows.grad.any())
+        assert counted == (name not in gates._left_out), name
 
 
 def test_gates_close_as_it_drives_them_and_what_is_shut_is_cut() -> None:
